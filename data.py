@@ -1,0 +1,454 @@
+"""Features, training pairs and evaluation sets.
+
+N videos, T frames, C channels. A feature file holds one (T, C) array a video, one frame a second.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from utils import InputError, atomic, existing, load_pickle, rng
+
+ANNOTATION_DIR = os.environ.get("TCA_ANNOTATIONS", str(Path(__file__).resolve().parent / "datasets" / "annotations"))
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+class FeatureStore(Mapping):
+    """Video id -> (T, C) float array, from an HDF5 file of either layout, found by looking.
+
+    - the released layout: one dataset (T, C) a video, named by its id (ids may hold slashes);
+    - the packed layout of `StoreWriter`: `frames (sum T, C)` contiguous, `offsets (N+1,)`, `ids (N,)`. It is read through a
+      memory map, so a slice costs no copy and data-loading workers share its pages.
+
+    Attributes: `path`, `lengths` (id -> T), `channels` (C), `meta` (the file's attributes). Rows come in the stored type.
+    Raises InputError, naming file and id, for a missing id, an empty video, another width, or a NaN or infinite value.
+    """
+
+    def __init__(self, path, channels=None):
+        self.path = existing(path, "feature file")
+        self._handle = None, None
+        file = self._open()
+        self.meta = dict(file.attrs)
+        self._frames = None
+        packed = [file.get(name) for name in ("frames", "offsets", "ids")]
+        if all(isinstance(item, h5py.Dataset) for item in packed):
+            shapes = self._open_packed(*packed)
+        else:
+            shapes = {}
+            file.visititems(lambda name, item: shapes.update({name: item.shape}) if isinstance(item, h5py.Dataset) else None)
+        if not shapes:
+            raise InputError(f"feature file {str(path)!r} holds no video; extract features into it first")
+        self.channels = channels or next(iter(shapes.values()))[-1]
+        for video, shape in shapes.items():
+            if len(shape) != 2 or shape[1] != self.channels or not shape[0]:
+                raise InputError(
+                    f"feature file {str(path)!r}: video {video!r} has shape {tuple(shape)}, expected (T, {self.channels})"
+                    " with T >= 1; pass the width the features have (--pca_components), or extract that video again"
+                )
+        self.lengths = {video: shape[0] for video, shape in shapes.items()}
+
+    def _open(self):
+        """The HDF5 file, opened once in each process: handles do not survive a fork."""
+        owner, file = self._handle
+        if owner != os.getpid():
+            try:
+                file = h5py.File(self.path, "r")
+            except OSError as error:
+                raise InputError(f"feature file {str(self.path)!r} is not HDF5 or was cut short ({error})") from None
+            self._handle = os.getpid(), file
+        return file
+
+    def _open_packed(self, frames, offsets, ids):
+        offsets, ids = offsets[:], ids.asstr()[:]
+        if len(offsets) != len(ids) + 1 or frames.ndim != 2 or offsets[-1] != len(frames) or (np.diff(offsets) < 0).any():
+            raise InputError(f"feature file {str(self.path)!r}: offsets, ids and frames do not fit together; write it again")
+        if frames.chunks is None and frames.id.get_offset() is not None:  # contiguous: map it
+            start = frames.id.get_offset()
+            frames = np.memmap(self.path, frames.dtype, "r", start, frames.shape)
+        self._frames = frames
+        self._bounds = {video: (int(a), int(b)) for video, a, b in zip(ids, offsets, offsets[1:], strict=False)}
+        if len(self._bounds) < len(ids):
+            raise InputError(f"feature file {str(self.path)!r} names a video twice; write it again")
+        return {video: (b - a, frames.shape[1]) for video, (a, b) in self._bounds.items()}
+
+    def __getitem__(self, video):
+        """The (T, C) rows of `video`."""
+        if video not in self.lengths:
+            raise InputError(f"feature file {str(self.path)!r} has no video {video!r}")
+        rows = self._open()[video][:] if self._frames is None else self._frames[slice(*self._bounds[video])]
+        if not np.isfinite(rows).all():
+            raise InputError(f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; extract it again")
+        return rows
+
+    def __contains__(self, video):
+        return video in self.lengths
+
+    def __iter__(self):
+        return iter(self.lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
+
+class StoreWriter:
+    """Writes the packed layout, so that a run killed at any moment loses nothing that was added.
+
+    Frames go to `PATH.part`, one journal line a video to `PATH.part.jsonl`; a clean end of the `with` block packs them into
+    contiguous HDF5 at PATH by rename. A later writer of the same path and `meta` goes on: `done` holds the ids already there.
+
+        with StoreWriter("features.hdf5", meta={"backbone": "resnet50"}) as store:
+            store.add("video id", frames)  # (T, C)
+    """
+
+    def __init__(self, path, dtype="float16", meta=None):
+        self.path, self.dtype, self.meta = Path(path), np.dtype(dtype), dict(meta or {})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._spool, self._journal = Path(f"{path}.part"), Path(f"{path}.part.jsonl")
+        header = {"dtype": self.dtype.name, "meta": self.meta}
+        lines = self._read_journal()
+        if not lines or lines[0] != header:  # nothing there, or made by another command
+            lines = [header]
+            self._journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            self._spool.write_bytes(b"")
+        self._rows = lines[1:]  # [{"id", "T", "C"}]
+        self.done = {row["id"] for row in self._rows}
+        size = sum(row["T"] * row["C"] for row in self._rows) * self.dtype.itemsize
+        self._data, self._log = open(self._spool, "r+b"), open(self._journal, "a", encoding="utf-8")
+        self._data.truncate(size)  # a video that was being written when the run was killed
+        self._data.seek(size)
+
+    def _read_journal(self):
+        """The journal's complete lines whose frames are all in the spool; the rest is cut off."""
+        if not (self._journal.exists() and self._spool.exists()):
+            return []
+        lines, kept, left = [], 0, self._spool.stat().st_size
+        for raw in self._journal.read_bytes().splitlines(keepends=True):
+            try:
+                line = json.loads(raw) if raw.endswith(b"\n") else None
+            except ValueError:
+                line = None
+            left -= line.get("T", 0) * line.get("C", 0) * self.dtype.itemsize if line else 0
+            if line is None or left < 0:
+                break
+            lines.append(line)
+            kept += len(raw)
+        os.truncate(self._journal, kept)
+        return lines
+
+    def add(self, video, frames):
+        """Append a video's `frames` (T, C); InputError when it is empty, of another width, not finite, or there already."""
+        frames = np.ascontiguousarray(frames, self.dtype)
+        width = self._rows[0]["C"] if self._rows else frames.shape[-1]
+        if frames.ndim != 2 or not len(frames) or frames.shape[1] != width:
+            raise InputError(f"video {video!r}: features of shape {frames.shape}, expected (T, {width}) with T >= 1")
+        if not np.isfinite(frames).all():
+            raise InputError(f"video {video!r}: features hold NaN or infinity (or overflow {self.dtype})")
+        if video in self.done:
+            raise InputError(f"video {video!r} is given twice")
+        self._data.write(frames.tobytes())
+        self._data.flush()  # frames before the journal line that vouches for them
+        row = {"id": video, "T": len(frames), "C": width}
+        self._log.write(json.dumps(row) + "\n")
+        self._log.flush()
+        self._rows.append(row)
+        self.done.add(video)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self._data.close()
+        self._log.close()
+        if kind is None:
+            if not self._rows:
+                self._remove_spool()
+                raise InputError(f"no video was written, so there is no {str(self.path)!r}")
+            self._pack()
+            self._remove_spool()
+
+    def _pack(self):
+        rows = sorted(self._rows, key=lambda row: row["id"])  # the same file whatever order videos finished in
+        offset = dict(zip((row["id"] for row in self._rows), np.cumsum([0] + [row["T"] for row in self._rows]), strict=False))
+        spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, rows[0]["C"])
+        with atomic(self.path) as temporary, h5py.File(temporary, "w") as file:
+            file.attrs.update(self.meta)
+            file["ids"] = np.array([row["id"] for row in rows], dtype=h5py.string_dtype())
+            file["offsets"] = np.cumsum([0] + [row["T"] for row in rows])
+            frames = file.create_dataset("frames", spool.shape, self.dtype)
+            for row, start in zip(rows, file["offsets"][:], strict=False):
+                frames[start : start + row["T"]] = spool[offset[row["id"]] : offset[row["id"]] + row["T"]]
+
+    def _remove_spool(self):
+        self._spool.unlink()
+        self._journal.unlink()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class VCDBPairDataset(Dataset):
+    """Anchor, positive and `neg_num` random background videos: one item a pair of VCDB copies.
+
+    annotation_path: a pickle of VCDB's form, {"video_pairs": [{"videos": [a, b], "overlap": [x, y]}], "negs": [ids]}; with
+    "segments": {id: [[source, start, end], ...]} it also tells which videos share material (see `shares`).
+    store: the FeatureStore; pairs and negatives without features are left out and counted in `missing`.
+    padding_size: a longer video is cropped to so many frames at a random place, or thinned to so many random frames with
+    `random_sampling`; 0 takes all. min_overlap: pairs whose smaller overlap is below it are left out.
+
+    What an item draws depends on (seed, epoch, pair) alone: it is the same on any number of processes and on a resumed run,
+    and another in every epoch (`set_epoch`).
+    """
+
+    def __init__(
+        self,
+        annotation_path,
+        store,
+        padding_size=300,
+        neg_num=16,
+        seed=0,
+        random_sampling=False,
+        min_overlap=0.0,
+        readers=1,
+    ):
+        annotation = load_pickle(annotation_path)
+        try:
+            pairs = [(*pair["videos"], min(pair.get("overlap", [1.0]))) for pair in annotation["video_pairs"]]
+            negatives = list(dict.fromkeys(annotation["negs"]))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"annotation file {str(annotation_path)!r} is not of VCDB's form (video_pairs, negs): {error!r}"
+            ) from None
+        self.pairs = [(a, b) for a, b, overlap in pairs if a in store and b in store and overlap >= min_overlap]
+        self.negatives = [video for video in negatives if video in store]
+        self.missing = {
+            "pairs": sum(a not in store or b not in store for a, b, _ in pairs),
+            "negatives": len(negatives) - len(self.negatives),
+        }
+        if not self.pairs or len(self.negatives) < neg_num:
+            raise InputError(
+                f"{len(self.pairs)} of {len(pairs)} pairs and {len(self.negatives)} of {len(negatives)} negatives of"
+                f" {str(annotation_path)!r} can be used with {str(store.path)!r}; a pair and {neg_num} negatives are needed:"
+                " do the ids of the two files agree?"
+            )
+        self.store, self.padding_size, self.neg_num, self.readers = store, padding_size, neg_num, readers
+        self.seed, self.random_sampling, self.epoch = seed, random_sampling, 0
+        self.segments = annotation.get("segments")
+        self._shared = None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        """index -> (pair index, anchor (T, C), positive (T, C), negative numbers (M,), [negatives (T, C)])."""
+        draw = rng(self.seed, self.epoch, index)
+        numbers = draw.choice(len(self.negatives), self.neg_num, replace=False)
+        anchor, positive, *negatives = (
+            self._crop(self.store[video], draw) for video in (*self.pairs[index], *(self.negatives[n] for n in numbers))
+        )
+        return index, anchor, positive, numbers, negatives
+
+    def __getitems__(self, indices):
+        """A batch's items, read by `readers` threads (worth it where the file system answers slowly)."""
+        if self.readers <= 1:
+            return [self[i] for i in indices]
+        with ThreadPoolExecutor(self.readers) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
+    def _crop(self, frames, draw):
+        T, size = len(frames), self.padding_size
+        if not size or T <= size:
+            return frames
+        if self.random_sampling:
+            return frames[np.sort(draw.choice(T, size, replace=False))]
+        start = draw.integers(T - size + 1)
+        return frames[start : start + size]
+
+    def shares(self, indices):
+        """For the pairs `indices` (N,): a function bank numbers (K,) -> (N, K) bool, true where that negative shows material
+        of the anchor's film, by the annotation's segments. Number -1 (the bank's random start) shares nothing."""
+        if self._shared is None:
+            self._shared = self._shared_material()
+        rows = torch.stack([self._shared[self.pairs[i][0]] for i in indices])  # (N, negatives + 1)
+        return lambda numbers: rows.to(numbers.device)[:, numbers]
+
+    def _shared_material(self):
+        """Anchor id -> (negatives + 1,) bool; the last column, which number -1 reads, is false."""
+        if not self.segments:
+            raise InputError("the annotation has no 'segments', so shared material is not known; leave --mask_shared out")
+        owner, source, start, end = [], [], [], []
+        for number, video in enumerate(self.negatives):
+            for name, a, b in self.segments.get(video, ()):
+                owner.append(number), source.append(name), start.append(a), end.append(b)
+        owner, source, start, end = np.array(owner, int), np.array(source), np.array(start), np.array(end)
+        shared = {}
+        for anchor in {a for a, _ in self.pairs}:
+            row = np.zeros(len(self.negatives) + 1, bool)
+            for name, a, b in self.segments.get(anchor, ()):
+                row[owner[(source == name) & (start < b) & (a < end)]] = True
+            shared[anchor] = torch.from_numpy(row)
+        return shared
+
+
+def pad(videos):
+    """A list of (T, C) arrays -> x (N, longest T, C) float32, num_frames (N,) int64."""
+    num_frames = torch.tensor([len(video) for video in videos])
+    x = torch.zeros(len(videos), int(num_frames.max()), videos[0].shape[1])
+    for row, video in zip(x, videos, strict=True):
+        row[: len(video)] = torch.from_numpy(np.asarray(video, np.float32))
+    return x, num_frames
+
+
+def collate_pairs(items):
+    """Items of VCDBPairDataset -> (indices (N,), anchors, positives, negatives, numbers (N*M,)); videos as `pad` gives them."""
+    indices, anchors, positives, numbers, negatives = zip(*items, strict=True)
+    flat = [video for group in negatives for video in group]
+    return list(indices), pad(anchors), pad(positives), pad(flat), torch.from_numpy(np.concatenate(numbers))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def average_precision(hits, relevant):
+    """AP of one ranking: hits (N,) bool from the first rank on; relevant: how many videos should have been found.
+
+    AP = sum over hits of (hits up to here / rank) / relevant; a relevant video that is not ranked counts as never found.
+    """
+    ranks = np.flatnonzero(hits) + 1
+    return float((np.arange(1, len(ranks) + 1) / ranks).sum() / relevant)
+
+
+class FIVR:
+    """An evaluation set in FIVR's form (Kordopatis-Zilos et al., 2019), scored as its official evaluator does.
+
+    DSVR counts the labels ND and DS as relevant, CSVR also CS, ISVR also IS. The query is left out of its own ranking; only
+    videos that have features are ranked and counted; a query with nothing relevant left is skipped (see `coverage`); the
+    figure is the mean AP of the rest. Ties rank by similarity descending, then in database order. A query that stands in its
+    own label list stays in that list's count, as in the official code.
+
+    queries, database: lists of ids. annotation: {query: {label: [ids]}}. source: which annotation this is, for the record.
+    """
+
+    TASKS = {"DSVR": ("ND", "DS"), "CSVR": ("ND", "DS", "CS"), "ISVR": ("ND", "DS", "CS", "IS")}
+
+    def __init__(self, queries, database, annotation, source):
+        self.queries, self.database, self.source = list(queries), list(database), source
+        self._place = {video: place for place, video in enumerate(self.database)}
+        try:
+            self._relevant = {
+                query: {
+                    task: set().union(*(annotation[query].get(label, ()) for label in labels))
+                    for task, labels in self.TASKS.items()
+                }
+                for query in self.queries
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{source} is not of FIVR's form {{query: {{label: [ids]}}}}: {error!r}") from None
+
+    def evaluate(self, similarities, available=None):
+        """similarities: {query: {video: similarity}}; available: the ids that have features, by default every id in the table.
+
+        Returns {"DSVR": mAP, "CSVR": mAP, "ISVR": mAP}. InputError when no query can be scored or a similarity is not finite.
+        """
+        if available is None:
+            available = set(similarities).union(*similarities.values())
+        rows = ((query, list(row), np.fromiter(row.values(), float, len(row))) for query, row in similarities.items())
+        return self._figures(rows, set(available))
+
+    def evaluate_table(self, queries, videos, table):
+        """The same for a table (Q, N) of similarities between the ids `queries` and `videos`, all of which have features."""
+        return self._figures(((query, videos, row) for query, row in zip(queries, table, strict=True)), {*queries, *videos})
+
+    def _figures(self, rows, available):
+        found = {task: [] for task in self.TASKS}
+        for query, videos, similarities in rows:
+            if query not in self._relevant:
+                continue
+            if not np.isfinite(similarities).all():
+                raise InputError(f"query {query!r}: similarities hold NaN or infinity; no figure can come of them")
+            ranked = self._rank(query, videos, similarities, available)
+            for task, relevant in self._relevant[query].items():
+                relevant = relevant & available
+                if relevant:
+                    hits = np.fromiter((video in relevant for video in ranked), bool, len(ranked))
+                    found[task].append(average_precision(hits, len(relevant)))
+        if not found["ISVR"]:
+            raise InputError(f"none of the {len(self.queries)} queries can be scored; do the table's ids fit {self.source}?")
+        return {task: float(np.mean(values)) if values else float("nan") for task, values in found.items()}
+
+    def _rank(self, query, videos, similarities, available):
+        """The ids that count, best first."""
+        usable = [i for i, video in enumerate(videos) if video != query and video in self._place and video in available]
+        place = np.fromiter((self._place[videos[i]] for i in usable), int, len(usable))
+        return [videos[usable[i]] for i in np.lexsort((place, -similarities[usable]))]
+
+    def coverage(self, available):
+        """How much of the set has features: queries and videos present and missing, queries with nothing relevant a task."""
+        available = set(available)
+        queries = [query for query in self.queries if query in available]
+        videos = sum(video in available for video in self.database)
+        empty = {task: sum(not self._relevant[query][task] & available for query in queries) for task in self.TASKS}
+        return {
+            "queries": len(queries),
+            "queries_missing": len(self.queries) - len(queries),
+            "videos": videos,
+            "videos_missing": len(self.database) - videos,
+            "queries_without_relevant": empty,
+        }
+
+
+def _read_json(path):
+    try:
+        return json.loads(existing(path, "annotation file").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"annotation file {str(path)!r} is not JSON ({error}); fetch it again") from None
+
+
+def _listed_set(directory, name, ids):
+    """A set of two files: NAME, the labels by query, and IDS, the database's ids, one a line."""
+    path = Path(directory) / name
+    annotation = _read_json(path)
+    database = existing(Path(directory) / ids, "id list").read_text(encoding="utf-8").split()
+    return FIVR(annotation, database, annotation, f"annotation {path.name!r}")
+
+
+def _fivr_5k(directory):
+    """FIVR-5K: ids from the ViSiL/DnS pickle; labels from the official JSON where it is there, else from the pickle."""
+    path, official = Path(directory) / "fivr.pickle", Path(directory) / "fivr_annotation.json"
+    pickled = load_pickle(path)
+    try:
+        ids, annotation = pickled["5k"], pickled["annotation"]
+        queries, database = list(ids["queries"]), sorted(ids["database"])  # a set there: sort for a stable tie order
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"annotation file {str(path)!r} is not the ViSiL/DnS fivr.pickle (no {error}); fetch it again"
+        ) from None
+    if official.exists():
+        return FIVR(queries, database, _read_json(official), f"annotation {official.name!r} (official)")
+    return FIVR(queries, database, annotation, f"annotation inside {path.name!r}, official JSON not there")
+
+
+EVALUATION_SETS = {
+    "FIVR-5K": _fivr_5k,
+    "FIVR-200K": lambda directory: _listed_set(directory, "fivr_annotation.json", "fivr_youtube_ids.txt"),
+    "DEMO": lambda directory: _listed_set(directory, "demo.json", "demo_ids.txt"),
+    "DEMO-VAL": lambda directory: _listed_set(directory, "demo_val.json", "demo_val_ids.txt"),
+}
+
+
+def evaluation_set(name, directory=ANNOTATION_DIR):
+    """The evaluation set `name` from the annotation files in `directory`."""
+    if name not in EVALUATION_SETS:
+        raise InputError(f"dataset {name!r} is not known; choose from {', '.join(EVALUATION_SETS)}")
+    return EVALUATION_SETS[name](existing(directory, "annotation folder"))

@@ -1,0 +1,153 @@
+"""What every script shares: bad-input errors, atomic files, untrusted files, seeds, provenance. Imports nothing of ours."""
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line: what, where, and what to do about it."""
+
+
+def run(main):
+    """Call a script's `main` and exit: status 2 and one line on bad input, 130 on Ctrl-C, `main`'s own status otherwise."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose description keeps its lines and whose errors are one line, as all our errors are."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes it private; a result is not
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def existing(path, what):
+    """`path` as a Path, or an InputError that says which `what` is not there."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{what} {str(path)!r} is not there; check the path")
+    return path
+
+
+def write_json(path, value):
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+
+
+# --- untrusted files -------------------------------------------------------------------------------------------------
+
+
+class _BuiltinUnpickler(pickle.Unpickler):
+    """Allows the containers that public annotation files hold, and nothing that could run code."""
+
+    ALLOWED = {"set": set, "frozenset": frozenset}
+
+    def find_class(self, module, name):
+        if module in ("builtins", "__builtin__") and name in self.ALLOWED:
+            return self.ALLOWED[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_pickle(path, what="annotation file"):
+    """A pickle of builtin containers, strings and numbers; anything else in it is refused, not executed."""
+    path = existing(path, what)
+    try:
+        with open(path, "rb") as file:
+            return _BuiltinUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise InputError(f"{what} {str(path)!r} is not a pickle of plain containers ({error}); fetch it again") from None
+
+
+def load_torch(path, what="model file"):
+    """`torch.load` on the CPU, tensors and plain containers only."""
+    path = existing(path, what)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and storage errors, by file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{what} {str(path)!r} cannot be read ({reason}); is it complete, and a PyTorch file?") from None
+
+
+def save_torch(path, value):
+    """`torch.save`, written aside and renamed: a killed run leaves the old file or the new one, never half of one."""
+    with atomic(path) as temporary:
+        torch.save(value, temporary)
+
+
+# --- seeds and provenance --------------------------------------------------------------------------------------------
+
+
+def rng(*keys):
+    """A NumPy generator that depends on nothing but the non-negative integers `keys` (seed, epoch, index, ...)."""
+    return np.random.default_rng(keys)
+
+
+def seed_torch(*keys):
+    """Seed every torch generator from the integers `keys`; done anew each step, a resumed run draws as an unbroken one."""
+    torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
+
+
+def provenance():
+    """What a figure needs beside it: command, git revision, versions, machine."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here)]
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        revision += " with uncommitted changes" if changed else ""
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "revision": revision,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+    }
+
+
+def default_device():
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
