@@ -47,7 +47,7 @@ class FeatureStore(Mapping):
             file.visititems(lambda name, item: shapes.update({name: item.shape}) if isinstance(item, h5py.Dataset) else None)
         if not shapes:
             raise InputError(f"feature file {str(path)!r} holds no video; extract features into it first")
-        self.channels = channels or next(iter(shapes.values()))[-1]
+        self.channels = channels or next((shape[-1] for shape in shapes.values() if shape), 0)
         for video, shape in shapes.items():
             if len(shape) != 2 or shape[1] != self.channels or not shape[0]:
                 raise InputError(
@@ -63,13 +63,15 @@ class FeatureStore(Mapping):
             try:
                 file = h5py.File(self.path, "r")
             except OSError as error:
-                raise InputError(f"feature file {str(self.path)!r} is not HDF5 or was cut short ({error})") from None
+                reason = str(error).splitlines()[0]
+                raise InputError(f"feature file {str(self.path)!r} is not HDF5 or was cut short ({reason})") from None
             self._handle = os.getpid(), file
         return file
 
     def _open_packed(self, frames, offsets, ids):
         offsets, ids = offsets[:], ids.asstr()[:]
-        if len(offsets) != len(ids) + 1 or frames.ndim != 2 or offsets[-1] != len(frames) or (np.diff(offsets) < 0).any():
+        ends = [*offsets[:1], *offsets[-1:]]
+        if len(offsets) != len(ids) + 1 or frames.ndim != 2 or ends != [0, len(frames)] or (np.diff(offsets) < 0).any():
             raise InputError(f"feature file {str(self.path)!r}: offsets, ids and frames do not fit together; write it again")
         if frames.chunks is None and frames.id.get_offset() is not None:  # contiguous: map it
             start = frames.id.get_offset()
@@ -221,7 +223,11 @@ class VCDBPairDataset(Dataset):
     ):
         annotation = load_pickle(annotation_path)
         try:
-            pairs = [(*pair["videos"], min(pair.get("overlap", [1.0]))) for pair in annotation["video_pairs"]]
+            pairs = [
+                (a, b, float(min(pair.get("overlap", [1.0]))))
+                for pair in annotation["video_pairs"]
+                for a, b in [pair["videos"]]
+            ]
             negatives = list(dict.fromkeys(annotation["negs"]))
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise InputError(
@@ -304,10 +310,10 @@ class VCDBPairDataset(Dataset):
 def pad(videos):
     """A list of (T, C) arrays -> x (N, longest T, C) float32, num_frames (N,) int64."""
     num_frames = torch.tensor([len(video) for video in videos])
-    x = torch.zeros(len(videos), int(num_frames.max()), videos[0].shape[1])
+    x = np.zeros((len(videos), int(num_frames.max()), videos[0].shape[1]), np.float32)
     for row, video in zip(x, videos, strict=True):
-        row[: len(video)] = torch.from_numpy(np.asarray(video, np.float32))
-    return x, num_frames
+        row[: len(video)] = video
+    return torch.from_numpy(x), num_frames
 
 
 def collate_pairs(items):
@@ -410,9 +416,12 @@ class FIVR:
 
 def _read_json(path):
     try:
-        return json.loads(existing(path, "annotation file").read_text(encoding="utf-8"))
+        value = json.loads(existing(path, "annotation file").read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__}, not an object")
+        return value
     except ValueError as error:
-        raise InputError(f"annotation file {str(path)!r} is not JSON ({error}); fetch it again") from None
+        raise InputError(f"annotation file {str(path)!r} is not of FIVR's form ({error}); fetch it again") from None
 
 
 def _listed_set(directory, name, ids):

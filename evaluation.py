@@ -14,6 +14,7 @@ Annotations are looked for in datasets/annotations (or --annotation_dir, or the 
 """
 
 import json
+import math
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from data import ANNOTATION_DIR, EVALUATION_SETS, FeatureStore, evaluation_set, pad
 from model import ENCODERS, build_encoder, length_batches
 from similarity import METRICS, VIDEO_METRICS, similarity_table
-from utils import InputError, Parser, atomic, default_device, existing, load_torch, provenance, run, write_json
+from utils import InputError, Parser, atomic, check_ranges, default_device, existing, load_torch, provenance, run, write_json
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
 
@@ -90,9 +91,6 @@ def rows(args, store, queries, database):
     baselines = tables(untrained, store, queries, database, args.baseline, **options)
     names = {metric: f"{'mean' if metric == 'cosine' else metric}, untrained" for metric in METRICS}
     yield from ((names[metric], table) for metric, table in baselines.items() if metric in VIDEO_METRICS)
-    if args.encoder == "mean" and not args.model_path:
-        for metric, table in tables(untrained, store, queries, database, args.metric, **options).items():
-            yield names[metric], table
     for path in args.model_path:
         name, encoder = load_encoder(path, args.nhead)
         if args.encoder and args.encoder != name:
@@ -132,17 +130,22 @@ def parse(argv=None):
     add("--annotation_dir", default=ANNOTATION_DIR, help="folder of the annotation files (default %(default)s)")
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default %(default)s)")
     add("--output", help="write figures, command, revision, versions and counts of what was missing to this JSON file")
-    add("--save_similarities", help="write {query: {video: similarity}} of the last row to this JSON file")
+    add("--save_similarities", help="write {query: {video: similarity}} of the one row to this JSON file")
     add("-pc", "--pca_components", type=int, help="width the features must have (default: whatever the file has)")
     add("--nhead", type=int, default=8, help="attention heads of a bare state dict, which does not tell (default 8)")
     for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
         add(short, f"--{name}", type=int, help="read from the model file; accepted for the released command's sake")
     args = parser.parse_args(argv)
+    check_ranges(args, {"padding_size": (0, math.inf), "nhead": (1, math.inf)})
     for metric in (*args.metric, *args.baseline):
         if metric not in METRICS:
             raise InputError(f"metric {metric!r} is not known; choose from {', '.join(METRICS)}")
     if not args.model_path and args.encoder != "mean":
         raise InputError("--model_path is missing; give a trained model, or --encoder mean for the untrained features")
+    if not args.model_path:  # the untrained features are all there is to score
+        args.metric, args.baseline = [], list(dict.fromkeys([*args.metric, *args.baseline]))
+    if args.save_similarities and len(args.model_path) * len(args.metric) + len(args.baseline) > 1:
+        raise InputError("--save_similarities writes one table; give one model and one --metric with it")
     return args
 
 

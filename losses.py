@@ -63,7 +63,8 @@ def circle_released(logits, labels, margin=MARGIN, gamma=GAMMA):
 def infonce(logits, labels):
     """InfoNCE (van den Oord et al., 2018; MoCo eq. 1): cross-entropy of the positive's column. The logits carry 1/T."""
     scores, left_out = _read(logits)
-    return F.cross_entropy(scores.masked_fill(left_out, LOWEST), labels)
+    rows = F.cross_entropy(scores.masked_fill(left_out, LOWEST), labels, reduction="none")
+    return _mean(rows, left_out.scatter(1, labels[:, None], True))
 
 
 def triplet(logits, labels, margin=0.2):

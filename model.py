@@ -35,7 +35,8 @@ class Encoder(nn.Module):
         """Encoder outputs without the batch's needless padding: (N, max num_frames, D), zero at padding."""
         longest = int(num_frames.max())
         real = frame_mask(num_frames, longest)  # (N, T')
-        return self.frames(x[:, :longest], real).masked_fill(~real[..., None], 0.0)
+        x = x[:, :longest].masked_fill(~real[..., None], 0.0)  # a weight of 0 times NaN would be NaN
+        return self.frames(x, real).masked_fill(~real[..., None], 0.0)
 
     def forward(self, x, num_frames):
         """One L2-normalised descriptor a video (N, D): the mean of its frames' outputs (TCA section 3.2)."""
@@ -98,10 +99,13 @@ def build_encoder(state, source, nhead=8):
     if not isinstance(state, dict) or not state:
         raise InputError(f"{source} holds no model; pass a run's folder, its model.pth, or a saved state dict")
     if state.get("encoder") in ENCODERS:
-        encoder = ENCODERS[state["encoder"]](**state["arguments"])
-        weights = state["state_dict"] if "state_dict" in state else _query_encoder(state["moco"])
+        try:
+            encoder = ENCODERS[state["encoder"]](**state["arguments"])
+            weights = state["state_dict"] if "state_dict" in state else _query_encoder(state["moco"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{source} lacks what rebuilds its encoder: {error!r}; save it again") from None
     else:
-        weights = _query_encoder({key.removeprefix("module."): value for key, value in state.items()})
+        weights = _query_encoder({str(key).removeprefix("module."): value for key, value in state.items()})
         encoder = _tca_of(weights, source, nhead)
     try:
         encoder.load_state_dict(weights)

@@ -28,7 +28,19 @@ from evaluation import check_width, tables
 from losses import LOSSES
 from model import ENCODERS, MoCo
 from similarity import METRICS
-from utils import InputError, Parser, default_device, load_torch, provenance, rng, run, save_torch, seed_torch, write_json
+from utils import (
+    InputError,
+    Parser,
+    check_ranges,
+    default_device,
+    load_torch,
+    provenance,
+    rng,
+    run,
+    save_torch,
+    seed_torch,
+    write_json,
+)
 
 # A resumed run must agree on everything but these, which do not change what it computes.
 FREE_ON_RESUME = {"model_path", "num_workers", "num_readers", "print_freq", "save_every", "device"}
@@ -93,8 +105,19 @@ def parse(argv=None):
         " and at SIGTERM (default 200)")  # fmt: skip
     for flags, note in IGNORED.items():
         add(*flags.split(), action="append", nargs="?", const=True, help=f"accepted from the released command; {note}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_ranges(args, RANGES)
+    return args
 
+
+RANGES = {
+    **dict.fromkeys(("seed", "epochs", "patience", "padding_size", "moco_k", "num_workers"), (0, math.inf)),
+    **dict.fromkeys(("batch_sz", "neg_num", "num_layers", "nhead", "dim_feedforward"), (1, math.inf)),
+    **dict.fromkeys(("num_readers", "print-freq", "save_every"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "momentum"), (0, math.inf)),
+    **dict.fromkeys(("dropout", "moco_m", "min_overlap"), (0, 1)),
+    "moco_t": (1e-3, math.inf),
+}
 
 IGNORED = {
     "-nc --num_clusters": "NetVLAD's, no part of --encoder tca",
@@ -151,10 +174,15 @@ class Trainer:
         args = self.args
         if bool(args.val_set) != bool(args.val_feature_path):
             raise InputError("--val_set and --val_feature_path belong together; give both or neither")
+        if args.patience and not args.val_set:
+            raise InputError("--patience counts epochs by the held-out figure; give --val_set and --val_feature_path too")
         if not args.val_set:
             return None
         chosen, store = evaluation_set(args.val_set, args.annotation_dir), FeatureStore(args.val_feature_path)
-        return chosen, store, *([video for video in side if video in store] for side in (chosen.queries, chosen.database))
+        sides = [[video for video in side if video in store] for side in (chosen.queries, chosen.database)]
+        if not all(sides):
+            raise InputError(f"{str(store.path)!r} has features of no query or no video of {args.val_set}; wrong file?")
+        return chosen, store, *sides
 
     # --- state ---
 
@@ -177,6 +205,8 @@ class Trainer:
 
     def restore(self):
         """Go on from the folder's checkpoint, if it has one; InputError when another command made it."""
+        for orphan in self.folder.glob(".*.pth"):  # of a run killed while it saved
+            orphan.unlink()
         path = self.folder / "checkpoint.pth"
         if not path.exists():
             return

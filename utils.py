@@ -24,7 +24,8 @@ def run(main):
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).rpartition("InputError: ")[2]  # a data-loading worker's comes at the end of its traceback
+        print("error:", " ".join(message.strip().splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -39,6 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def check_ranges(args, ranges):
+    """InputError when a number of `args` lies outside its `ranges`: {flag: (lowest, highest)}."""
+    for flag, (lowest, highest) in ranges.items():
+        value = getattr(args, flag.replace("-", "_"))
+        if not lowest <= value <= highest:
+            raise InputError(f"--{flag} {value} is out of range; it must be {lowest} to {highest}")
 
 
 @contextlib.contextmanager
@@ -121,7 +130,7 @@ def save_torch(path, value):
 
 def rng(*keys):
     """A NumPy generator that depends on nothing but the non-negative integers `keys` (seed, epoch, index, ...)."""
-    return np.random.default_rng(keys)
+    return np.random.default_rng([len(keys), *keys])  # their number too: trailing zeros alone change nothing
 
 
 def seed_torch(*keys):

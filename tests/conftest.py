@@ -1,0 +1,181 @@
+"""Small worlds of synthetic video, and scripts run as users run them: by a process of their own, from the root."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # as the scripts below: one thread, so that sums have one order
+
+C = 32  # channels of every synthetic feature
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def environment(**changes):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **changes}
+
+
+def cli(script, *arguments, **changes):
+    """Run `python script arguments` from the repository's root; gives returncode, stdout, stderr."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300)
+
+
+def clis(*commands):
+    """Several `cli` calls, two at a time (most of a short call is imports)."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: cli(*command), commands))
+
+
+def start(script, *arguments):
+    """The same, not waited for."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def one_error(result):
+    """The line of a call that failed on bad input: exit status 2, one line on stderr and nothing else there."""
+    assert result.returncode == 2, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def error_after_progress(result):
+    """The same for a failure in the middle of work, when a progress bar has been drawn: the error is the last line."""
+    assert result.returncode == 2, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    others = [line for line in lines[:-1] if "%|" not in line and "it/s" not in line and "/s]" not in line]
+    assert lines[-1].startswith("error: ") and not others, result.stderr
+    return lines[-1]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_released(path, features):
+    """One dataset a video: the released layout."""
+    with h5py.File(path, "w") as file:
+        for video, frames in features.items():
+            file[video] = frames
+    return path
+
+
+def write_packed(path, features, offsets=None, ids=None, **options):
+    """frames, offsets, ids: the packed layout, written without our writer."""
+    with h5py.File(path, "w") as file:
+        lengths = [len(frames) for frames in features.values()]
+        file.create_dataset("frames", data=np.concatenate(list(features.values())), **options)
+        file["offsets"] = np.cumsum([0] + lengths) if offsets is None else np.asarray(offsets)
+        file["ids"] = np.array(list(features) if ids is None else ids, dtype=h5py.string_dtype())
+    return path
+
+
+def write_pickle(path, value):
+    path.write_bytes(pickle.dumps(value))
+    return path
+
+
+def read_log(folder):
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+# --- worlds ----------------------------------------------------------------------------------------------------------
+
+
+def make_videos(draw, names, signals, noise, T=(3, 12)):
+    """{name: (T, C) float32}: a quarter of the channels carry the film's signal, the rest what tells copies nothing.
+
+    The mean over frames does not take the noise away: it is constant in a video. An encoder must learn what counts.
+    """
+    signal_size = C // 4
+    videos = {}
+    for name, signal in zip(names, signals, strict=True):
+        frames = draw.normal(0, 0.1, (draw.integers(*T), C))
+        frames[:, :signal_size] += signal
+        frames[:, signal_size:] += noise * draw.normal(size=C - signal_size)
+        videos[name] = (frames / np.linalg.norm(frames, axis=1, keepdims=True)).astype(np.float32)
+    return videos
+
+
+def make_pairs(draw, films, copies, background, noise):
+    """Features and an annotation of VCDB's form, every video with the film segment it shows."""
+    names = [f"film{f}/copy {c}" for f in range(films) for c in range(copies)]
+    signals = np.repeat(draw.normal(size=(films, C // 4)), copies, axis=0)
+    negatives = [f"bg{i:03}" for i in range(background)]
+    features = make_videos(draw, names, signals, noise)
+    features |= make_videos(draw, negatives, draw.normal(size=(background, C // 4)), noise)
+    pairs = [
+        {"videos": [f"film{f}/copy {a}", f"film{f}/copy {b}"], "overlap": [float(draw.uniform(0, 1)), 1.0]}
+        for f in range(films)
+        for a, b in combinations(range(copies), 2)
+    ]
+    segments = {name: [[f"film{draw.integers(films)}", int(t := draw.integers(50)), int(t) + 20]] for name in features}
+    return features, {"video_pairs": pairs, "negs": negatives, "segments": segments}
+
+
+def make_set(draw, films, copies, distractors, noise):
+    """Features and an annotation of FIVR's form: a film's copies are its ND, DS and CS, a few strangers its IS."""
+    names = [f"q{f}-{c}" for f in range(films) for c in range(copies)]
+    others = [f"d{i:03}" for i in range(distractors)]
+    features = make_videos(draw, names, np.repeat(draw.normal(size=(films, C // 4)), copies, axis=0), noise)
+    features |= make_videos(draw, others, draw.normal(size=(distractors, C // 4)), noise)
+    labels = ("ND", "DS", "CS")
+    annotation = {}
+    for f in range(films):
+        lists = {label: [] for label in (*labels, "IS")}
+        for c in range(1, copies):
+            lists[labels[(c - 1) % 3]].append(f"q{f}-{c}")
+        lists["IS"] = [others[f]]
+        annotation[f"q{f}-0"] = lists
+    database = sorted(features)
+    return features, annotation, database
+
+
+def write_set(folder, stem, annotation, database):
+    (folder / f"{stem}.json").write_text(json.dumps(annotation))
+    (folder / f"{stem}_ids.txt").write_text("\n".join(database) + "\n")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Training pairs, a held-out set (DEMO-VAL) and a test set (DEMO) of other films, on disk."""
+    folder, draw = tmp_path_factory.mktemp("world"), np.random.default_rng(7)
+    noise = 0.6
+    pairs, annotation = make_pairs(draw, films=12, copies=4, background=80, noise=noise)
+    here = SimpleNamespace(folder=folder, annotation=annotation, pairs=pairs, annotations=folder / "annotations")
+    here.annotations.mkdir()
+    here.train_features = write_packed(folder / "train.hdf5", {k: v.astype(np.float16) for k, v in pairs.items()})
+    here.vcdb = write_pickle(folder / "vcdb.pickle", annotation)
+    for stem, attribute in (("demo", "test"), ("demo_val", "val")):
+        features, labels, database = make_set(draw, films=10, copies=4, distractors=40, noise=noise)
+        write_set(here.annotations, stem, labels, database)
+        setattr(here, f"{attribute}_features", write_released(folder / f"{attribute}.hdf5", features))
+        setattr(here, attribute, SimpleNamespace(features=features, labels=labels, database=database))
+    here.train_flags = ["--annotation_path", here.vcdb, "--feature_path", here.train_features]
+    return here
+
+
+@pytest.fixture(scope="session")
+def annotations():
+    """The folder of the official annotation files, where the environment names one."""
+    if not os.environ.get("TCA_ANNOTATIONS"):
+        pytest.skip("TCA_ANNOTATIONS does not name the folder of the official annotation files")
+    return Path(os.environ["TCA_ANNOTATIONS"])

@@ -1,0 +1,472 @@
+"""Encoders and momentum contrast: padding, the released model's names and figures, the ring, the logits."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import C
+from torch import nn
+
+from model import TCA, Mean, MoCo, build_encoder, encode_by_length, length_batches
+from utils import InputError, load_torch
+
+LENGTHS = [1, 3, 7, 20]
+RELEASED_KEYS = {
+    f"transformer_encoder.layers.0.{name}"
+    for name in (
+        "self_attn.in_proj_weight", "self_attn.in_proj_bias", "self_attn.out_proj.weight", "self_attn.out_proj.bias",
+        "linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias",
+        "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias",
+    )
+}  # fmt: skip
+
+
+def tca(nlayers=1, dropout=0.0, seed=0, **options):
+    """A TCA all of whose parameters are away from their special values (zeros, ones)."""
+    torch.manual_seed(seed)
+    encoder = TCA(C, 4, nlayers, 64, dropout, **options)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+def batch(lengths=LENGTHS, T=None, seed=1):
+    """x (N, T, C), zero at padding, and num_frames (N,)."""
+    torch.manual_seed(seed)
+    num_frames = torch.tensor(lengths)
+    x = torch.randn(len(lengths), T or max(lengths), C)
+    return x.masked_fill(padding_of(x, num_frames), 0.0), num_frames
+
+
+def padding_of(x, num_frames):
+    return (torch.arange(x.shape[1]) >= num_frames[:, None])[..., None].expand_as(x)
+
+
+WAYS = {"inference": (False, torch.inference_mode), "no_grad": (False, torch.no_grad)} | {
+    "eval with gradients": (False, contextlib.nullcontext),
+    "train": (True, contextlib.nullcontext),
+}
+
+
+@pytest.fixture(params=[(kind, way) for kind in ("tca", "tca of 2 layers", "mean") for way in WAYS], ids="-".join)
+def run(request):
+    """(encoder, how to call it): every encoder in each way PyTorch computes it (its fast path, autograd, training)."""
+    kind, way = request.param
+    encoder = {"tca": lambda: tca(1), "tca of 2 layers": lambda: tca(2), "mean": lambda: Mean(C)}[kind]()
+    training, context = WAYS[way]
+    encoder.train(training)
+
+    def call(method, *arguments):
+        with context():
+            return getattr(encoder, method)(*arguments).detach()
+
+    return call
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forward", "encode"])
+def test_a_video_is_described_alike_alone_in_a_batch_and_padded_to_300(run, method):
+    x, num_frames = batch()
+    together = run(method, x, num_frames)
+    far = run(method, F.pad(x, (0, 0, 0, 300 - x.shape[1])), num_frames)
+    for i, T in enumerate(LENGTHS):
+        alone = run(method, x[i : i + 1, :T], num_frames[i : i + 1])[0]
+        padded_alone = run(method, F.pad(x[i : i + 1], (0, 0, 0, 300 - x.shape[1])), num_frames[i : i + 1])[0]
+        part = slice(None) if method == "forward" else slice(T)
+        for other in (together[i], far[i], padded_alone):
+            torch.testing.assert_close(other[part], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30, 3.4e38])
+def test_what_stands_in_the_padding_changes_nothing(run, garbage):
+    x, num_frames = batch(T=25)
+    dirty = x.masked_fill(padding_of(x, num_frames), garbage)
+    for method in ("forward", "encode"):
+        torch.testing.assert_close(run(method, dirty, num_frames), run(method, x, num_frames), atol=1e-6, rtol=0)
+
+
+def test_garbage_in_the_padding_changes_no_gradient():
+    x, num_frames = batch(T=25)
+    gradients = []
+    for fill in (0.0, float("nan")):
+        encoder = tca().train()
+        encoder(x.masked_fill(padding_of(x, num_frames), fill), num_frames).pow(3).sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    for clean, dirty in zip(*gradients, strict=True):
+        torch.testing.assert_close(dirty, clean, atol=1e-6, rtol=1e-4)
+
+
+def test_encode_is_zero_past_num_frames_and_of_unit_norm_before(run):
+    x, num_frames = batch(T=25)
+    out = run("encode", x, num_frames)
+    assert out.shape == (len(LENGTHS), 25, C)
+    for row, T in zip(out, LENGTHS, strict=True):
+        torch.testing.assert_close(row[:T].norm(dim=1), torch.ones(T), atol=1e-5, rtol=0)
+        assert not row[T:].any()
+
+
+def test_forward_is_of_unit_norm(run):
+    out = run("forward", *batch())
+    assert out.shape == (len(LENGTHS), C)
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(len(LENGTHS)), atol=1e-5, rtol=0)
+
+
+def test_a_video_of_one_frame_has_its_frame_as_its_descriptor(run):
+    x, num_frames = batch([1, 1])
+    torch.testing.assert_close(run("forward", x, num_frames), run("encode", x, num_frames)[:, 0], atol=1e-5, rtol=0)
+
+
+def test_the_order_of_a_batch_does_not_matter(run):
+    x, num_frames = batch([5, 1, 20, 7, 7])
+    order = torch.tensor([3, 0, 4, 2, 1])
+    for method in ("forward", "encode"):
+        expected = run(method, x, num_frames)[order]
+        torch.testing.assert_close(run(method, x[order], num_frames[order]), expected, atol=1e-5, rtol=0)
+
+
+def test_the_order_of_frames_does_not_matter_to_the_video_descriptor(run):
+    x, num_frames = batch([20])
+    order = torch.randperm(20)
+    shuffled = run("forward", x[:, order], num_frames)
+    torch.testing.assert_close(shuffled, run("forward", x, num_frames), atol=1e-5, rtol=0)
+    frames = run("encode", x, num_frames)[:, order]
+    torch.testing.assert_close(run("encode", x[:, order], num_frames), frames, atol=1e-5, rtol=0)
+
+
+# --- what the encoders are -------------------------------------------------------------------------------------------
+
+
+def test_tca_parameters_are_named_as_in_the_released_model():
+    assert len(RELEASED_KEYS) == 12
+    assert set(TCA(C, 4, 1, 64).state_dict()) == RELEASED_KEYS
+    assert {name: tuple(value.shape) for name, value in TCA().state_dict().items() if "weight" in name} == {
+        "transformer_encoder.layers.0.self_attn.in_proj_weight": (3072, 1024),
+        "transformer_encoder.layers.0.self_attn.out_proj.weight": (1024, 1024),
+        "transformer_encoder.layers.0.linear1.weight": (2048, 1024),
+        "transformer_encoder.layers.0.linear2.weight": (1024, 2048),
+        "transformer_encoder.layers.0.norm1.weight": (1024,),
+        "transformer_encoder.layers.0.norm2.weight": (1024,),
+    }
+
+
+class Released(nn.Module):
+    """The released model, written anew: frames first, a mask of -inf semantics by a bool, the mean over real frames."""
+
+    def __init__(self, nlayers=1, nhead=4):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(C, nhead, dim_feedforward=64, dropout=0.2)
+        self.transformer_encoder = nn.TransformerEncoder(layer, nlayers, enable_nested_tensor=False)
+
+    def frames(self, x, num_frames):
+        out = self.transformer_encoder(x.permute(1, 0, 2), src_key_padding_mask=padding_of(x, num_frames)[..., 0])
+        return out.permute(1, 0, 2)
+
+    def forward(self, x, num_frames):
+        real = ~padding_of(x, num_frames)
+        return F.normalize((self.frames(x, num_frames) * real).sum(1) / num_frames[:, None], dim=1)
+
+
+@pytest.mark.parametrize("nlayers", [1, 2])
+def test_the_released_models_state_dict_loads_strictly_and_gives_its_descriptors(nlayers):
+    torch.manual_seed(3)
+    released = Released(nlayers).train(False)
+    with torch.no_grad():
+        for parameter in released.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    encoder = TCA(C, 4, nlayers, 64)
+    encoder.load_state_dict(released.state_dict(), strict=True)
+    x, num_frames = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x, num_frames), released(x, num_frames), atol=1e-5, rtol=0)
+        frames = F.normalize(released.frames(x, num_frames), dim=2)
+        for ours, theirs, T in zip(encoder.encode(x, num_frames), frames, LENGTHS, strict=True):
+            torch.testing.assert_close(ours[:T], theirs[:T], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("nlayers", [1, 2])
+def test_near_identity_starts_as_two_layer_norms_a_layer_of_the_input(nlayers):
+    encoder = TCA(C, 4, nlayers, 64, init="near_identity").eval()
+    x, num_frames = batch()
+    expected = x.double().numpy()
+    for _ in range(2 * nlayers):
+        centred = expected - expected.mean(2, keepdims=True)
+        expected = centred / np.sqrt((centred**2).mean(2, keepdims=True) + 1e-5)
+    with torch.no_grad():
+        found = encoder.encode(x, num_frames)
+    for i, T in enumerate(LENGTHS):
+        unit = expected[i, :T] / np.linalg.norm(expected[i, :T], axis=1, keepdims=True)
+        np.testing.assert_allclose(found[i, :T].numpy(), unit, atol=1e-5)
+
+
+def test_near_identity_still_learns_in_both_branches():
+    encoder = TCA(C, 4, 1, 64, init="near_identity").train()
+    encoder(*batch()).pow(3).sum().backward()
+    layer = encoder.transformer_encoder.layers[0]
+    assert layer.self_attn.out_proj.weight.grad.abs().sum() > 0 and layer.linear2.weight.grad.abs().sum() > 0
+
+
+def test_mean_is_numpys_mean_of_the_frames():
+    x, num_frames = batch()
+    found = Mean(C)(x, num_frames).numpy()
+    for row, frames, T in zip(found, x.numpy(), LENGTHS, strict=True):
+        mean = frames[:T].mean(0)
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused_by_name():
+    with pytest.raises(InputError, match="30 channels.*8 attention heads.*--nhead"):
+        TCA(30, 8)
+
+
+# --- model files -----------------------------------------------------------------------------------------------------
+
+
+def forms(encoder):
+    """Every form in which an encoder's file comes."""
+    state = encoder.state_dict()
+    moco = MoCo(copy.deepcopy(encoder), C, K=8)
+    with torch.no_grad():
+        for parameter in moco.encoder_k.parameters():
+            parameter.zero_()  # only encoder_q is to be taken
+    arguments = dict(feature_size=C, nhead=4, nlayers=2, dim_feedforward=64, dropout=0.0, init="paper")
+    return {
+        "bare state dict": state,
+        "module. prefix": {f"module.{name}": value for name, value in state.items()},
+        "MoCo state dict": moco.state_dict(),
+        "MoCo with module. prefix": {f"module.{name}": value for name, value in moco.state_dict().items()},
+        "model.pth": {"encoder": "tca", "arguments": arguments, "features": {}, "state_dict": state},
+        "checkpoint.pth": {"encoder": "tca", "arguments": arguments, "moco": moco.state_dict(), "step": 3},
+    }
+
+
+@pytest.mark.parametrize("form", forms(tca(2)))
+def test_build_encoder_takes_every_form_of_a_models_file(form, tmp_path):
+    encoder = tca(2).eval()
+    torch.save(forms(encoder)[form], tmp_path / "x.pth")
+    built = build_encoder(load_torch(tmp_path / "x.pth"), "x.pth", nhead=4)
+    assert not built.training
+    x, num_frames = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(built(x, num_frames), encoder(x, num_frames), atol=1e-6, rtol=0)
+
+
+def test_build_encoder_rebuilds_the_mean():
+    state = {"encoder": "mean", "arguments": {"feature_size": C}, "state_dict": {}}
+    assert isinstance(build_encoder(state, "x.pth"), Mean)
+
+
+def wrong_states():
+    good = tca().state_dict()
+    first = "transformer_encoder.layers.0."
+    arguments = dict(feature_size=C, nhead=4, nlayers=1, dim_feedforward=64)
+    return {
+        "a wrong shape": good | {f"{first}linear2.weight": torch.zeros(3, 3)},
+        "a missing tensor": {name: value for name, value in good.items() if "norm2" not in name},
+        "a tensor too many": good | {"classifier.weight": torch.zeros(2, 2)},
+        "another model": {"fc.weight": torch.zeros(2, 2)},
+        "a number": 5,
+        "nothing": {},
+        "a list": [1, 2],
+        "no tensors": {f"{first}self_attn.in_proj_weight": 3},
+        "own form, wrong shape": {"encoder": "tca", "arguments": arguments | {"feature_size": 64}, "state_dict": good},
+        "own form, wrong arguments": {"encoder": "tca", "arguments": {"width": 64}, "state_dict": good},
+        "own form, nothing in it": {"encoder": "tca"},
+        "keys that are no names": {1: torch.zeros(2), 2: torch.zeros(2)},
+    }
+
+
+@pytest.mark.parametrize("kind", wrong_states())
+def test_a_file_that_holds_no_such_model_is_refused_by_name_in_one_line(kind):
+    with pytest.raises(InputError) as error:
+        build_encoder(wrong_states()[kind], "model file 'runs/x/model.pth'", nhead=4)
+    assert "runs/x/model.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- the bank --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", [1, 7, 8, 64])
+def test_the_ring_keeps_what_writing_keys_one_by_one_would_keep(K):
+    torch.manual_seed(0)
+    moco = MoCo(Mean(C), C, K)
+    slots, ids, place, number = [column.clone() for column in moco.queue.T], [-1] * K, 0, 0
+    assert torch.equal(moco.queue_ids, torch.full((K,), -1))
+    for size in [1, 3, 8, 5, K, K + 1, 3 * K + 2, 1, 2, 7 * K, 4]:
+        keys = torch.randn(size, C)
+        numbers = torch.arange(number, number + size)
+        moco.enqueue(keys, numbers)
+        number += size
+        for key, i in zip(keys, numbers.tolist(), strict=True):
+            slots[place], ids[place] = key, i
+            place = (place + 1) % K
+        assert torch.equal(moco.queue, torch.stack(slots, 1))
+        assert moco.queue_ids.tolist() == ids and int(moco.queue_ptr) == place
+        newest = set(range(max(0, number - K), number))
+        assert set(moco.queue_ids.tolist()) - {-1} == newest
+
+
+def test_the_bank_and_its_pointer_are_saved_with_the_model():
+    moco = MoCo(tca(), C, 8)
+    moco.enqueue(torch.randn(5, C), torch.arange(5))
+    other = MoCo(tca(seed=9), C, 8)
+    other.load_state_dict(moco.state_dict())
+    assert torch.equal(other.queue, moco.queue) and torch.equal(other.queue_ids, moco.queue_ids)
+    assert int(other.queue_ptr) == 5
+
+
+def sides(seed=0, N=3, M=8):
+    """Anchors, positives, negatives, each of its own padded length."""
+    draw = np.random.default_rng(seed)
+    lengths = ([int(T) for T in draw.integers(1, top, n)] for n, top in ((N, 9), (N, 14), (M, 30)))
+    return [batch(side, seed=seed + i) for i, side in enumerate(lengths)]
+
+
+def describe_one_by_one(encoder, x, num_frames):
+    with torch.no_grad():
+        return torch.cat([encoder(v[None, :T], T[None]) for v, T in zip(x, num_frames, strict=True)])
+
+
+@pytest.mark.parametrize("T", [1.0, 0.07])
+def test_logits_are_the_products_with_positives_and_the_bank_before_this_steps_negatives_enter(T):
+    moco, K = MoCo(tca(), C, 20, m=0.0, T=T), 20
+    for step in range(5):
+        anchors, positives, negatives = sides(step)
+        bank = moco.queue.clone()
+        pointer = int(moco.queue_ptr)
+        logits, labels = moco(anchors, positives, negatives, torch.arange(8) + 8 * step)
+        q, p, n = (describe_one_by_one(moco.encoder_q, *side) for side in (anchors, positives, negatives))
+        expected = torch.tensor([[float(a @ b)] + [float(a @ k) for k in bank.T] for a, b in zip(q, p, strict=True)])
+        torch.testing.assert_close(logits.detach(), expected / T, atol=1e-5 / T, rtol=0)
+        assert logits.shape == (3, 1 + K) and labels.tolist() == [0, 0, 0]
+        for i, key in enumerate(n):  # they have entered by now, with their numbers
+            slot = (pointer + i) % K
+            torch.testing.assert_close(moco.queue[:, slot], key, atol=1e-5, rtol=0)
+            assert int(moco.queue_ids[slot]) == i + 8 * step
+
+
+def test_a_bank_smaller_than_a_steps_negatives_works():
+    moco = MoCo(tca(), C, 5)
+    anchors, positives, negatives = sides()
+    for _ in range(2):
+        logits, _ = moco(anchors, positives, negatives, torch.arange(8))
+    assert logits.shape == (3, 6) and sorted(moco.queue_ids.tolist()) == [3, 4, 5, 6, 7]
+
+
+def test_without_a_bank_the_steps_own_negatives_are_the_columns():
+    moco = MoCo(tca(), C, 0)
+    anchors, positives, negatives = sides()
+    logits, _ = moco(anchors, positives, negatives)
+    q, p, n = (describe_one_by_one(moco.encoder_q, *side) for side in (anchors, positives, negatives))
+    torch.testing.assert_close(logits.detach(), torch.cat([(q * p).sum(1)[:, None], q @ n.T], 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("K", [0, 20])
+def test_shares_masks_to_minus_infinity_where_it_says_so_and_nowhere_else(K):
+    moco = MoCo(tca(), C, K)
+    torch.manual_seed(0)
+    told = torch.rand(3, 40) < 0.4  # by bank number
+
+    def shares(numbers):
+        return told[:, numbers] & (numbers >= 0)
+
+    for step in range(4):
+        before = moco.queue_ids.clone() if K else torch.arange(8) + 8 * step
+        logits, _ = moco(*sides(step), torch.arange(8) + 8 * step, shares)
+        expected = [[False] + [bool(told[i, n]) and n >= 0 for n in before.tolist()] for i in range(3)]
+        assert (logits == -torch.inf).tolist() == expected
+        assert torch.isfinite(logits[~torch.tensor(expected)]).all()
+
+
+# --- the key encoder -------------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """An encoder with batch statistics, a momentum method's usual trap."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(C), nn.Linear(C, C)
+
+    def forward(self, x, num_frames):
+        return F.normalize(self.linear(self.norm(x.sum(1))), dim=1)
+
+
+@pytest.mark.parametrize("m", [0.0, 0.9, 0.999])
+def test_the_key_encoder_follows_by_momentum_with_its_batch_statistics(m):
+    torch.manual_seed(0)
+    moco = MoCo(Normed(), C, 8, m=m)
+    with torch.no_grad():
+        for value in moco.encoder_q.state_dict().values():
+            value.add_(1 if value.dtype == torch.long else torch.randn_like(value))
+    query = {name: value.clone() for name, value in moco.encoder_q.state_dict().items()}
+    key = {name: value.clone() for name, value in moco.encoder_k.state_dict().items()}
+    moco.update_key_encoder()
+    for name, value in moco.encoder_k.state_dict().items():
+        if value.dtype == torch.long:  # num_batches_tracked: a count
+            assert torch.equal(value, query[name])
+        else:
+            torch.testing.assert_close(value, m * key[name] + (1 - m) * query[name], atol=1e-6, rtol=1e-5)
+        if m == 0:
+            assert torch.equal(value, query[name])
+        assert torch.equal(moco.encoder_q.state_dict()[name], query[name])
+
+
+def test_keys_are_computed_after_the_key_encoder_has_moved():
+    moco = MoCo(tca(), C, 8, m=0.5)
+    with torch.no_grad():
+        for parameter in moco.encoder_q.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = copy.deepcopy(moco.encoder_k)
+    with torch.no_grad():
+        for k, q in zip(expected.parameters(), moco.encoder_q.parameters(), strict=True):
+            k.copy_(0.5 * k + 0.5 * q)
+    anchors, positives, negatives = sides()
+    logits, _ = moco(anchors, positives, negatives)
+    q, p = describe_one_by_one(moco.encoder_q, *anchors), describe_one_by_one(expected, *positives)
+    torch.testing.assert_close(logits[:, 0].detach(), (q * p).sum(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("K", [0, 8])
+def test_gradients_reach_the_query_encoder_and_no_key(K):
+    moco = MoCo(tca(), C, K, m=0.5)
+    logits, _ = moco(*sides())
+    logits.pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in moco.encoder_q.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in moco.encoder_k.parameters())
+    assert not moco.queue.requires_grad and moco.queue.grad_fn is None
+
+
+def test_a_second_step_can_be_made_before_the_firsts_backward():
+    moco = MoCo(tca(), C, 8)
+    first, _ = moco(*sides(0))
+    moco(*sides(1))
+    first.sum().backward()  # the bank that `first` used has been overwritten since; autograd must not mind
+
+
+# --- batches of like length ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [1, 50, 400, 8192])
+def test_length_batches_cover_every_video_once_within_their_bounds(frames):
+    lengths = np.random.default_rng(0).integers(1, 300, 200).tolist()
+    batches = list(length_batches(lengths, frames, 1.25))
+    assert sorted(i for group in batches for i in group) == list(range(200))
+    for group in batches:
+        longest, shortest = max(lengths[i] for i in group), min(lengths[i] for i in group)
+        assert len(group) == 1 or len(group) * longest <= frames
+        assert longest <= 1.25 * shortest
+    assert list(length_batches([])) == []
+
+
+def test_encode_by_length_equals_one_plain_call():
+    encoder = tca().eval()
+    lengths = np.random.default_rng(0).integers(1, 60, 40).tolist()
+    x, num_frames = batch(lengths)
+    with torch.no_grad():
+        torch.testing.assert_close(encode_by_length(encoder, x, num_frames), encoder(x, num_frames), atol=1e-5, rtol=0)

@@ -1,0 +1,413 @@
+"""train.py: the same weights again, also after being killed; weights that are better than none; clean refusals."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import C, cli, clis, error_after_progress, one_error, read_log, start, write_packed, write_pickle
+
+import train
+from data import FeatureStore, evaluation_set
+from evaluation import load_encoder, tables
+from losses import LOSSES
+from model import Mean
+from train import OPTIMIZERS, Trainer, parse
+
+SMALL = ["--nhead", 4, "--dim_feedforward", 64, "--batch_sz", 8, "--neg_num", 4, "--moco_k", 64, "--print-freq", 1]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Training in this process takes SIGTERM over; hand it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def flags(world, folder, *more):
+    return [*world.train_flags, "--model_path", folder, *SMALL, *more]
+
+
+def command(world, folder, *more):
+    return ["train.py", *flags(world, folder, *more)]
+
+
+def held_out(world):
+    return ["--val_set", "DEMO-VAL", "--val_feature_path", world.val_features, "--annotation_dir", world.annotations]
+
+
+def trainer(world, folder, *more):
+    """A run in this process."""
+    made = Trainer(arguments(world, folder, *more))
+    made.folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def arguments(world, folder, *more):
+    return parse([str(flag) for flag in flags(world, folder, *more)])
+
+
+def weights(folder):
+    return torch.load(folder / "model.pth", weights_only=True)["state_dict"]
+
+
+def model_at_end(folder):
+    """Both encoders and the bank after the last step; model.pth may be of an epoch long before."""
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["moco"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def steps_of(folder):
+    """The log without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key != "videos_per_s"} for line in read_log(folder)]
+
+
+def wait_for_step(process, folder, step):
+    """Until the log that this run (just started) has taken up shows `step`; the run must still be going on then."""
+    started, log = time.time_ns(), folder / "log.jsonl"
+    while not (log.exists() and log.stat().st_mtime_ns > started and any(line["step"] >= step for line in read_log(folder))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed; make it longer"
+
+
+# --- one seed, one result --------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_weights_bit_for_bit_however_the_data_are_loaded_and_another_seed_others(world, tmp_path):
+    runs = {
+        "first": [], "again": [], "loaded": ["--num_workers", 2, "--num_readers", 3], "other": ["--seed", 1],
+    }  # fmt: skip
+    for result in clis(*(command(world, tmp_path / name, "--epochs", 2, *more) for name, more in runs.items())):
+        assert result.returncode == 0, result.stderr
+    found = {name: weights(tmp_path / name) for name in runs}
+    assert same(found["first"], found["again"]) and same(found["first"], found["loaded"])
+    assert not same(found["first"], found["other"])
+    assert steps_of(tmp_path / "first") == steps_of(tmp_path / "again")
+
+
+# --- killed and resumed ----------------------------------------------------------------------------------------------
+
+LONG = ["--epochs", 60, "--patience", 14, "--dropout", 0.2, "--learning_rate", 1e-3, "--init", "near_identity"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory):
+    """A run with dropout that its held-out videos stop early."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    result = cli(*command(world, folder, *LONG, *held_out(world)))
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_run_killed_again_and_again_ends_with_the_unbroken_runs_weights(world, unbroken, tmp_path):
+    folder, whole = tmp_path / "run", unbroken[0]
+    last = max(line["step"] for line in read_log(whole))
+    draw = random.Random(time.time_ns())
+    save_every = draw.randint(1, 5)
+    call = command(world, folder, *LONG, *held_out(world), "--save_every", save_every)
+    targets = sorted(draw.sample(range(12, last * 2 // 3), 3))
+    print(f"killed at {targets}, saved every {save_every} steps")  # shown if it fails
+    for end, target in zip((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), targets, strict=True):
+        process = start(*call)
+        wait_for_step(process, folder, target)
+        process.send_signal(end)
+        _, stderr = process.communicate(timeout=60)
+        assert not (folder / "model.pth").exists()
+        if end == signal.SIGTERM:
+            assert process.returncode == 128 + signal.SIGTERM, stderr
+            step = torch.load(folder / "checkpoint.pth", weights_only=True)["step"]
+            assert step >= target and step == read_log(folder)[-1]["step"]  # nothing done was lost
+        else:
+            assert process.returncode == -signal.SIGKILL
+            assert last > torch.load(folder / "checkpoint.pth", weights_only=True)["step"] > 0
+    result = cli(*call)
+    assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
+    assert same(weights(folder), weights(whole)) and same(model_at_end(folder), model_at_end(whole))
+    assert steps_of(folder) == steps_of(whole)
+    assert sorted(os.listdir(folder)) == ["args.json", "checkpoint.pth", "log.jsonl", "model.pth"]
+
+
+def test_a_run_without_held_out_videos_resumes_to_the_same_weights_too(world, tmp_path):
+    more = ["--epochs", 12, "--dropout", 0.5, "--loss", "infonce", "--moco_m", 0.9, "--optimizer", "sgd"]
+    more += ["--learning_rate", 0.1, "--save_every", 4]
+    process = start(*command(world, tmp_path / "killed", *more))
+    wait_for_step(process, tmp_path / "killed", 30)
+    process.kill()
+    process.communicate()
+    for result in clis(command(world, tmp_path / "killed", *more), command(world, tmp_path / "whole", *more)):
+        assert result.returncode == 0, result.stderr
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone_and_another_command_is_refused_its_folder(world, unbroken):
+    folder, _ = unbroken
+    names = ("model.pth", "checkpoint.pth", "log.jsonl", "args.json")
+    before = {name: (folder / name).read_bytes() for name in names}
+    base = [*LONG, *held_out(world)]
+    changes = {"--seed": 1, "--loss": "infonce", "--epochs": 61}
+    same_call, *others = clis(
+        command(world, folder, *base), *(command(world, folder, *base, flag, value) for flag, value in changes.items())
+    )
+    assert same_call.returncode == 0 and "finished already" in same_call.stdout and not same_call.stderr
+    for (flag, value), result in zip(changes.items(), others, strict=True):
+        line = one_error(result)
+        assert flag in line and repr(value) in line and str(folder) in line
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_early_stopping_keeps_the_best_epoch(world, unbroken):
+    folder, result = unbroken
+    scores = [line["held_out"]["DSVR"] for line in read_log(folder) if "held_out" in line]
+    best = int(np.argmax(scores))  # the first of equals
+    assert len(scores) == best + 1 + 14 < 60, "it should stop 14 epochs after the best"
+    assert f"{max(scores):.4f}" in result.stdout and f"after epoch {best + 1}\n" in result.stdout
+    _, encoder = load_encoder(folder)
+    store, chosen = FeatureStore(world.val_features), evaluation_set("DEMO-VAL", world.annotations)
+    table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
+    found = chosen.evaluate_table(chosen.queries, chosen.database, table)
+    assert found["DSVR"] == pytest.approx(max(scores), abs=1e-9)
+    last = {name.removeprefix("encoder_q."): value for name, value in model_at_end(folder).items()}
+    assert not same(weights(folder), {name: last[name] for name in weights(folder)})
+
+
+def test_equal_figures_count_as_no_better(world, tmp_path):
+    made = trainer(world, tmp_path, *held_out(world), "--learning_rate", 0, "--patience", 3, "--epochs", 20)
+    assert made.fit() == 0
+    assert made.best_epoch == 0 and sum("held_out" in line for line in read_log(tmp_path)) == 1 + 3
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def figures_of(world, encoder):
+    store, chosen = FeatureStore(world.test_features), evaluation_set("DEMO", world.annotations)
+    table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
+    return chosen.evaluate_table(chosen.queries, chosen.database, table)
+
+
+def test_training_lowers_the_loss_and_finds_the_signal_that_the_untrained_mean_misses(world, unbroken):
+    folder, _ = unbroken
+    losses = [line["loss"] for line in read_log(folder) if "loss" in line]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    untrained, trained = figures_of(world, Mean(C)), figures_of(world, load_encoder(folder)[1])
+    assert untrained["CSVR"] < 0.8 and trained["CSVR"] > untrained["CSVR"] + 0.1, (untrained, trained)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_on_data_that_can_be_told_apart(world, loss, tmp_path):
+    made = trainer(
+        world, tmp_path, "--loss", loss, "--epochs", 10, "--learning_rate", 1e-3, "--init", "near_identity",
+        "--moco_t", 0.1 if loss == "infonce" else 1.0,
+    )  # fmt: skip
+    assert made.fit() == 0
+    log = [line for line in read_log(tmp_path) if "loss" in line]
+    gap = [line["positive"] - line["hardest_negative"] for line in log]
+    assert np.mean(gap[-8:]) > np.mean(gap[2:10]), "positives should move away from the hardest negatives"
+
+
+@pytest.mark.parametrize("init", ["paper", "near_identity"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_start_and_optimiser_runs_an_epoch(world, loss, init, optimizer, tmp_path):
+    made = trainer(world, tmp_path, "--loss", loss, "--init", init, "--optimizer", optimizer, "--epochs", 1)
+    before = {name: value.clone() for name, value in made.model.encoder_q.state_dict().items()}
+    assert made.fit() == 0
+    after = weights(tmp_path)
+    assert all(torch.isfinite(value).all() for value in after.values()) and not same(before, after)
+    assert made.step == made.steps_per_epoch == len(made.data) // 8
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--moco_k", 0],
+        ["--moco_k", 10],  # fewer than a step's 32 negatives
+        ["--moco_k", 33],
+        ["--num_layers", 2],
+        ["--random_sampling", "--padding_size", 4],
+        ["--padding_size", 0],
+        ["--min_overlap", 0.3],
+        ["--moco_m", 0.999],
+        ["--batch_sz", 72],
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_every_choice_runs_an_epoch(world, more, tmp_path):
+    made = trainer(world, tmp_path, "--epochs", 1, *more)
+    assert made.fit() == 0
+    assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path) if "loss" in line)
+
+
+def test_an_epoch_takes_every_pair_once_in_another_order_each_time(world, tmp_path):
+    made = trainer(world, tmp_path, "--batch_sz", 9)
+    assert len(made.data) == 72
+    orders = []
+    for _ in range(2):
+        order = [i for batch in made.batches() for i in batch[0]]
+        assert sorted(order) == list(range(72))
+        orders.append(order)
+        made.step += made.steps_per_epoch
+    assert orders[0] != orders[1]
+
+
+def test_the_learning_rate_falls_as_a_cosine_over_the_epochs(world, tmp_path):
+    made = trainer(world, tmp_path, "--epochs", 4, "--learning_rate", 1e-3)
+    made.fit()
+    rates = {line["epoch"]: line["lr"] for line in read_log(tmp_path)}
+    expected = {epoch: 1e-3 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)}
+    assert rates == pytest.approx(expected)
+
+
+def test_mask_shared_leaves_out_bank_entries_of_the_anchors_film_and_no_others(world, tmp_path):
+    made, plain = (trainer(world, tmp_path / name, *more) for name, more in (("a", ["--mask_shared"]), ("b", [])))
+    segments, negatives, seen = world.annotation["segments"], made.data.negatives, 0
+    for batch in itertools.islice(made.batches(), 5):
+        numbers = made.model.queue_ids.tolist()
+        _, similarities = made.train_step(batch)
+        _, unmasked = plain.train_step(batch)
+        for row, i in zip(similarities, batch[0], strict=True):
+            ((film, start_, end),) = segments[made.data.pairs[i][0]]
+            expected = [False]
+            for number in numbers:
+                other, a, b = segments[negatives[number]][0] if number >= 0 else (None, 0, 0)
+                expected.append(other == film and max(start_, a) < min(end, b))
+            assert (row == -math.inf).tolist() == expected
+            seen += sum(expected)
+        assert torch.isfinite(unmasked).all()
+    assert seen > 20
+
+
+# --- the released command --------------------------------------------------------------------------------------------
+
+
+def test_the_released_readmes_flags_are_accepted_with_a_note_for_those_that_change_nothing(world, tmp_path):
+    released = [
+        *world.train_flags, "--model_path", tmp_path / "run", "--num_clusters", 256, "--num_layers", 1, "--output_dim", 1024,
+        "--normalize_input", "--neg_num", 4, "--epochs", 1, "--batch_sz", 16, "--learning_rate", 1e-5, "--momentum", 0.9,
+        "--weight_decay", 1e-4, "--pca_components", C, "--padding_size", 300, "--num_readers", 2, "--num_workers", 1,
+        "--moco_k", 32, "--moco_m", "0.", "--moco_t", 1.0, "--print-freq", 1, "--use-adasum", "--fp16-allreduce",
+    ]  # fmt: skip
+    plain = [*world.train_flags, "--model_path", tmp_path / "plain", "--neg_num", 4, "--epochs", 1, "--batch_sz", 16]
+    results = clis(["train.py", *released], ["train.py", *plain, "--moco_k", 32, "--print-freq", 1])
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    notes = [line for line in results[0].stdout.splitlines() if line.startswith("note: ")]
+    for flag in ("--num_clusters", "--output_dim", "--normalize_input", "--use-adasum", "--fp16-allreduce"):
+        assert sum(f"{flag} changes nothing" in note for note in notes) == 1
+    assert "note:" not in results[1].stdout
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+    saved = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert saved["command"].startswith("train.py --annotation_path") and saved["revision"]
+    assert saved["arguments"]["neg_num"] == 4 and list(saved["arguments"]) == sorted(saved["arguments"])
+
+
+def test_a_run_states_its_steps_and_what_has_no_features(world, tmp_path):
+    annotation = world.annotation | {"negs": [*world.annotation["negs"], "lost", "gone"]}
+    annotation["video_pairs"] = [*annotation["video_pairs"], {"videos": ["film0/copy 0", "lost"], "overlap": [1, 1]}]
+    path = write_pickle(tmp_path / "more.pickle", annotation)
+    result = cli(*command(world, tmp_path / "run", "--annotation_path", path, "--epochs", 2))
+    assert result.returncode == 0, result.stderr
+    assert "72 pairs, 80 negatives" in result.stdout and "1 pairs, 2 negatives" in result.stdout
+    assert "18 optimiser steps of 8 pairs" in result.stdout
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_ends_with_status_2_one_line_and_no_folder(world, tmp_path):
+    wrong = write_pickle(tmp_path / "wrong.pickle", {"pairs": []})
+    (tmp_path / "text.hdf5").write_text("no features")
+    few = write_pickle(tmp_path / "few.pickle", {"video_pairs": [{"videos": ["x", "y"], "overlap": [1, 1]}], "negs": ["z"]})
+    run = tmp_path / "run"
+    cases = {
+        "no annotation": (["--annotation_path", tmp_path / "absent.pickle"], "absent.pickle"),
+        "no features": (["--feature_path", tmp_path / "absent.hdf5"], "absent.hdf5"),
+        "no feature file": (["--feature_path", tmp_path / "text.hdf5"], "text.hdf5"),
+        "another width": (["--pca_components", 1024], "1024"),
+        "an annotation of another form": (["--annotation_path", wrong], "wrong.pickle"),
+        "an annotation of other ids": (["--annotation_path", few], "few.pickle"),
+        "heads that do not divide": (["--nhead", 5], "--nhead"),
+        "a batch too large": (["--batch_sz", 1000], "--batch_sz"),
+        "half of the held-out flags": (["--val_set", "DEMO-VAL"], "--val_feature_path"),
+        "no held-out features": ([*held_out(world), "--val_feature_path", tmp_path / "absent.hdf5"], "absent.hdf5"),
+        "held-out features of other ids": (
+            [
+                "--val_set",
+                "DEMO-VAL",
+                "--val_feature_path",
+                world.train_features,
+                "--annotation_dir",
+                world.annotations,
+            ],
+            "train.hdf5",
+        ),
+        "patience for nothing": (["--patience", 2], "--val_set"),
+        "no value": (["--epochs"], "--epochs"),
+        "an unknown loss": (["--loss", "hinge"], "hinge"),
+    }
+    for (name, (_, mention)), result in zip(
+        cases.items(), clis(*(command(world, run, *more) for more, _ in cases.values())), strict=True
+    ):
+        line = one_error(result)
+        assert mention in line, f"{name}: {line}"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["few.pickle", "text.hdf5", "wrong.pickle"]
+    in_parts = cli(*command(world, run), WORLD_SIZE="2")
+    assert "one process" in one_error(in_parts) and not run.exists()
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--batch_sz", 0), ("--neg_num", 0), ("--print-freq", 0), ("--save_every", 0), ("--learning_rate", -1), ("--epochs", -1),
+     ("--moco_t", 0), ("--moco_k", -1), ("--dropout", 2), ("--padding_size", -1), ("--num_layers", 0), ("--nhead", 0)],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused_by_its_flag(world, flag, value, tmp_path):
+    with pytest.raises(train.InputError, match=flag):
+        trainer(world, tmp_path, flag, value)
+
+
+def test_features_that_are_not_finite_stop_the_run_with_the_videos_name(world, tmp_path):
+    features = {video: rows.astype(np.float32) for video, rows in world.pairs.items()}
+    features["film3/copy 2"] = features["film3/copy 2"] * np.nan
+    path = write_packed(tmp_path / "nan.hdf5", features)
+    for result in clis(
+        command(world, tmp_path / "run", "--feature_path", path),
+        command(world, tmp_path / "loaded", "--feature_path", path, "--num_workers", 1),
+    ):
+        line = error_after_progress(result)
+        assert "film3/copy 2" in line and "nan.hdf5" in line and "Traceback" not in result.stderr
+    for name in ("run", "loaded"):
+        assert not (tmp_path / name / "model.pth").exists() and not list((tmp_path / name).glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(world, tmp_path):
+    result = cli(*command(world, tmp_path / "run", "--loss", "infonce", "--learning_rate", 1e30, "--epochs", 40))
+    line = error_after_progress(result)
+    step = max((line["step"] for line in read_log(tmp_path / "run")), default=0)
+    assert f"at step {step}" in line and "film" in line and "--learning_rate" in line
+    assert not (tmp_path / "run" / "model.pth").exists()
+
+
+def test_help_names_every_flag_and_exits_0():
+    result = cli("train.py", "--help")
+    assert result.returncode == 0 and not result.stderr
+    for flag in (
+        "--annotation_path", "--feature_path", "--model_path", "--pca_components", "--padding_size", "--random_sampling",
+        "--min_overlap", "--mask_shared", "--num_workers", "--num_readers", "--encoder", "--num_layers", "--nhead",
+        "--dim_feedforward", "--dropout", "--init", "--loss", "--neg_num", "--moco_k", "--moco_m", "--moco_t", "--epochs",
+        "--batch_sz", "--learning_rate", "--optimizer", "--momentum", "--weight_decay", "--seed", "--val_set",
+        "--val_feature_path", "--annotation_dir", "--val_metric", "--patience", "--device", "--print-freq", "--save_every",
+        "--num_clusters", "--output_dim", "--normalize_input", "--use-adasum", "--fp16-allreduce",
+    ):  # fmt: skip
+        assert flag in result.stdout
