@@ -35,8 +35,8 @@ def run(main):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose description keeps its lines and whose errors are one line, as all our errors are."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(description=description, formatter_class=formatter_class, **options)
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")

@@ -15,7 +15,6 @@ A video that cannot be read is named, counted and skipped. OUTPUT's neighbour wi
 frames, seconds, status and reason. Exit status: 0, or 3 when some videos failed, or 2 for a bad command.
 """
 
-import argparse
 import collections
 import glob
 import os
@@ -337,7 +336,7 @@ def feature_function(backbone, pooling, projection, dtype):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(__doc__)
     add = parser.add_argument
     add("input", help="folder, list file of `id <tab> path`, or pattern with {id}")
     add("--output", required=True, help="the feature file to write, NAME.hdf5")

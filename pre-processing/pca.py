@@ -4,8 +4,8 @@
     python pre-processing/pca.py apply features.hdf5 --pca pca.npz --output features_512.hdf5
 
 `fit` draws 10 frames of every video (as the paper did: 997,090 of VCDB's) and keeps the leading components. `apply` gives
-rows of unit length: whitened, or with `fit --no_whiten` only centred and rotated. Where there is little film to fit on,
-whitening amplifies noise, and the second is better.
+rows of unit length: whitened, or with `fit --no_whiten` only centred and rotated. Whitening
+fitted on little film amplifies noise, but can gain far more than that costs: try both.
 
 A file holds plain arrays: mean (C,), components (D, C), variance (D,), whiten. The released code's parameter files (U, lams,
 mu, Utmu) are read too.
@@ -163,14 +163,14 @@ def run_apply(options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="fit | apply")
 
     one = commands.add_parser("fit", help="fit on feature files", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     one.add_argument("features", nargs="+", help="feature files of one width")
     one.add_argument("--output", required=True, help="the file to write, NAME.npz")
     one.add_argument("--components", type=int, default=512, help="how many to keep; the paper: 1024 of 3840")
-    one.add_argument("--no_whiten", dest="whiten", action="store_false", help="keep the variances; better on little film")
+    one.add_argument("--no_whiten", dest="whiten", action="store_false", help="centre and rotate only, keeping the variances; try both")
     one.add_argument("--frames_per_video", type=int, default=10, help="random frames to draw from each video")
     one.add_argument("--seed", type=int, default=0, help="of that draw")
     one.set_defaults(command=run_fit)

@@ -173,7 +173,7 @@ def build(output, seed=0, workers=2, limit=None):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="make the benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     make.add_argument("--output", required=True, help="folder to write to; may hold an earlier or unfinished build")

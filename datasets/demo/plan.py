@@ -17,7 +17,14 @@ from pathlib import Path
 import edits
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"train": (1.0, 2398 / 12), "val": (2398 / 12, 243.5), "test": (243.5, 5879 / 12)}  # s of film, at borders of sequences
+PARTS = {  # the sequences of shots.csv; alternating, so that every part sees meadow and forest, by day and in shade
+    "train": ("titles", "meadow", "bullying", "resolve", "preparations"),
+    "val": ("shade", "stone and log"),
+    "test": (
+        *("awakening", "follow", "mockery", "bow practice", "walking in", "plank trap"),
+        *("squirrel escape", "gliding chase", "capture", "finale"),
+    ),
+}
 ND_SHARE, DS_SECONDS, SCENE_SECONDS = 0.6, 2.0, 1.0
 EPSILON = 1e-4  # s; all times are whole frames
 
@@ -135,10 +142,9 @@ def annotation(clips, shots) -> dict:
 
 def stretches(shots, part, gap=0.3):
     """The part's film without its black pauses: [(start, end)]."""
-    low, high = PARTS[part]
     spans = []
     for shot in shots:
-        if shot.start < low - EPSILON or shot.end > high + EPSILON:
+        if shot.sequence not in PARTS[part]:
             continue
         if spans and shot.start - spans[-1][1] <= gap:
             spans[-1][1] = shot.end
@@ -218,15 +224,15 @@ def plan_evaluation(seed, part, shots, queries, copies, excerpts, windows) -> li
     for number, span in enumerate(planner.windows(queries)):
         query = planner.clip(f"q{number:02d}", "query", 1, [Piece(*span)])
         clips.append(query)
-        grades = [1 + number % 2, 3, 3, 4, 4][:copies]
+        grades = [2, 4, 4, 4, 4][:copies]
         clips += [planner.copy(f"q{number:02d}_copy{i}", grade, query) for i, grade in enumerate(grades)]
         clips += [planner.excerpt(f"q{number:02d}_in{i}", 2, query) for i in range(excerpts)]
     for number, span in enumerate(planner.windows(windows)):
-        clips.append(planner.clip(f"w{number:03d}", "window", rng.choice([2, 3, 3, 4, 4]), [Piece(*span)]))
+        clips.append(planner.clip(f"w{number:03d}", "window", rng.choice([3, 4, 4, 4]), [Piece(*span)]))
     return clips
 
 
-def plan_training(seed, shots, windows, grades=(2, 3, 3, 4, 4)) -> list:
+def plan_training(seed, shots, windows, grades=(3, 4, 4, 4, 4, 4, 4)) -> list:
     """Training windows: each plain, in heavier copies, and as an excerpt inside other training film."""
     planner = Planner(seed, "train", shots)
     clips = []
