@@ -170,7 +170,9 @@ def main(argv=None):
     one.add_argument("features", nargs="+", help="feature files of one width")
     one.add_argument("--output", required=True, help="the file to write, NAME.npz")
     one.add_argument("--components", type=int, default=512, help="how many to keep; the paper: 1024 of 3840")
-    one.add_argument("--no_whiten", dest="whiten", action="store_false", help="centre and rotate only, keeping the variances; try both")
+    one.add_argument(
+        "--no_whiten", dest="whiten", action="store_false", help="centre and rotate only, keeping the variances; try both"
+    )
     one.add_argument("--frames_per_video", type=int, default=10, help="random frames to draw from each video")
     one.add_argument("--seed", type=int, default=0, help="of that draw")
     one.set_defaults(command=run_fit)

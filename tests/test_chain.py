@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
-
 from conftest import cli
+from sklearn.metrics import average_precision_score
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def chain(tmp_path_factory):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    do("datasets/demo/make_demo.py", "build", "--output", folder, "--limit", 9)
+    do("datasets/demo/make_demo.py", "build", "--output", folder, "--limit", 17)  # two queries with their copies, and a third
     for part in ("train", "val", "test"):
         raw = str(features).format(f"raw-{part}")
         do("pre-processing/extract_features.py", folder / "videos" / part, "--output", raw)
@@ -63,16 +62,7 @@ def test_the_figure_of_real_video_is_scikit_learns(chain):
         row = {video: value for video, value in similarities[query].items() if video != query}
         relevant = {*labels["ND"], *labels["DS"]}
         if relevant & set(row):
+            assert not relevant >= set(row), "a set where everything is relevant tests nothing"
             scores.append(average_precision_score([video in relevant for video in row], list(row.values())))
     (result,) = json.loads((folder / "results.json").read_text())["figures"]["TCA_c"]
     assert result["DSVR"] == pytest.approx(np.mean(scores), abs=1e-6)
-
-
-def test_a_copy_looks_more_like_its_query_than_film_of_another_sequence_does(chain):
-    folder, _ = chain
-    facts = json.loads((folder / "annotations" / "demo_segments.json").read_text())
-    similarities = json.loads((folder / "similarities.json").read_text())
-    query = next(iter(similarities))
-    copies = [value for video, value in similarities[query].items() if facts[video]["source"] == query]
-    others = [value for video, value in similarities[query].items() if video != query and facts[video]["source"] != query]
-    assert np.mean(copies) > np.mean(others)

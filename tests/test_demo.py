@@ -148,7 +148,7 @@ def test_the_parts_show_disjoint_film(clips):
 def test_the_plan_keeps_its_size_and_its_mixture(clips):
     test = [c for c in clips if c.part == "test"]
     assert sum(c.role == "query" for c in test) >= 40 and len(test) >= 440
-    assert sum(c.duration for c in clips) <= 10_000, "feature extraction would take too long"
+    assert sum(c.duration for c in clips) <= 11_000, "feature extraction would take too long"
     copies = [c for c in test if c.role == "copy"]
     assert sum(c.grade >= 3 for c in copies) >= 0.7 * len(copies)
     assert {name for c in clips for name, _ in c.edits} == set(edits.EDITS), "an edit that is never used"
