@@ -62,7 +62,7 @@ def test_the_figure_of_real_video_is_scikit_learns(chain):
         row = {video: value for video, value in similarities[query].items() if video != query}
         relevant = {*labels["ND"], *labels["DS"]}
         if relevant & set(row):
-            assert not relevant >= set(row), "a set where everything is relevant tests nothing"
             scores.append(average_precision_score([video in relevant for video in row], list(row.values())))
+    assert min(scores) < 1, "a perfect ranking would test nothing"
     (result,) = json.loads((folder / "results.json").read_text())["figures"]["TCA_c"]
     assert result["DSVR"] == pytest.approx(np.mean(scores), abs=1e-6)
