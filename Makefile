@@ -38,12 +38,12 @@ demo: $(RUNS:%=%/model.pth) $(FEATURES)
 	@echo "videos, annotations, features, models and results.json are in $(DEMO)"
 
 # The film cut into videos, with graded copies of them and annotations.
-$(DEMO)/build.json: datasets/demo/film.mp4 datasets/demo/shots.csv $(wildcard datasets/demo/*.py) | .venv/ready
+$(DEMO)/built: datasets/demo/film.mp4 datasets/demo/shots.csv $(wildcard datasets/demo/*.py) | .venv/ready
 	$(RUN) datasets/demo/make_demo.py build --output $(DEMO)
 	touch $@
 
 # Frame features: four maps of EfficientNet-Lite0, iMAC, one frame a second.
-$(DEMO)/raw-%.hdf5: $(DEMO)/build.json
+$(DEMO)/raw-%.hdf5: $(DEMO)/built
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling imac
 
 # PCA fitted on all frames of the training part; without --no_whiten it whitens (README.md has that table too).

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from utils import InputError, atomic, existing, load_pickle, rng
+from utils import InputError, atomic, digest, existing, load_pickle, remove_leftovers, rng
 
 ANNOTATION_DIR = os.environ.get("TCA_ANNOTATIONS", str(Path(__file__).resolve().parent / "datasets" / "annotations"))
 
@@ -29,7 +29,8 @@ class FeatureStore(Mapping):
     - the packed layout of `StoreWriter`: `frames (sum T, C)` contiguous, `offsets (N+1,)`, `ids (N,)`. It is read through a
       memory map, so a slice costs no copy and data-loading workers share its pages.
 
-    Attributes: `path`, `lengths` (id -> T), `channels` (C), `meta` (the file's attributes). Rows come in the stored type.
+    Attributes: `path`, `lengths` (id -> T), `channels` (C), `meta` (the file's attributes). Rows come in the
+    stored type.
     Raises InputError, naming file and id, for a missing id, an empty video, another width, or a NaN or infinite value.
     """
 
@@ -37,7 +38,7 @@ class FeatureStore(Mapping):
         self.path = existing(path, "feature file")
         self._handle = None, None
         file = self._open()
-        self.meta = dict(file.attrs)
+        self.meta = {name: _plain(value) for name, value in file.attrs.items()}
         self._frames = None
         packed = [file.get(name) for name in ("frames", "offsets", "ids")]
         if all(isinstance(item, h5py.Dataset) for item in packed):
@@ -91,6 +92,12 @@ class FeatureStore(Mapping):
             raise InputError(f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; extract it again")
         return rows
 
+    def fingerprint(self):
+        """A digest of what the features are and of a sample of their values, to tell one file's content from another's."""
+        some = list(self.lengths)[:: len(self.lengths) // 1000 + 1]
+        sample = [np.asarray(self[video][0], np.float32).tobytes().hex() for video in some]
+        return digest([self.channels, self.lengths, sample])
+
     def __contains__(self, video):
         return video in self.lengths
 
@@ -101,19 +108,29 @@ class FeatureStore(Mapping):
         return len(self.lengths)
 
 
+def _plain(value):
+    """An HDF5 attribute as a value that JSON can hold."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
 class StoreWriter:
     """Writes the packed layout, so that a run killed at any moment loses nothing that was added.
 
     Frames go to `PATH.part`, one journal line a video to `PATH.part.jsonl`; a clean end of the `with` block packs them into
     contiguous HDF5 at PATH by rename. A later writer of the same path and `meta` goes on: `done` holds the ids already there.
+    `sources` {id: text} says what each video's features are made from (its file's size and time, say): a spool that holds a
+    video of other origin is refused, InputError.
 
         with StoreWriter("features.hdf5", meta={"backbone": "resnet50"}) as store:
             store.add("video id", frames)  # (T, C)
     """
 
-    def __init__(self, path, dtype="float16", meta=None):
+    def __init__(self, path, dtype="float16", meta=None, sources=None):
+        self._sources = sources
         self.path, self.dtype, self.meta = Path(path), np.dtype(dtype), dict(meta or {})
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         self._spool, self._journal = Path(f"{path}.part"), Path(f"{path}.part.jsonl")
         header = {"dtype": self.dtype.name, "meta": self.meta}
         lines = self._read_journal()
@@ -123,6 +140,12 @@ class StoreWriter:
             self._spool.write_bytes(b"")
         self._rows = lines[1:]  # [{"id", "T", "C"}]
         self.done = {row["id"] for row in self._rows}
+        for row in self._rows:
+            if sources is not None and sources.get(row["id"]) != row["source"]:
+                raise InputError(
+                    f"{str(self._spool)!r}, left by a stopped run, holds video {row['id']!r} as it was then, and the input has"
+                    f" changed; remove {str(self._journal)!r} to start anew"
+                )
         size = sum(row["T"] * row["C"] for row in self._rows) * self.dtype.itemsize
         self._data, self._log = open(self._spool, "r+b"), open(self._journal, "a", encoding="utf-8")
         self._data.truncate(size)  # a video that was being written when the run was killed
@@ -158,7 +181,7 @@ class StoreWriter:
             raise InputError(f"video {video!r} is given twice")
         self._data.write(frames.tobytes())
         self._data.flush()  # frames before the journal line that vouches for them
-        row = {"id": video, "T": len(frames), "C": width}
+        row = {"id": video, "T": len(frames), "C": width, "source": (self._sources or {}).get(video)}
         self._log.write(json.dumps(row) + "\n")
         self._log.flush()
         self._rows.append(row)
@@ -248,6 +271,7 @@ class VCDBPairDataset(Dataset):
         self.store, self.padding_size, self.neg_num, self.readers = store, padding_size, neg_num, readers
         self.seed, self.random_sampling, self.epoch = seed, random_sampling, 0
         self.segments = annotation.get("segments")
+        self.digest = digest([self.pairs, self.negatives, self.segments])
         self._shared = None
 
     def set_epoch(self, epoch):
@@ -294,9 +318,12 @@ class VCDBPairDataset(Dataset):
         if not self.segments:
             raise InputError("the annotation has no 'segments', so shared material is not known; leave --mask_shared out")
         owner, source, start, end = [], [], [], []
-        for number, video in enumerate(self.negatives):
-            for name, a, b in self.segments.get(video, ()):
-                owner.append(number), source.append(name), start.append(a), end.append(b)
+        try:
+            for number, video in enumerate(self.negatives):
+                for name, a, b in self.segments.get(video, ()):
+                    owner.append(number), source.append(name), start.append(float(a)), end.append(float(b))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}") from None
         owner, source, start, end = np.array(owner, int), np.array(source), np.array(start), np.array(end)
         shared = {}
         for anchor in {a for a, _ in self.pairs}:
@@ -401,7 +428,7 @@ class FIVR:
 
     def coverage(self, available):
         """How much of the set has features: queries and videos present and missing, queries with nothing relevant a task."""
-        available = set(available)
+        available = set(available) & {*self.queries, *self.database}
         queries = [query for query in self.queries if query in available]
         videos = sum(video in available for video in self.database)
         empty = {task: sum(not self._relevant[query][task] & available for query in queries) for task in self.TASKS}
@@ -428,7 +455,10 @@ def _listed_set(directory, name, ids):
     """A set of two files: NAME, the labels by query, and IDS, the database's ids, one a line."""
     path = Path(directory) / name
     annotation = _read_json(path)
-    database = existing(Path(directory) / ids, "id list").read_text(encoding="utf-8").split()
+    try:
+        database = existing(Path(directory) / ids, "id list").read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise InputError(f"id list {str(Path(directory) / ids)!r} is not UTF-8 text ({error}); fetch it again") from None
     return FIVR(annotation, database, annotation, f"annotation {path.name!r}")
 
 

@@ -15,6 +15,8 @@ Annotations are looked for in datasets/annotations (or --annotation_dir, or the 
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,18 +25,34 @@ from tqdm import tqdm
 from data import ANNOTATION_DIR, EVALUATION_SETS, FeatureStore, evaluation_set, pad
 from model import ENCODERS, build_encoder, length_batches
 from similarity import METRICS, VIDEO_METRICS, similarity_table
-from utils import InputError, Parser, atomic, check_ranges, default_device, existing, load_torch, provenance, run, write_json
+from utils import (
+    InputError,
+    Parser,
+    atomic,
+    check_ranges,
+    checked_device,
+    default_device,
+    existing,
+    load_torch,
+    provenance,
+    run,
+    write_json,
+)
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
 
 
 def load_encoder(path, nhead=8):
-    """The encoder in `path`: a run's folder (its model.pth), a file in it, or a bare state dict. Returns (name, encoder)."""
+    """The encoder in `path`: a run's folder (its model.pth), a file in it, or a bare state dict.
+
+    Returns (name, encoder, what the file says of the features it was trained on).
+    """
     path = existing(path, "model path")
     file = path / "model.pth" if path.is_dir() else path
     state = load_torch(file)
     encoder = build_encoder(state, f"model file {str(file)!r}", nhead)
-    return next(name for name, kind in ENCODERS.items() if type(encoder) is kind), encoder
+    name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
+    return name, encoder, state.get("features") if "arguments" in state else {}
 
 
 def crop(frames, padding_size):
@@ -47,7 +65,8 @@ def crop(frames, padding_size):
 def describe(encoder, store, videos, video_level, padding_size=300, device="cpu", progress=False):
     """Descriptors of `videos`, in their order: (D,) arrays, or (T, D) arrays of frame descriptors; float32.
 
-    Videos are encoded in batches of like length, so that almost nothing is padded and memory does not grow with their number.
+    Videos are encoded in batches of like length, so that almost nothing is padded. The descriptors are all held: frame
+    descriptors take 4 x T x D bytes a video.
     """
     lengths = [min(store.lengths[video], padding_size or store.lengths[video]) for video in videos]
     out, encoder = [None] * len(videos), encoder.to(device).eval()
@@ -84,6 +103,16 @@ def check_width(encoder, store):
         )
 
 
+def warn_of_other_features(features, store, model):
+    """Say so on stderr when features were made otherwise than those that a model was trained on."""
+    here = {key: store.meta.get(key, value) for key, value in features.items()}
+    other = [f"{key} {value!r}, here {here[key]!r}" for key, value in features.items() if here[key] != value]
+    if other:
+        print(
+            f"warning: {model}: not trained on such features as {str(store.path)!r} holds: {'; '.join(other)}", file=sys.stderr
+        )
+
+
 def rows(args, store, queries, database):
     """Yield (row name, table (Q, N)) for every encoder and metric asked for."""
     options = dict(padding_size=args.padding_size, device=args.device, progress=True)
@@ -92,7 +121,8 @@ def rows(args, store, queries, database):
     names = {metric: f"{'mean' if metric == 'cosine' else metric}, untrained" for metric in METRICS}
     yield from ((names[metric], table) for metric, table in baselines.items() if metric in VIDEO_METRICS)
     for path in args.model_path:
-        name, encoder = load_encoder(path, args.nhead)
+        name, encoder, features = load_encoder(path, args.nhead)
+        warn_of_other_features(features, store, path)
         if args.encoder and args.encoder != name:
             raise InputError(f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out")
         for metric, table in tables(encoder, store, queries, database, args.metric, **options).items():
@@ -136,6 +166,13 @@ def parse(argv=None):
     for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
         add(short, f"--{name}", type=int, help="read from the model file; accepted for the released command's sake")
     args = parser.parse_args(argv)
+    args.device = checked_device(args.device)
+    for path in (args.output, args.save_similarities):
+        if path and Path(path).is_dir():
+            raise InputError(f"{path!r} is a folder; name a file to write")
+    given = [f"--{name}" for name in ("num_clusters", "num_layers", "output_dim") if getattr(args, name) is not None]
+    if given:
+        print(f"note: {', '.join(given)} changes nothing: the model file says what it holds", file=sys.stderr)
     check_ranges(args, {"padding_size": (0, math.inf), "nhead": (1, math.inf)})
     for metric in (*args.metric, *args.baseline):
         if metric not in METRICS:
@@ -173,7 +210,11 @@ def main():
         write_json(
             args.output,
             {"dataset": args.dataset, "annotation": chosen.source, "figures": figures, "models": args.model_path}
-            | {"padding_size": args.padding_size, "coverage": coverage, "features": {"path": str(store.path), **store.meta}}
+            | {
+                "padding_size": args.padding_size,
+                "coverage": coverage,
+                "features": {"path": str(store.path), "meta": store.meta},
+            }
             | provenance(),
         )
     if args.save_similarities:

@@ -98,7 +98,7 @@ def build_encoder(state, source, nhead=8):
     """
     if not isinstance(state, dict) or not state:
         raise InputError(f"{source} holds no model; pass a run's folder, its model.pth, or a saved state dict")
-    if state.get("encoder") in ENCODERS:
+    if isinstance(state.get("encoder"), str) and state["encoder"] in ENCODERS:
         try:
             encoder = ENCODERS[state["encoder"]](**state["arguments"])
             weights = state["state_dict"] if "state_dict" in state else _query_encoder(state["moco"])

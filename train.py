@@ -24,17 +24,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import ANNOTATION_DIR, EVALUATION_SETS, FeatureStore, VCDBPairDataset, collate_pairs, evaluation_set
-from evaluation import check_width, tables
+from evaluation import check_width, tables, warn_of_other_features
 from losses import LOSSES
 from model import ENCODERS, MoCo
 from similarity import METRICS
 from utils import (
     InputError,
     Parser,
+    atomic,
     check_ranges,
+    checked_device,
     default_device,
     load_torch,
     provenance,
+    remove_leftovers,
     rng,
     run,
     save_torch,
@@ -42,8 +45,12 @@ from utils import (
     write_json,
 )
 
-# A resumed run must agree on everything but these, which do not change what it computes.
-FREE_ON_RESUME = {"model_path", "num_workers", "num_readers", "print_freq", "save_every", "device"}
+# A resumed run must agree on everything but these: paths, whose content is compared instead, and what does not change the
+# result (another device does, in the last bits).
+FREE_ON_RESUME = {
+    *("model_path", "annotation_path", "feature_path", "val_feature_path", "annotation_dir"),
+    *("num_workers", "num_readers", "print_freq", "save_every", "device"),
+}
 
 
 def parse(argv=None):
@@ -86,7 +93,7 @@ def parse(argv=None):
     add("-lr", "--learning_rate", type=float, default=1e-5, help="start of a cosine decay over the epochs; raise it, to 1e-4"
         " or 3e-4, when there are only hundreds of steps; lower it if the loss rises (default 1e-5)")  # fmt: skip
     add("--optimizer", default="adam", choices=OPTIMIZERS, help="(default adam)")
-    add("--momentum", type=float, default=0.9, help="of --optimizer sgd (default .9)")
+    add("--momentum", type=float, help="of --optimizer sgd (default .9)")
     add("-wd", "--weight_decay", type=float, default=1e-4, help="(default 1e-4)")
     add("--seed", type=int, default=0, help="the same seed gives the same weights, bit for bit, on one machine (default 0)")
 
@@ -106,7 +113,11 @@ def parse(argv=None):
     for flags, note in IGNORED.items():
         add(*flags.split(), action="append", nargs="?", const=True, help=f"accepted from the released command; {note}")
     args = parser.parse_args(argv)
+    if args.momentum is not None and args.optimizer != "sgd":
+        print("note: --momentum changes nothing: it is of --optimizer sgd")
+    args.momentum = 0.9 if args.momentum is None else args.momentum
     check_ranges(args, RANGES)
+    args.device = checked_device(args.device)
     return args
 
 
@@ -152,7 +163,7 @@ class Trainer:
     def __init__(self, args):
         self.args, self.folder = args, Path(args.model_path)
         store = FeatureStore(args.feature_path, args.pca_components)
-        self.features = {key: str(value) for key, value in store.meta.items()}
+        self.features = store.meta
         self.data = VCDBPairDataset(
             args.annotation_path, store, args.padding_size, args.neg_num, args.seed, args.random_sampling, args.min_overlap,
             args.num_readers,
@@ -160,7 +171,13 @@ class Trainer:
         self.steps_per_epoch = len(self.data) // args.batch_sz
         if not self.steps_per_epoch:
             raise InputError(f"{len(self.data)} pairs do not fill one batch of {args.batch_sz}; lower --batch_sz")
+        if args.mask_shared:
+            self.data.shares([0])  # refuses an annotation without segments, before anything is written
         self.held_out = self._held_out()
+        self.inputs = {"features": store.fingerprint(), "annotation": self.data.digest}
+        if self.held_out:
+            self.inputs["held_out"] = self.held_out[1].fingerprint()
+            warn_of_other_features(self.features, self.held_out[1], "this run")
         seed_torch(args.seed)
         encoder, self.arguments = build_encoder(args, store.channels)
         if self.held_out:
@@ -182,6 +199,9 @@ class Trainer:
         sides = [[video for video in side if video in store] for side in (chosen.queries, chosen.database)]
         if not all(sides):
             raise InputError(f"{str(store.path)!r} has features of no query or no video of {args.val_set}; wrong file?")
+        task, skipped = next(iter(chosen.coverage(store)["queries_without_relevant"].items()))
+        if skipped == len(sides[0]):
+            raise InputError(f"no query of {args.val_set} has a video to find ({task}) in {str(store.path)!r}; give more")
         return chosen, store, *sides
 
     # --- state ---
@@ -197,6 +217,7 @@ class Trainer:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_weights": self.best_weights,
+            "inputs": self.inputs,
             "args": vars(self.args),
         }
 
@@ -205,8 +226,8 @@ class Trainer:
 
     def restore(self):
         """Go on from the folder's checkpoint, if it has one; InputError when another command made it."""
-        for orphan in self.folder.glob(".*.pth"):  # of a run killed while it saved
-            orphan.unlink()
+        for name in ("checkpoint.pth", "model.pth", "args.json", "log.jsonl"):
+            remove_leftovers(self.folder / name)
         path = self.folder / "checkpoint.pth"
         if not path.exists():
             return
@@ -220,6 +241,10 @@ class Trainer:
         ]
         if changed:
             raise InputError(f"{str(path)!r} was made with other settings ({', '.join(changed)}); choose another --model_path")
+        made_from = state.get("inputs", {})
+        other = [name for name, value in self.inputs.items() if made_from.get(name) != value]
+        if other:
+            raise InputError(f"{str(path)!r} was made from other {' and '.join(other)} files; choose another --model_path")
         self.model.load_state_dict(state["moco"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "best", "best_epoch", "best_weights"):
@@ -328,12 +353,13 @@ class Log:
 
     def __init__(self, path, step):
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
+        with atomic(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
         self.path = path
 
     def write(self, line):
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _step(line):
@@ -350,20 +376,21 @@ def videos(batch):
 
 def describe_step(loss, similarities):
     """What a log line says of a step; similarities (N, 1+K), the positive first, -inf where a negative was left out."""
+    used = similarities[:, 1:] > -torch.inf
+    some = used.any(1)  # rows that have a negative at all
     negatives = similarities[:, 1:]
-    used = negatives > -torch.inf
     return {
         "loss": loss.item(),
         "positive": similarities[:, 0].mean().item(),
-        "negative": negatives[used].mean().item(),
-        "hardest_negative": negatives.amax(1).mean().item(),
+        "negative": negatives[used].mean().item() if some.any() else None,
+        "hardest_negative": negatives[some].amax(1).mean().item() if some.any() else None,
         "left_out": 1 - used.float().mean().item(),
     }
 
 
 def main():
     args = parse()
-    if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")) > 1:
+    if max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")) > 1:
         raise InputError("this version trains in one process; start it without a launcher")
     for flags, note in IGNORED.items():
         name = flags.split()[-1]

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import glob
+import hashlib
 import json
 import os
 import pickle
@@ -26,6 +28,9 @@ def run(main):
     except InputError as error:
         message = str(error).rpartition("InputError: ")[2]  # a data-loading worker's comes at the end of its traceback
         print("error:", " ".join(message.strip().splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # no permission, a folder where a file should be, a full disk
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -64,6 +69,13 @@ def atomic(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def remove_leftovers(path):
+    """Remove what `atomic(path)` left in runs that were killed."""
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
+        left.unlink()
 
 
 def _umask():
@@ -125,6 +137,11 @@ def save_torch(path, value):
         torch.save(value, temporary)
 
 
+def digest(value):
+    """A short SHA-256 of a JSON-like value: the same for equal values, whatever file they came from."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
 # --- seeds and provenance --------------------------------------------------------------------------------------------
 
 
@@ -155,6 +172,15 @@ def provenance():
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
     }
+
+
+def checked_device(name):
+    """`name` if tensors can be put there, else InputError."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def default_device():

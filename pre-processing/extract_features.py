@@ -367,10 +367,9 @@ def parse(argv=None):
     add("--workers", type=int, default=os.cpu_count(), help="decoder threads (default: the cores, %(default)s)")
     add("--batch_sz", type=int, help="frames in a batch (default: 4 on a CPU, where more is slower; 64 on a GPU)")
     options = parser.parse_args(argv)
-    try:
-        on_cpu = torch.zeros(1, device=options.device).device.type == "cpu"
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    on_cpu = torch.device(utils.checked_device(options.device)).type == "cpu"
+    if options.components is not None and (options.components < 1 or not options.pca):
+        raise InputError("--components takes a number from 1 up, and belongs to --pca; correct it or leave it out")
     options.streams = os.cpu_count() if on_cpu else 1
     options.batch_sz = options.batch_sz if options.batch_sz is not None else 4 if on_cpu else 64
     if options.fps <= 0 or options.workers < 1 or options.batch_sz < 1:
@@ -412,6 +411,15 @@ def write_report(options, settings, videos):
     utils.write_json(Path(options.output).with_suffix(".json"), {**utils.provenance(), "settings": settings, "videos": rows})
 
 
+def identity(path):
+    """What tells a changed file: size and time of change; empty for one that cannot be looked at, which fails later by name."""
+    try:
+        facts = Path(path).stat()
+    except OSError:
+        return ""
+    return f"{facts.st_size} bytes, {facts.st_mtime_ns}"
+
+
 def store(writer, video):
     """Write a finished video, or note why it cannot be."""
     try:
@@ -431,7 +439,7 @@ def main(argv=None):
         projection.check(sum(backbone.channels), f"{options.backbone} with {options.pooling}")
     settings = describe(options, backbone, projection)
 
-    writer = StoreWriter(options.output, options.dtype, settings)
+    writer = StoreWriter(options.output, options.dtype, settings, {video.id: identity(video.path) for video in videos})
     todo = [video for video in videos if video.id not in writer.done]
     if len(todo) < len(videos):
         print(f"going on: {len(videos) - len(todo)} of {len(videos)} videos were done before", file=sys.stderr)

@@ -154,8 +154,8 @@ def run_apply(options):
     projection.check(store.channels, repr(options.features))
     if Path(options.output).resolve() == Path(options.features).resolve():
         raise InputError(f"--output {options.output!r} is the input; name another file")
-    meta = {name: value.item() if isinstance(value, np.generic) else value for name, value in store.meta.items()}
-    with StoreWriter(options.output, options.dtype, {**meta, "pca": projection.label}) as writer:
+    sources = dict.fromkeys(store, store.fingerprint())
+    with StoreWriter(options.output, options.dtype, {**store.meta, "pca": projection.label}, sources) as writer:
         for video in tqdm(store, unit="video", disable=len(store) < 1000):
             if video not in writer.done:
                 writer.add(video, projection(store[video]))

@@ -289,6 +289,15 @@ def interrupted(path, features, **options):
         raise ZeroDivisionError
 
 
+def test_a_spool_of_a_video_that_has_changed_since_is_refused_and_stays(tmp_path):
+    path, features = tmp_path / "x.hdf5", some_features()
+    interrupted(path, features, sources=dict.fromkeys(IDS, "made on Monday"))
+    for sources in ({**dict.fromkeys(IDS, "made on Monday"), IDS[0]: "made on Tuesday"}, {IDS[0]: "made on Monday"}):
+        with pytest.raises(InputError, match="the input has changed"):
+            StoreWriter(path, sources=sources)
+    assert StoreWriter(path, sources=dict.fromkeys(IDS, "made on Monday")).done == set(IDS)
+
+
 def test_the_order_of_adding_does_not_matter(tmp_path):
     features = some_features()
     backwards = dict(reversed(features.items()))

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -173,7 +175,7 @@ def test_early_stopping_keeps_the_best_epoch(world, unbroken):
     best = int(np.argmax(scores))  # the first of equals
     assert len(scores) == best + 1 + 14 < 60, "it should stop 14 epochs after the best"
     assert f"{max(scores):.4f}" in result.stdout and f"after epoch {best + 1}\n" in result.stdout
-    _, encoder = load_encoder(folder)
+    encoder = load_encoder(folder)[1]
     store, chosen = FeatureStore(world.val_features), evaluation_set("DEMO-VAL", world.annotations)
     table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
     found = chosen.evaluate_table(chosen.queries, chosen.database, table)
@@ -416,3 +418,29 @@ def test_help_names_every_flag_and_exits_0():
         "--num_clusters", "--output_dim", "--normalize_input", "--use-adasum", "--fp16-allreduce",
     ):  # fmt: skip
         assert flag in result.stdout
+
+
+def test_features_of_other_content_under_the_same_path_are_no_resumed_run(world, tmp_path):
+    features = tmp_path / "features.hdf5"
+    shutil.copy(world.train_flags[world.train_flags.index("--feature_path") + 1], features)
+    run = command(world, tmp_path / "run", "--epochs", 1, "--feature_path", features)
+    assert cli(*run).returncode == 0
+    again = cli(*run)
+    assert again.returncode == 0 and "finished already" in again.stdout
+    with h5py.File(features, "r+") as file:
+        file["frames"][...] = -file["frames"][...]
+    assert "made from other features files" in one_error(cli(*run))
+
+
+def test_a_model_scored_on_features_made_otherwise_is_named(world, tmp_path):
+    made = trainer(world, tmp_path, "--epochs", 1)
+    made.features = {"backbone": "one"}
+    assert made.fit() == 0
+    features = tmp_path / "features.hdf5"
+    shutil.copy(world.test_features, features)
+    with h5py.File(features, "r+") as file:
+        file.attrs["backbone"] = "another"
+    evaluate = ["evaluation.py", "--dataset", "DEMO", "--annotation_dir", world.annotations, "--model_path", tmp_path]
+    told, silent = clis([*evaluate, "--feature_path", features], [*evaluate, "--feature_path", world.test_features])
+    assert told.returncode == silent.returncode == 0
+    assert "backbone 'one', here 'another'" in told.stderr and "warning" not in silent.stderr

@@ -160,6 +160,9 @@ def build(output, seed=0, workers=2, limit=None):
     if manifest.get("stamp") != stamp:
         for name in manifest.get("files", []):  # an earlier build of another plan: its own files go, and nothing else
             (output / name).unlink(missing_ok=True)
+        for clip in clips:  # nor may a file whose record was lost pass for a new one
+            for left in (output / clip.file).parent.glob(f"{clip.id}.*"):
+                left.unlink()
         files = [clip.file for clip in clips] + [f"annotations/{name}" for name in ANNOTATIONS]
         manifest = {"stamp": stamp, "seed": seed, "complete": False, "files": files}
         utils.write_json(record, manifest)
