@@ -68,7 +68,7 @@ def parse(argv=None):
     add("--mask_shared", action="store_true", help="leave bank entries that show the anchor's own material out of its"
         " negatives; needs 'segments' in the annotation, and matters where all videos come from few films")  # fmt: skip
     add("-nw", "--num_workers", type=int, default=0, help="processes that load data beside the training (default 0: none;"
-        " raise it when the progress bar shows waiting)")  # fmt: skip
+        " raise it when the device waits for data)")  # fmt: skip
     add("-nr", "--num_readers", type=int, default=1, help="threads of each loader that read files; for slow file systems")
 
     add = parser.add_argument_group("encoder").add_argument
