@@ -78,7 +78,7 @@ def parse(argv=None):
     add("--dim_feedforward", type=int, default=2048, help="width of the layer's inner part (default 2048)")
     add("--dropout", type=float, default=0.2, help="(default .2, the released code's; the paper reports .5)")
     add("--init", default="paper", choices=["paper", "near_identity"], help="near_identity starts from the features as they"
-        " are: take it when you have few videos or few steps (default paper)")  # fmt: skip
+        " are; with few videos or few steps try both (default paper)")  # fmt: skip
 
     add = parser.add_argument_group("contrastive learning").add_argument
     add("--loss", default="circle", choices=LOSSES, help="circle-released is the released code's form of it (default circle)")
