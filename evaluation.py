@@ -52,7 +52,7 @@ def load_encoder(path, nhead=8):
     state = load_torch(file)
     encoder = build_encoder(state, f"model file {str(file)!r}", nhead)
     name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
-    return name, encoder, state.get("features") if "arguments" in state else {}
+    return name, encoder, state.get("features") or {}  # a bare state dict says nothing
 
 
 def crop(frames, padding_size):
@@ -93,6 +93,14 @@ def tables(encoder, store, queries, database, metrics, padding_size=300, device=
             sides = [[by_id[video] for video in side] for side in (queries, database)]
             found |= {metric: similarity_table(*sides, metric, device, progress=progress) for metric in wanted}
     return {metric: found[metric] for metric in metrics}
+
+
+def with_features(chosen, store):
+    """The queries and the database videos of an evaluation set that have features: two lists of ids."""
+    sides = [[video for video in side if video in store] for side in (chosen.queries, chosen.database)]
+    if not all(sides):
+        raise InputError(f"{str(store.path)!r} has features of no query or no video of the {chosen.source}; wrong file?")
+    return sides
 
 
 def check_width(encoder, store):
@@ -191,10 +199,7 @@ def main():
     chosen = evaluation_set(args.dataset, args.annotation_dir)
     store = FeatureStore(args.feature_path, args.pca_components)
     coverage = chosen.coverage(store)
-    queries = [video for video in chosen.queries if video in store]
-    database = [video for video in chosen.database if video in store]
-    if not queries or not database:
-        raise InputError(f"{str(store.path)!r} has features of no query or no database video of {args.dataset}; wrong file?")
+    queries, database = with_features(chosen, store)
     print(
         f"{args.dataset}: {coverage['queries']} queries ({coverage['queries_missing']} missing), {coverage['videos']} videos"
         f" ({coverage['videos_missing']} missing); {chosen.source}; {store.channels} channels"

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import ANNOTATION_DIR, EVALUATION_SETS, FeatureStore, VCDBPairDataset, collate_pairs, evaluation_set
-from evaluation import check_width, tables, warn_of_other_features
+from evaluation import check_width, tables, warn_of_other_features, with_features
 from losses import LOSSES
 from model import ENCODERS, MoCo
 from similarity import METRICS
@@ -196,9 +196,7 @@ class Trainer:
         if not args.val_set:
             return None
         chosen, store = evaluation_set(args.val_set, args.annotation_dir), FeatureStore(args.val_feature_path)
-        sides = [[video for video in side if video in store] for side in (chosen.queries, chosen.database)]
-        if not all(sides):
-            raise InputError(f"{str(store.path)!r} has features of no query or no video of {args.val_set}; wrong file?")
+        sides = with_features(chosen, store)
         task, skipped = next(iter(chosen.coverage(store)["queries_without_relevant"].items()))
         if skipped == len(sides[0]):
             raise InputError(f"no query of {args.val_set} has a video to find ({task}) in {str(store.path)!r}; give more")
