@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import ANNOTATION_DIR, EVALUATION_SETS, FeatureStore, evaluation_set, pad
+from data import FeatureStore, pad
+from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set
 from model import ENCODERS, build_encoder, length_batches
 from similarity import METRICS, VIDEO_METRICS, similarity_table
 from utils import (

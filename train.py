@@ -23,8 +23,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import ANNOTATION_DIR, EVALUATION_SETS, FeatureStore, VCDBPairDataset, collate_pairs, evaluation_set
+from data import FeatureStore, VCDBPairDataset, collate_pairs
 from evaluation import check_width, tables, warn_of_other_features, with_features
+from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set
 from losses import LOSSES
 from model import ENCODERS, MoCo
 from similarity import METRICS

@@ -1,4 +1,4 @@
-"""What every script shares: bad-input errors, atomic files, untrusted files, seeds, provenance. Imports nothing of ours."""
+"""What every script shares: bad-input errors, atomic and untrusted files, seeds, provenance, processes. No import of ours."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 class InputError(Exception):
@@ -24,7 +25,10 @@ class InputError(Exception):
 def run(main):
     """Call a script's `main` and exit: status 2 and one line on bad input, 130 on Ctrl-C, `main`'s own status otherwise."""
     try:
-        sys.exit(main())
+        status = main()
+        if dist.is_initialized():  # here, not at exit: gloo's threads must end while the interpreter lives
+            dist.destroy_process_group()
+        sys.exit(status)
     except InputError as error:
         message = str(error).rpartition("InputError: ")[2]  # a data-loading worker's comes at the end of its traceback
         print("error:", " ".join(message.strip().splitlines()), file=sys.stderr)
@@ -186,3 +190,157 @@ def checked_device(name):
 def default_device():
     """A GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class Processes:
+    """The processes that share a run, and what they do together. This class: a single process.
+
+    rank, size: which process this is, of how many; local_rank, local_size: the same on its machine. `start_processes` picks
+    the engine; nothing outside this section asks which it is.
+    """
+
+    engine = "one process"
+    rank, size, local_rank, local_size = 0, 1, 0, 1
+
+    def allgather(self, tensor):
+        """tensor (n, ...) of each process, where n may differ -> (sum n, ...) on all of them, by rank; without gradient."""
+        return tensor
+
+    def broadcast(self, value):
+        """Rank 0's `value`, any object that can be pickled, on every process."""
+        return value
+
+    def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
+        """The optimiser whose `step` first joins the gradients of all processes.
+
+        By averaging, or by Adasum (Maleki et al., MLSys 2021) where the engine has it, InputError where not. fp16: gradients
+        travel in half precision.
+        """
+        if adasum and self.size > 1:
+            raise InputError(f"{self.engine} has no Adasum; start with horovodrun, or leave --use-adasum out")
+        return optimizer
+
+    def learning_rate_scale(self, adasum=False, device="cpu"):
+        """What the released recipe multiplies the learning rate by: the processes whose gradients are averaged."""
+        return self.size
+
+    def broadcast_model(self, module):
+        """Give every process rank 0's weights and buffers."""
+        module.load_state_dict(self.broadcast(module.state_dict()))
+
+    def broadcast_optimizer(self, optimizer):
+        """Give every process rank 0's optimiser state."""
+        optimizer.load_state_dict(self.broadcast(optimizer.state_dict()))
+
+    def barrier(self):
+        """Wait until every process is here."""
+        self.allgather(torch.zeros(1))
+
+    def any(self, flag):
+        """Whether `flag` is true on any process."""
+        return bool(self.allgather(torch.tensor([int(flag)])).any())
+
+    def mean(self, value):
+        """The mean over processes of a tensor (...)."""
+        return self.allgather(value[None]).mean(0)
+
+    def device(self, name):
+        """`name`, or this process's own of the machine's GPUs."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.local_size > 1 else name
+
+
+class TorchProcesses(Processes):
+    """torch.distributed: what `torchrun` starts. gloo between CPUs, NCCL between GPUs."""
+
+    engine = "torch.distributed"
+
+    def __init__(self):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank, self.local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+    def allgather(self, tensor):
+        tensor = tensor.detach().contiguous()
+        counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+        longest = int(max(counts))
+        padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])  # gloo wants equal sizes
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+    def broadcast(self, value):
+        held = [value if not self.rank else None]
+        dist.broadcast_object_list(held)
+        return held[0]
+
+    def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
+        optimizer = super().wrap(optimizer, named_parameters, adasum, fp16)
+        parameters = [parameter for _, parameter in named_parameters]
+
+        def average(*_):
+            """One all-reduce a step over all gradients laid end to end."""
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            flat = (flat.half() if fp16 else flat) / self.size  # before the sum: it must not overflow
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+        optimizer.register_step_pre_hook(average)
+        return optimizer
+
+
+class HorovodProcesses(Processes):
+    """Horovod: what `horovodrun` starts."""
+
+    engine = "Horovod"
+
+    def __init__(self):
+        try:
+            import horovod.torch as hvd
+
+            hvd.init()
+        except (ImportError, AttributeError) as error:  # pip "installs" it without native code where torch is hidden from it
+            raise InputError(
+                f"Horovod cannot be used ({error}); build it with `make horovod`, or start with torchrun"
+            ) from None
+        self._hvd = hvd
+        self.rank, self.size, self.local_rank, self.local_size = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size()
+
+    def allgather(self, tensor):
+        return self._hvd.allgather(tensor.detach().contiguous())
+
+    def broadcast(self, value):
+        return self._hvd.broadcast_object(value, root_rank=0)
+
+    def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
+        hvd = self._hvd
+        return hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=named_parameters,
+            compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
+            op=hvd.Adasum if adasum else hvd.Average,
+        )
+
+    def learning_rate_scale(self, adasum=False, device="cpu"):
+        """Adasum needs no scaling, but for the plain average that NCCL forms on each machine first."""
+        if not adasum:
+            return self.size
+        return self.local_size if device.startswith("cuda") and self._hvd.nccl_built() else 1
+
+
+def start_processes():
+    """The engine that started this process, by what its launcher left in the environment; one process without a launcher."""
+    if "HOROVOD_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+        processes = HorovodProcesses()
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        processes = TorchProcesses()
+    else:
+        processes = Processes()
+    if processes.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_size))
+    return processes
