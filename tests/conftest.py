@@ -173,6 +173,74 @@ def world(tmp_path_factory):
     return here
 
 
+# --- small annotations of the public sets' forms ---------------------------------------------------------------------
+
+
+def make_cc_web(draw, sets=4, per_set=12):
+    """CC_WEB_VIDEO's form in DnS's ids, with its oddities: an odd label, a positive without an id, excluded videos."""
+    labels = ["E", "S", "L", "V", "M", "X", "X", "X", "x"]
+    index, truth, excluded, number = {}, [], [], 1
+    for s in range(1, sets + 1):
+        of_set = {number + i: "E" if i == 0 else str(draw.choice(labels)) for i in range(per_set)}
+        for i, n in enumerate(of_set):
+            index[f"{s}/{s}_{i + 1}_Y"] = n
+        number += per_set + 1  # numbers have gaps
+        excluded.append({int(n) for n in draw.permutation(list(of_set)[1:])[:2]})
+        truth.append(of_set)
+    truth[0][9999] = "S"  # labelled, but no video has this number
+    truth[1][next(n for n, label in truth[2].items() if label == "X")] = "X"  # a video of another set, judged in this one
+    return {
+        "index": index,
+        "queries": [f"{s}/{s}_1_Y" for s in range(1, sets + 1)],
+        "ground_truth": truth,
+        "excluded": excluded,
+    }
+
+
+def as_tca(cc_web):
+    """The same annotation as TCA's repository keeps it: other ids, under another key."""
+    index = {video.split("/")[1]: number for video, number in cc_web["index"].items()}
+    names = [""] * (max(index.values()) + 1)
+    return cc_web | {"vid2index": index, "index": names, "queries": [query.split("/")[1] for query in cc_web["queries"]]}
+
+
+def make_evve(draw, events=3, distractors=15):
+    """EVVE's form; with nulls, of which the public file has none, one of them listed as a positive too."""
+    annotation, database = {}, [f"strange{i}" for i in range(distractors)]
+    for e in range(events):
+        positives = [f"p{e}-{i}" for i in range(draw.integers(3, 8))]
+        nulls = {f"null{e}", positives[0]} if not e else set()
+        annotation[f"event+{events - e}"] = ({f"q{e}-{i}" for i in range(e + 2)}, set(positives), nulls)
+        database += [*positives, *(nulls - set(positives))]
+    queries = sorted(query for asked, _, _ in annotation.values() for query in asked)
+    return {"annotation": annotation, "queries": queries, "database": [str(video) for video in draw.permutation(database)]}
+
+
+def make_vcdb(draw, films=3, copies=4, background=20):
+    """VCDB's form with its index, in which background videos stand twice."""
+    core = [f"core{f}-{c}" for f in range(films) for c in range(copies)]
+    pairs = [pair for f in range(films) for pair in combinations(core[f * copies : (f + 1) * copies], 2)]
+    chosen = [pairs[i] for i in draw.permutation(len(pairs))[: len(pairs) * 2 // 3]]
+    core = [video for video in core if any(video in pair for pair in chosen)]
+    negatives = [f"bg{i}" for i in range(background)]
+    listed = [{"videos": list(pair), "overlap": [0.5, 0.9]} for pair in chosen]
+    return {"video_pairs": listed, "index": [*core, *negatives, *negatives[:2]], "negs": [*negatives, negatives[0]]}
+
+
+def write_public_sets(folder, seed=0):
+    """Small files of every public set's name and form, in `folder`, which is given back."""
+    draw = np.random.default_rng(seed)
+    _, annotation, database = make_set(draw, films=4, copies=4, distractors=12, noise=0.6)
+    (folder / "fivr_annotation.json").write_text(json.dumps(annotation))
+    (folder / "fivr_youtube_ids.txt").write_text("\n".join(database) + "\n")
+    ids = {"queries": list(annotation), "database": set(database)}
+    write_pickle(folder / "fivr.pickle", {"5k": ids, "200k": ids, "annotation": annotation})
+    write_pickle(folder / "cc_web_video.pickle", make_cc_web(draw))
+    write_pickle(folder / "evve.pickle", make_evve(draw))
+    write_pickle(folder / "vcdb.pickle", make_vcdb(draw))
+    return folder
+
+
 # --- oracles ---------------------------------------------------------------------------------------------------------
 
 TASKS = {"DSVR": ["ND", "DS"], "CSVR": ["ND", "DS", "CS"], "ISVR": ["ND", "DS", "CS", "IS"]}
