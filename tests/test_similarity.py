@@ -1,12 +1,32 @@
 """Every metric's table against a one-by-one NumPy loop, whatever the cut."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx
 import numpy as np
 import pytest
+import torch
 
-from similarity import FRAME_METRICS, METRICS, VIDEO_METRICS, similarity, similarity_table
+import similarity as module
+from model import VideoComparator
+from similarity import FRAME_METRICS, METRICS, VIDEO_METRICS, similarity_tables, stack
 from utils import InputError
 
 D = 16
+torch.manual_seed(0)
+NETWORK = VideoComparator()
+with torch.no_grad():
+    NETWORK.fconv.weight.mul_(60)  # results inside the clamp and beyond it
+
+
+def similarity_table(queries, targets, metric, **options):
+    return module.similarity_table(queries, targets, metric, comparator=NETWORK, **options)
+
+
+def similarity(query, target, metric):
+    return module.similarity(query, target, metric, comparator=NETWORK)
 
 
 def unit(draw, *shape):
@@ -27,7 +47,73 @@ def chamfer(q, t):
     return np.mean([max(float(a @ b) for b in t) for a in q])
 
 
+def dp(q, t, phi=10):
+    """Cell by cell, as the docstring's recurrence is written; similarities are clear of ties."""
+    S = [[float(a.astype(float) @ b) for b in t] for a in q]
+    cells, best = {}, -np.inf
+    for i in range(len(q)):
+        for j in range(len(t)):
+            s = S[i][j]
+            score, mismatches, weight = s, 0, 1
+            if i and j:
+                came = [
+                    (cells[i - 1, j - 1][0] + s, cells[i - 1, j - 1][1], cells[i - 1, j - 1][2] + 1),
+                    (cells[i - 1, j][0] + s / 2, cells[i - 1, j][1] + 1, cells[i - 1, j][2] + 0.5),
+                    (cells[i, j - 1][0] + s / 2, cells[i, j - 1][1] + 1, cells[i, j - 1][2] + 0.5),
+                ]
+                step = max(came, key=lambda way: way[0])
+                if step[1] <= phi:
+                    score, mismatches, weight = step
+            cells[i, j] = score, mismatches, weight
+            best = max(best, score / max(len(q), weight))
+    return best
+
+
+def tn(q, t, top=5, least=0.2, step=10):
+    """The graph as the paper draws it, solved by networkx."""
+    S = np.array([[float(a.astype(float) @ b) for b in t] for a in q])
+    nodes = [(i, j) for i in range(len(q)) for j in np.argsort(-S[i])[:top] if S[i, j] >= least]
+    graph = networkx.DiGraph()
+    graph.add_node("start")
+    for i, j in nodes:
+        graph.add_edge("start", (i, j), weight=S[i, j])
+        for a, b in nodes:
+            if 0 < i - a <= step and 0 < j - b <= step:
+                graph.add_edge((a, b), (i, j), weight=S[i, j])
+    return networkx.dag_longest_path_length(graph) / len(q)
+
+
+def convolve(x, layer):
+    """x (C, H, W) by a convolution layer, its edges repeated, as sums over windows."""
+    weight, bias = (part.detach().numpy().astype(float) for part in (layer.weight, layer.bias))
+    edge = weight.shape[-1] // 2
+    x = np.pad(x, ((0, 0), (edge, edge), (edge, edge)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(1, 2))
+    return np.einsum("chwij,ocij->ohw", windows, weight, optimize=True) + bias[:, None, None]
+
+
+def halve(x):
+    """Maxima of 2 x 2 blocks; an odd last row or column is dropped."""
+    H, W = x.shape[1] // 2, x.shape[2] // 2
+    return x[:, : 2 * H, : 2 * W].reshape(-1, H, 2, W, 2).max((2, 4))
+
+
+def comparator_output(x):
+    """x (Tq, Tt) -> (Tq // 4, Tt // 4) by NumPy alone."""
+    x = np.pad(x, [(0, max(4 - n, 0)) for n in x.shape], mode="edge")[None]
+    x = halve(np.maximum(convolve(x, NETWORK.conv1), 0))
+    x = halve(np.maximum(convolve(x, NETWORK.conv2), 0))
+    return convolve(np.maximum(convolve(x, NETWORK.conv3), 0), NETWORK.fconv)[0]
+
+
+def comparator(q, t):
+    return np.clip(comparator_output(q.astype(float) @ t.astype(float).T), -1, 1).max(1).mean()
+
+
 BY_LOOP = {
+    "dp": dp,
+    "tn": tn,
+    "comparator": comparator,
     "cosine": lambda q, t: sum(float(a) * float(b) for a, b in zip(q, t, strict=True)),
     "euclidean": lambda q, t: 1 - np.sqrt(((q.astype(float) - t) ** 2).sum()) / 2,
     "chamfer": chamfer,
@@ -105,7 +191,7 @@ def test_symmetric_metrics_are_symmetric(metric):
     np.testing.assert_allclose(table, back.T, atol=1e-6)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "comparator"])
 def test_a_video_is_1_to_itself_and_nothing_is_more(metric):
     queries, _ = sides(metric, SIDES["ragged"])
     table = similarity_table(queries, queries, metric)
@@ -154,3 +240,98 @@ def test_a_descriptor_that_is_not_finite_is_refused(metric, side, bad):
         both[side][2][3] = bad
     with pytest.raises(InputError, match="NaN"):
         similarity_table(*both, metric)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("metric", FRAME_METRICS)
+def test_one_minus_infinity_is_refused_though_it_matches_nothing(metric, side):
+    both = [[np.abs(x) for x in side] for side in sides(metric, SIDES["ragged"])]
+    both[side][2][-1, 3] = -np.inf
+    with pytest.raises(InputError, match="infinity"):
+        similarity_table(*both, metric)
+
+
+def test_metrics_of_one_level_share_a_pass_and_stacked_videos_serve_many():
+    queries, targets = sides("chamfer", SIDES["ragged"])
+    single = {metric: similarity_table(queries, targets, metric) for metric in FRAME_METRICS}
+    stacked = stack(queries, "chamfer")
+    batches = [targets[:3], stack(targets[3:], "tn")]
+    parts = [similarity_tables(stacked, batch, list(FRAME_METRICS), comparator=NETWORK, chunk_bytes=3000) for batch in batches]
+    for metric, table in single.items():
+        np.testing.assert_allclose(np.concatenate([part[metric] for part in parts], 1), table, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_targets_make_an_empty_table(metric):
+    queries, _ = sides(metric, SIDES["ragged"])
+    assert similarity_table(queries, [], metric).shape == (len(queries), 0)
+
+
+@pytest.mark.parametrize("metric", FRAME_METRICS)
+def test_bfloat16_products_stay_close(metric):
+    """8 bits: a similarity below 1 is off by at most 2**-9, and so are the descriptors' values."""
+    queries, targets = sides(metric, SIDES["ragged"])
+    rounded, exact = (similarity_table(queries, targets, metric, dtype=t) for t in (torch.bfloat16, torch.float32))
+    assert not np.array_equal(rounded, exact)
+    if metric != "tn":  # whose threshold may see a node less
+        np.testing.assert_allclose(rounded, exact, atol=0.01)
+
+
+def test_bfloat16_of_what_it_holds_exactly_is_exact():
+    draw = np.random.default_rng(0)
+    queries, targets = ([draw.choice([-0.25, 0.25], (T, D)).astype(np.float32) for T in (3, 9, 1)] for _ in range(2))
+    for metric in ("chamfer", "sym_chamfer", "dp"):
+        table = similarity_table(queries, targets, metric, dtype=torch.bfloat16)
+        np.testing.assert_allclose(table, similarity_table(queries, targets, metric), atol=1e-6)
+
+
+def test_the_comparator_without_weights_is_refused():
+    queries, targets = sides("comparator", SIDES["ragged"])
+    with pytest.raises(InputError, match="^comparator needs weights: give --comparator FILE$"):
+        module.similarity_table(queries, targets, "comparator")
+
+
+def test_what_cannot_be_compared_is_refused():
+    frames, video = sides("chamfer", SIDES["ragged"])[0], descriptors(1, 2)
+    for queries, targets, metric, message in (
+        (frames, video, "chamfer", r"\(T, D\) descriptors; these are \(16,\)"),
+        (video, frames, "cosine", r"\(D,\) descriptors"),
+        (frames, [x[:, :8] for x in frames], "chamfer", "16 and 8 values"),
+        ([frames[0], frames[1][:, :8]], frames, "tn", "8 and 16 values"),
+        (frames, [frames[0][:0]], "chamfer", r"these are \(0, 16\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            similarity_table(queries, targets, metric)
+    with pytest.raises(InputError, match="one level"):
+        similarity_tables(frames, frames, ["chamfer", "cosine"])
+
+
+PEAK = """
+import resource, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+from model import VideoComparator
+from similarity import similarity_tables, stack
+metrics, length, videos, bound = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+network = VideoComparator(tile_bytes=1 << 20)
+x = np.full((length, 256), 1 / 16, np.float32)
+queries, targets = stack([x] * (4000 // length), "chamfer"), [x] * videos
+similarity_tables(queries, targets[:1], metrics, comparator=network, chunk_bytes=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+similarity_tables(queries, targets, metrics, comparator=network, chunk_bytes=bound)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    "metrics, length, videos",
+    [("chamfer,sym_chamfer", 50, 300), ("sym_chamfer", 1, 3000), ("tn", 40, 60)],
+)
+def test_a_chunk_takes_no_more_memory_than_its_bound(metrics, length, videos):
+    """Peak resident memory of a process, over what it holds before; whole, their matrices take 1.5 to 7 times the bound."""
+    bound = 32 << 20
+    command = [sys.executable, "-c", PEAK, metrics, str(length), str(videos), str(bound)]
+    root = Path(module.__file__).parent
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
+    tables = len(metrics.split(",")) * 4 * (4000 // length) * videos
+    assert grown < bound + tables + (4 << 20), "the bound, the tables, and the allocator's crumbs"
