@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make clean
+# make demo · make test · make tables · make horovod · make lint · make clean
 # Every target makes .venv by itself and is quick when it stands.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test tables horovod lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,7 +17,7 @@ help:
 	.venv/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-test: .venv/ready lint
+test: .venv/ready horovod lint
 	$(RUN) -m pytest
 
 lint: .venv/ready
@@ -26,6 +26,14 @@ lint: .venv/ready
 
 clean:
 	rm -rf runs
+
+# Horovod, for `horovodrun`: built anew when its patch or script changes, or requirements.txt's torch, which it is linked with.
+HOROVOD := .venv/horovod-$(shell sed -n 's/^torch==//p' requirements.txt).ready
+horovod: $(HOROVOD)
+$(HOROVOD): patches/horovod.sh patches/horovod-0.28.1.patch | .venv/ready
+	rm -f .venv/horovod-*.ready
+	bash patches/horovod.sh
+	touch $@
 
 # --- the demo, from film to mAP table: plain commands that can be copied -------------------------------------------------
 
@@ -60,5 +68,38 @@ $(DEMO)/tca-%/model.pth: $(FEATURES)
 	  --model_path $(@D) --seed $* --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
 	  --batch_sz 32 --epochs 4 --learning_rate 2e-4 \
 	  --val_set DEMO-VAL --val_feature_path $(DEMO)/val.hdf5 --annotation_dir $(DEMO)/annotations
+
+# --- every table of the paper on the demo's film: results/demo/*.md, *.json, *.png -----------------------------------------------
+
+TABLES := runs/tables
+KINDS := imac l3_imac l3_imac_full
+PROJECTED := $(foreach kind,$(KINDS),$(TABLES)/$(kind)/train.hdf5 $(TABLES)/$(kind)/DEMO.hdf5)
+tables: $(PROJECTED)
+	OMP_NUM_THREADS=1 $(RUN) reproduce.py --table all --data $(TABLES) --set DEMO --annotation_dir $(DEMO)/annotations \
+	  --output results/demo --seeds 3 --jobs 2
+	$(RUN) draw.py attention test_q05_in0 --model_path results/demo/runs/l3_imac/seed0 --feature_path $(TABLES)/l3_imac/DEMO.hdf5 \
+	  --videos $(DEMO)/videos/test --output results/demo/attention.png
+	$(RUN) draw.py similarity test_q05 test_q05_copy3 --model_path results/demo/runs/l3_imac/seed0 \
+	  --feature_path $(TABLES)/l3_imac/DEMO.hdf5 --videos $(DEMO)/videos/test --output results/demo/similarity.png
+
+$(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
+	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling l3_imac
+
+# As the demo's: centred and rotated, fitted on all frames of the training part. The full width keeps all that vary.
+$(TABLES)/imac/pca.npz: $(DEMO)/pca.npz
+	mkdir -p $(@D) && cp $< $@
+$(TABLES)/l3_imac/pca.npz: COMPONENTS := 512
+$(TABLES)/l3_imac_full/pca.npz: COMPONENTS := 1752
+$(TABLES)/l3_imac/pca.npz $(TABLES)/l3_imac_full/pca.npz: $(TABLES)/raw-l3-train.hdf5
+	$(RUN) pre-processing/pca.py fit $< --components $(COMPONENTS) --no_whiten --frames_per_video 100 --output $@
+
+$(TABLES)/imac/train.hdf5: $(DEMO)/raw-train.hdf5 $(TABLES)/imac/pca.npz
+$(TABLES)/imac/DEMO.hdf5: $(DEMO)/raw-test.hdf5 $(TABLES)/imac/pca.npz
+$(TABLES)/l3_imac/train.hdf5: $(TABLES)/raw-l3-train.hdf5 $(TABLES)/l3_imac/pca.npz
+$(TABLES)/l3_imac/DEMO.hdf5: $(TABLES)/raw-l3-test.hdf5 $(TABLES)/l3_imac/pca.npz
+$(TABLES)/l3_imac_full/train.hdf5: $(TABLES)/raw-l3-train.hdf5 $(TABLES)/l3_imac_full/pca.npz
+$(TABLES)/l3_imac_full/DEMO.hdf5: $(TABLES)/raw-l3-test.hdf5 $(TABLES)/l3_imac_full/pca.npz
+$(PROJECTED):
+	$(RUN) pre-processing/pca.py apply $< --pca $(@D)/pca.npz --output $@
 
 .SECONDARY:

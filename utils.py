@@ -1,6 +1,7 @@
 """What every script shares: bad-input errors, atomic and untrusted files, seeds, provenance, processes. No import of ours."""
 
 import argparse
+import atexit
 import contextlib
 import glob
 import hashlib
@@ -23,22 +24,42 @@ class InputError(Exception):
 
 
 def run(main):
-    """Call a script's `main` and exit: status 2 and one line on bad input, 130 on Ctrl-C, `main`'s own status otherwise."""
+    """Call a script's `main` and exit: status 2 and one line on bad input, 130 on Ctrl-C, `main`'s own status otherwise.
+
+    Of several processes, all but the first say which they are; one that lost the others says only that, status 1.
+    """
     try:
         status = main()
-        if dist.is_initialized():  # here, not at exit: gloo's threads must end while the interpreter lives
+        if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(status)
-    except InputError as error:
-        message = str(error).rpartition("InputError: ")[2]  # a data-loading worker's comes at the end of its traceback
-        print("error:", " ".join(message.strip().splitlines()), file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # no permission, a folder where a file should be, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as stop:  # argparse's --help; `Processes.together`
+        status = stop.code
+    except (InputError, OSError) as error:  # OSError: no permission, a folder where a file should be, a full disk
+        status = 2
+        _tell(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+        _tell("interrupted")
+    except RuntimeError as error:
+        if not _lost_another(error):
+            raise
+        status = 1
+        _tell(InputError("another process of this run has ended; its own line says why, or the system killed it"))
+    if TorchProcesses.started:
+        # gloo's threads may still want the interpreter, to let go of a tensor; ended by its shutdown they abort the process.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status or 0)
+    sys.exit(status)
+
+
+def _tell(error):
+    """An error, or another word at the end, as one line on stderr: in one piece, as launchers cut where output is written."""
+    message = str(error).rpartition("InputError: ")[2]  # a data-loading worker's comes at the end of its traceback
+    _, rank, size = launched()
+    who = ("error: " if isinstance(error, Exception) else "") + (f"process {rank} of {size}: " if rank else "")
+    sys.stderr.write(f"{who}{' '.join(message.strip().splitlines())}\n")
+    sys.stderr.flush()
 
 
 class Parser(argparse.ArgumentParser):
@@ -195,6 +216,23 @@ def default_device():
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
+def launched():
+    """(engine, rank, size) by what a launcher left in the environment; (None, 0, 1) without one.
+
+    `horovodrun` sets HOROVOD_RANK with Gloo, while with MPI its mpirun sets OMPI_COMM_WORLD_RANK; torchrun sets RANK.
+    """
+    names = {"HOROVOD_RANK": "HOROVOD_SIZE", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE", "RANK": "WORLD_SIZE"}
+    for rank, size in names.items():
+        if rank in os.environ and size in os.environ:
+            return "torch" if rank == "RANK" else "horovod", int(os.environ[rank]), int(os.environ[size])
+    return None, 0, 1
+
+
+def _lost_another(error):
+    """Whether a RuntimeError is an engine's word that another process has gone."""
+    return isinstance(error, dist.DistError) or type(error).__name__ == "HorovodInternalError" or "/gloo/" in str(error)
+
+
 class Processes:
     """The processes that share a run, and what they do together. This class: a single process.
 
@@ -206,18 +244,28 @@ class Processes:
     rank, size, local_rank, local_size = 0, 1, 0, 1
 
     def allgather(self, tensor):
-        """tensor (n, ...) of each process, where n may differ -> (sum n, ...) on all of them, by rank; without gradient."""
+        """tensor (n, ...) of each process, where n may differ -> (sum n, ...) on all of them, by rank.
+
+        Without gradient: Horovod's would be averaged over the processes, torch.distributed's summed.
+        """
         return tensor
 
     def broadcast(self, value):
         """Rank 0's `value`, any object that can be pickled, on every process."""
         return value
 
+    def collect(self, value):
+        """The `value`s of all processes, any objects that can be pickled, as a list by rank, on every process."""
+        return [value]
+
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         """The optimiser whose `step` first joins the gradients of all processes.
 
-        By averaging, or by Adasum (Maleki et al., MLSys 2021) where the engine has it, InputError where not. fp16: gradients
-        travel in half precision.
+        By averaging, or by Adasum (Maleki et al., MLSys 2021) where the engine has it, InputError where not. fp16: what is
+        joined travels in half precision. Use the optimiser that comes back, its `zero_grad()` without arguments; it keeps the
+        state and the parameter groups of the one given, so learning rates are set and checkpoints loaded before or after.
+        Under Adasum every parameter steps by itself as soon as its gradient is there, in `backward`, and the steps are joined:
+        set the learning rate before `backward`; and each process's optimiser has moments of its own: save them all (`collect`).
         """
         if adasum and self.size > 1:
             raise InputError(f"{self.engine} has no Adasum; start with horovodrun, or leave --use-adasum out")
@@ -239,6 +287,23 @@ class Processes:
         """Wait until every process is here."""
         self.allgather(torch.zeros(1))
 
+    @contextlib.contextmanager
+    def together(self):
+        """A block that every process runs, with no exchange inside: an InputError in one of them ends all, told once."""
+        error = None
+        try:
+            yield
+        except InputError as caught:
+            error = caught
+            if self.size == 1:
+                raise
+        failed = self.allgather(torch.tensor([int(error is not None)]))
+        if failed.any():
+            if self.rank == int(failed.argmax()):
+                _tell(error)
+            self.barrier()  # told before the first process ends, at which a launcher ends the others
+            raise SystemExit(2)
+
     def any(self, flag):
         """Whether `flag` is true on any process."""
         return bool(self.allgather(torch.tensor([int(flag)])).any())
@@ -256,11 +321,17 @@ class TorchProcesses(Processes):
     """torch.distributed: what `torchrun` starts. gloo between CPUs, NCCL between GPUs."""
 
     engine = "torch.distributed"
+    started = False
 
     def __init__(self):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            self.local_rank, self.local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"torch.distributed cannot start ({reason}); start the processes with torchrun") from None
+        TorchProcesses.started = True
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.local_rank, self.local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
 
     def allgather(self, tensor):
         tensor = tensor.detach().contiguous()
@@ -277,13 +348,21 @@ class TorchProcesses(Processes):
         dist.broadcast_object_list(held)
         return held[0]
 
+    def collect(self, value):
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         optimizer = super().wrap(optimizer, named_parameters, adasum, fp16)
-        parameters = [parameter for _, parameter in named_parameters]
+        parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
 
         def average(*_):
             """One all-reduce a step over all gradients laid end to end."""
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for parameter in parameters:
+                if parameter.grad is None:  # another process may have one
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in parameters]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             flat = (flat.half() if fp16 else flat) / self.size  # before the sum: it must not overflow
             dist.all_reduce(flat)
@@ -298,6 +377,7 @@ class HorovodProcesses(Processes):
     """Horovod: what `horovodrun` starts."""
 
     engine = "Horovod"
+    CARRIED = {torch.bool: torch.uint8, torch.bfloat16: torch.half}  # types it does not know, as one of the same width
 
     def __init__(self):
         try:
@@ -312,19 +392,29 @@ class HorovodProcesses(Processes):
         self.rank, self.size, self.local_rank, self.local_size = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size()
 
     def allgather(self, tensor):
-        return self._hvd.allgather(tensor.detach().contiguous())
+        carried = self.CARRIED.get(tensor.dtype, tensor.dtype)
+        return self._hvd.allgather(tensor.detach().contiguous().view(carried)).view(tensor.dtype)
 
     def broadcast(self, value):
         return self._hvd.broadcast_object(value, root_rank=0)
 
+    def collect(self, value):
+        return self._hvd.allgather_object(value)
+
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         hvd = self._hvd
-        return hvd.DistributedOptimizer(
+        if adasum and self.size > 1 and not hvd.mpi_enabled():
+            raise InputError("Adasum needs MPI; start with horovodrun without --gloo, or leave --use-adasum out")
+        if adasum and self.size & (self.size - 1):
+            raise InputError(f"Adasum needs 2, 4, 8, ... processes, not {self.size}; change -np, or leave --use-adasum out")
+        wrapped = hvd.DistributedOptimizer(
             optimizer,
             named_parameters=named_parameters,
             compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
             op=hvd.Adasum if adasum else hvd.Average,
         )
+        wrapped.state.update(optimizer.state)  # it is a new object, of the same groups but without the state
+        return wrapped
 
     def learning_rate_scale(self, adasum=False, device="cpu"):
         """Adasum needs no scaling, but for the plain average that NCCL forms on each machine first."""
@@ -334,13 +424,9 @@ class HorovodProcesses(Processes):
 
 
 def start_processes():
-    """The engine that started this process, by what its launcher left in the environment; one process without a launcher."""
-    if "HOROVOD_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-        processes = HorovodProcesses()
-    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        processes = TorchProcesses()
-    else:
-        processes = Processes()
-    if processes.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+    """The engine that started this process (`launched`); one process without a launcher."""
+    engines = {"horovod": HorovodProcesses, "torch": TorchProcesses, None: Processes}
+    processes = engines[launched()[0]]()
+    if processes.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it, to 1
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_size))
     return processes
