@@ -52,6 +52,7 @@ $(DEMO)/built: datasets/demo/film.mp4 datasets/demo/shots.csv $(wildcard dataset
 
 # Frame features: four maps of EfficientNet-Lite0, iMAC, one frame a second.
 $(DEMO)/raw-%.hdf5: $(DEMO)/built
+	rm -f $@ # made from other videos: an extraction keeps what it has
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling imac
 
 # PCA fitted on all frames of the training part; without --no_whiten it whitens (README.md has that table too).
@@ -83,6 +84,7 @@ tables: $(PROJECTED)
 	  --feature_path $(TABLES)/l3_imac/DEMO.hdf5 --videos $(DEMO)/videos/test --output results/demo/similarity.png
 
 $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
+	rm -f $@
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling l3_imac
 
 # As the demo's: centred and rotated, fitted on all frames of the training part. The full width keeps all that vary.

@@ -1,21 +1,23 @@
-"""Features and training pairs; the door to the evaluation sets (evaluation_sets.py).
+"""Features; the door to the training pairs (pairs.py) and the evaluation sets (evaluation_sets.py).
 
 N videos, T frames, C channels. A feature file holds one (T, C) array a video, one frame a second.
 """
 
+import hashlib
 import json
+import mmap
 import os
+import sys
+from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from evaluation_sets import EVALUATION_SETS, evaluation_set
-from utils import InputError, atomic, digest, existing, load_pickle, remove_leftovers, rng
+from pairs import VCDBPairDataset, collate_pairs, pad
+from utils import InputError, atomic, digest, existing, remove_leftovers
 
 __all__ = ["EVALUATION_SETS", "FeatureStore", "StoreWriter", "VCDBPairDataset", "collate_pairs", "evaluation_set", "pad"]
 
@@ -24,39 +26,60 @@ __all__ = ["EVALUATION_SETS", "FeatureStore", "StoreWriter", "VCDBPairDataset", 
 
 
 class FeatureStore(Mapping):
-    """Video id -> (T, C) float array, from an HDF5 file of either layout, found by looking.
+    """Video id -> (T, C) array of numbers, from an HDF5 file of either layout, found by looking.
 
-    - the released layout: one dataset (T, C) a video, named by its id (ids may hold slashes);
-    - the packed layout of `StoreWriter`: `frames (sum T, C)` contiguous, `offsets (N+1,)`, `ids (N,)`. It is read through a
+    - the released layout: one dataset (T, C) a video, named by its id (ids may hold slashes). Other groups' region features
+      (T, R, C) are averaged over their regions, and a notice says so;
+    - the packed layout of `write_store`: `frames (sum T, C)` contiguous, `offsets (N+1,)`, `ids (N,)`. It is read through a
       memory map, so a slice costs no copy and data-loading workers share its pages.
 
-    Attributes: `path`, `lengths` (id -> T), `channels` (C), `meta` (the file's attributes). Rows come in the
-    stored type.
-    Raises InputError, naming file and id, for a missing id, an empty video, another width, or a NaN or infinite value.
+    channels: the width that is asked for; by default that of most videos. skip_bad: leave out a video of another width, an
+    empty one and one that holds no numbers, instead of raising; `bad` has their reasons.
+    Attributes: `path`, `lengths` (id -> T), `channels` (C), `dtype`, `meta` (the file's attributes), `checksum` (that of
+    `write_store`, or None), `bad` (id -> reason). Rows come in the stored type.
+    Raises InputError, naming file and id, for a missing id, a bad video, or a NaN or infinite value.
     """
 
-    def __init__(self, path, channels=None):
+    def __init__(self, path, channels=None, skip_bad=False):
         self.path = existing(path, "feature file")
-        self._handle = None, None
-        file = self._open()
-        self.meta = {name: _plain(value) for name, value in file.attrs.items()}
-        self._frames = None
-        packed = [file.get(name) for name in ("frames", "offsets", "ids")]
-        if all(isinstance(item, h5py.Dataset) for item in packed):
-            shapes = self._open_packed(*packed)
-        else:
-            shapes = {}
-            file.visititems(lambda name, item: shapes.update({name: item.shape}) if isinstance(item, h5py.Dataset) else None)
-        if not shapes:
+        self._handle, self._frames = (None, None), None
+        found, self.meta = self._scan()
+        self.checksum = self.meta.pop("checksum", None)
+        if not found:
             raise InputError(f"feature file {str(path)!r} holds no video; extract features into it first")
-        self.channels = channels or next((shape[-1] for shape in shapes.values() if shape), 0)
-        for video, shape in shapes.items():
-            if len(shape) != 2 or shape[1] != self.channels or not shape[0]:
-                raise InputError(
-                    f"feature file {str(path)!r}: video {video!r} has shape {tuple(shape)}, expected (T, {self.channels})"
-                    " with T >= 1; pass the width the features have (--pca_components), or extract that video again"
-                )
-        self.lengths = {video: shape[0] for video, shape in shapes.items()}
+        widths = Counter(shape[-1] for shape, _ in found.values() if shape)
+        self.channels = channels or max(widths, key=widths.get, default=0)
+        good = {video for video, (shape, dtype) in found.items() if self._fits(shape, dtype)}
+        self.bad = {
+            video: f"has shape {shape} of {dtype}, expected numbers (T, {self.channels}) with T >= 1"
+            for video, (shape, dtype) in found.items()
+            if video not in good
+        }
+        if not good or (self.bad and not skip_bad):
+            video = next(iter(self.bad))
+            raise InputError(
+                f"feature file {str(path)!r}: video {video!r} {self.bad[video]}; pass the width the features have"
+                " (--pca_components), or extract that video again"
+            )
+        self.lengths = {video: shape[0] for video, (shape, _) in found.items() if video in good}
+        self.dtype = np.result_type(*{found[video][1] for video in good})
+        regions = sorted({found[video][0][1] for video in good if len(found[video][0]) == 3})
+        if regions:
+            many = " or ".join(map(str, regions))
+            print(f"notice: {str(path)!r}: region features (T, {many}, C) are averaged over their regions", file=sys.stderr)
+
+    def _fits(self, shape, dtype):
+        return len(shape) in (2, 3) and shape[-1] == self.channels and 0 not in shape and dtype.kind in "fiu"
+
+    def _scan(self):
+        """{id: (shape, dtype)} of what the file holds, and its attributes."""
+        file = self._open()
+        packed, found = [file.get(name) for name in ("frames", "offsets", "ids")], {}
+        if all(isinstance(item, h5py.Dataset) for item in packed):
+            found = self._open_packed(*packed)
+        else:
+            file.visititems(lambda name, item: found.update(_described(name, item)))
+        return found, {name: _plain(value) for name, value in file.attrs.items()}
 
     def _open(self):
         """The HDF5 file, opened once in each process: handles do not survive a fork."""
@@ -82,22 +105,44 @@ class FeatureStore(Mapping):
         self._bounds = {video: (int(a), int(b)) for video, a, b in zip(ids, offsets, offsets[1:], strict=False)}
         if len(self._bounds) < len(ids):
             raise InputError(f"feature file {str(self.path)!r} names a video twice; write it again")
-        return {video: (b - a, frames.shape[1]) for video, (a, b) in self._bounds.items()}
+        return {video: ((b - a, frames.shape[1]), frames.dtype) for video, (a, b) in self._bounds.items()}
+
+    def _read(self, video):
+        return self._open()[video][:] if self._frames is None else self._frames[slice(*self._bounds[video])]
+
+    def read(self, video):
+        """The (T, C) rows of `video` as they are stored, not checked for NaN; regions averaged."""
+        rows = self._read(video)
+        return rows if rows.ndim == 2 else rows.mean(1, dtype=np.result_type(rows, np.float32)).astype(rows.dtype)
 
     def __getitem__(self, video):
         """The (T, C) rows of `video`."""
         if video not in self.lengths:
-            raise InputError(f"feature file {str(self.path)!r} has no video {video!r}")
-        rows = self._open()[video][:] if self._frames is None else self._frames[slice(*self._bounds[video])]
-        if not np.isfinite(rows).all():
+            reason = f"video {video!r} {self.bad[video]}" if video in self.bad else f"it has no video {video!r}"
+            raise InputError(f"feature file {str(self.path)!r}: {reason}")
+        rows = self.read(video)
+        if not _finite(rows):
             raise InputError(f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; extract it again")
         return rows
 
+    def release(self):
+        """Let go of the mapped pages read so far, which count as this process's memory until the kernel wants them back."""
+        if isinstance(self._frames, np.memmap):
+            self._frames._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def checksums(self):
+        """{id: checksum of its rows} as stored by `write_store` (or, one dataset a video, by convert.py); else empty."""
+        file = self._open()
+        if self._frames is None:
+            return {video: file[video].attrs["checksum"] for video in self.lengths if "checksum" in file[video].attrs}
+        return dict(zip(self._bounds, file["checksums"].asstr()[:], strict=True)) if "checksums" in file else {}
+
     def fingerprint(self):
-        """A digest of what the features are and of a sample of their values, to tell one file's content from another's."""
+        """A digest that tells one file's content from another's: the stored checksum, which covers every value, beside the
+        lengths and a sample of the values, which also tell a file that has no checksum or was edited under it."""
         some = list(self.lengths)[:: len(self.lengths) // 1000 + 1]
         sample = [np.asarray(self[video][0], np.float32).tobytes().hex() for video in some]
-        return digest([self.channels, self.lengths, sample])
+        return digest([self.checksum, self.channels, self.lengths, sample])
 
     def __contains__(self, video):
         return video in self.lengths
@@ -109,10 +154,62 @@ class FeatureStore(Mapping):
         return len(self.lengths)
 
 
+def _described(name, item):
+    return {name: (item.shape, item.dtype)} if isinstance(item, h5py.Dataset) else {}
+
+
+def _finite(rows):
+    """Whether no value is NaN or infinite. In float16 NumPy's isfinite takes 20 times as long as looking at the exponents."""
+    if rows.dtype == np.float16:
+        return not (rows.view(np.uint16) & 0x7C00 == 0x7C00).any()
+    return bool(np.isfinite(rows).all())
+
+
 def _plain(value):
     """An HDF5 attribute as a value that JSON can hold."""
     value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def checked(video, rows, dtype):
+    """`rows` (T, C) of `video` as a contiguous array of `dtype`; InputError for a value that is not finite in it."""
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(rows, dtype)
+    if not _finite(rows):
+        raise InputError(f"video {video!r}: features hold NaN or infinity (or overflow {rows.dtype})")
+    return rows
+
+
+def rows_checksum(rows):
+    """The SHA-256 of a video's contiguous rows, cut to 64 bits: against accidents, not against forgery."""
+    return hashlib.sha256(rows).hexdigest()[:16]
+
+
+def store_checksum(dtype, channels, lengths, sums):
+    """The checksum of a whole store from those of its rows: the same whatever its layout and the order of its videos.
+
+    lengths {id: T}, sums {id: rows_checksum}.
+    """
+    return digest([np.dtype(dtype).name, channels, {video: [int(T), sums[video]] for video, T in lengths.items()}])
+
+
+def write_store(path, lengths, read, dtype, channels, meta):
+    """Write the packed layout, whole or not at all: lengths {id: T}; read(id) -> the (T, C) rows, asked for once each.
+
+    Videos lie in the order of their ids. `checksums` holds one of each video's rows, the attribute `checksum` one of all.
+    """
+    ids = sorted(lengths)  # the same file whatever order videos came in
+    offsets, sums = np.cumsum([0] + [lengths[video] for video in ids]), {}
+    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        frames = file.create_dataset("frames", (offsets[-1], channels), dtype)
+        for video, start, end in zip(ids, offsets, offsets[1:], strict=False):
+            rows = np.ascontiguousarray(read(video))
+            frames[start:end] = rows
+            sums[video] = rows_checksum(rows)
+        file["ids"] = np.array(ids, dtype=h5py.string_dtype())
+        file["offsets"] = offsets
+        file["checksums"] = np.array([sums[video] for video in ids], "S16")
+        file.attrs.update({**meta, "checksum": store_checksum(dtype, channels, lengths, sums)})
 
 
 class StoreWriter:
@@ -172,14 +269,13 @@ class StoreWriter:
 
     def add(self, video, frames):
         """Append a video's `frames` (T, C); InputError when it is empty, of another width, not finite, or there already."""
-        frames = np.ascontiguousarray(frames, self.dtype)
+        frames = np.asarray(frames)
         width = self._rows[0]["C"] if self._rows else frames.shape[-1]
         if frames.ndim != 2 or not len(frames) or frames.shape[1] != width:
             raise InputError(f"video {video!r}: features of shape {frames.shape}, expected (T, {width}) with T >= 1")
-        if not np.isfinite(frames).all():
-            raise InputError(f"video {video!r}: features hold NaN or infinity (or overflow {self.dtype})")
         if video in self.done:
             raise InputError(f"video {video!r} is given twice")
+        frames = checked(video, frames, self.dtype)
         self._data.write(frames.tobytes())
         self._data.flush()  # frames before the journal line that vouches for them
         row = {"id": video, "T": len(frames), "C": width, "source": (self._sources or {}).get(video)}
@@ -202,150 +298,11 @@ class StoreWriter:
             self._remove_spool()
 
     def _pack(self):
-        rows = sorted(self._rows, key=lambda row: row["id"])  # the same file whatever order videos finished in
-        offset = dict(zip((row["id"] for row in self._rows), np.cumsum([0] + [row["T"] for row in self._rows]), strict=False))
-        spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, rows[0]["C"])
-        with atomic(self.path) as temporary, h5py.File(temporary, "w") as file:
-            file.attrs.update(self.meta)
-            file["ids"] = np.array([row["id"] for row in rows], dtype=h5py.string_dtype())
-            file["offsets"] = np.cumsum([0] + [row["T"] for row in rows])
-            frames = file.create_dataset("frames", spool.shape, self.dtype)
-            for row, start in zip(rows, file["offsets"][:], strict=False):
-                frames[start : start + row["T"]] = spool[offset[row["id"]] : offset[row["id"]] + row["T"]]
+        lengths, width = {row["id"]: row["T"] for row in self._rows}, self._rows[0]["C"]
+        start = dict(zip(lengths, np.cumsum([0, *lengths.values()]), strict=False))
+        spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, width)
+        write_store(self.path, lengths, lambda v: spool[start[v] : start[v] + lengths[v]], self.dtype, width, self.meta)
 
     def _remove_spool(self):
         self._spool.unlink()
         self._journal.unlink()
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-class VCDBPairDataset(Dataset):
-    """Anchor, positive and `neg_num` random background videos: one item a pair of VCDB copies.
-
-    annotation_path: a pickle of VCDB's form, {"video_pairs": [{"videos": [a, b], "overlap": [x, y]}], "negs": [ids]}; with
-    "segments": {id: [[source, start, end], ...]} it also tells which videos share material (see `shares`).
-    store: the FeatureStore; pairs and negatives without features are left out and counted in `missing`.
-    padding_size: a longer video is cropped to so many frames at a random place, or thinned to so many random frames with
-    `random_sampling`; 0 takes all. min_overlap: pairs whose smaller overlap is below it are left out.
-
-    What an item draws depends on (seed, epoch, pair) alone: it is the same on any number of processes and on a resumed run,
-    and another in every epoch (`set_epoch`).
-    """
-
-    def __init__(
-        self,
-        annotation_path,
-        store,
-        padding_size=300,
-        neg_num=16,
-        seed=0,
-        random_sampling=False,
-        min_overlap=0.0,
-        readers=1,
-    ):
-        annotation = load_pickle(annotation_path)
-        try:
-            pairs = [
-                (a, b, float(min(pair.get("overlap", [1.0]))))
-                for pair in annotation["video_pairs"]
-                for a, b in [pair["videos"]]
-            ]
-            negatives = list(dict.fromkeys(annotation["negs"]))
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise InputError(
-                f"annotation file {str(annotation_path)!r} is not of VCDB's form (video_pairs, negs): {error!r}"
-            ) from None
-        self.pairs = [(a, b) for a, b, overlap in pairs if a in store and b in store and overlap >= min_overlap]
-        self.negatives = [video for video in negatives if video in store]
-        self.missing = {
-            "pairs": sum(a not in store or b not in store for a, b, _ in pairs),
-            "negatives": len(negatives) - len(self.negatives),
-        }
-        if not self.pairs or len(self.negatives) < neg_num:
-            raise InputError(
-                f"{len(self.pairs)} of {len(pairs)} pairs and {len(self.negatives)} of {len(negatives)} negatives of"
-                f" {str(annotation_path)!r} can be used with {str(store.path)!r}; a pair and {neg_num} negatives are needed:"
-                " do the ids of the two files agree?"
-            )
-        self.store, self.padding_size, self.neg_num, self.readers = store, padding_size, neg_num, readers
-        self.seed, self.random_sampling, self.epoch = seed, random_sampling, 0
-        self.segments = annotation.get("segments")
-        self.digest = digest([self.pairs, self.negatives, self.segments])
-        self._shared = None
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        """index -> (pair index, anchor (T, C), positive (T, C), negative numbers (M,), [negatives (T, C)])."""
-        draw = rng(self.seed, self.epoch, index)
-        numbers = draw.choice(len(self.negatives), self.neg_num, replace=False)
-        anchor, positive, *negatives = (
-            self._crop(self.store[video], draw) for video in (*self.pairs[index], *(self.negatives[n] for n in numbers))
-        )
-        return index, anchor, positive, numbers, negatives
-
-    def __getitems__(self, indices):
-        """A batch's items, read by `readers` threads (worth it where the file system answers slowly)."""
-        if self.readers <= 1:
-            return [self[i] for i in indices]
-        with ThreadPoolExecutor(self.readers) as pool:
-            return list(pool.map(self.__getitem__, indices))
-
-    def _crop(self, frames, draw):
-        T, size = len(frames), self.padding_size
-        if not size or T <= size:
-            return frames
-        if self.random_sampling:
-            return frames[np.sort(draw.choice(T, size, replace=False))]
-        start = draw.integers(T - size + 1)
-        return frames[start : start + size]
-
-    def shares(self, indices):
-        """For the pairs `indices` (N,): a function bank numbers (K,) -> (N, K) bool, true where that negative shows material
-        of the anchor's film, by the annotation's segments. Number -1 (the bank's random start) shares nothing."""
-        if self._shared is None:
-            self._shared = self._shared_material()
-        rows = torch.stack([self._shared[self.pairs[i][0]] for i in indices])  # (N, negatives + 1)
-        return lambda numbers: rows.to(numbers.device)[:, numbers]
-
-    def _shared_material(self):
-        """Anchor id -> (negatives + 1,) bool; the last column, which number -1 reads, is false."""
-        if not self.segments:
-            raise InputError("the annotation has no 'segments', so shared material is not known; leave --mask_shared out")
-        owner, source, start, end = [], [], [], []
-        try:
-            for number, video in enumerate(self.negatives):
-                for name, a, b in self.segments.get(video, ()):
-                    owner.append(number), source.append(name), start.append(float(a)), end.append(float(b))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}") from None
-        owner, source, start, end = np.array(owner, int), np.array(source), np.array(start), np.array(end)
-        shared = {}
-        for anchor in {a for a, _ in self.pairs}:
-            row = np.zeros(len(self.negatives) + 1, bool)
-            for name, a, b in self.segments.get(anchor, ()):
-                row[owner[(source == name) & (start < b) & (a < end)]] = True
-            shared[anchor] = torch.from_numpy(row)
-        return shared
-
-
-def pad(videos):
-    """A list of (T, C) arrays -> x (N, longest T, C) float32, num_frames (N,) int64."""
-    num_frames = torch.tensor([len(video) for video in videos])
-    x = np.zeros((len(videos), int(num_frames.max()), videos[0].shape[1]), np.float32)
-    for row, video in zip(x, videos, strict=True):
-        row[: len(video)] = video
-    return torch.from_numpy(x), num_frames
-
-
-def collate_pairs(items):
-    """Items of VCDBPairDataset -> (indices (N,), anchors, positives, negatives, numbers (N*M,)); videos as `pad` gives them."""
-    indices, anchors, positives, numbers, negatives = zip(*items, strict=True)
-    flat = [video for group in negatives for video in group]
-    return list(indices), pad(anchors), pad(positives), pad(flat), torch.from_numpy(np.concatenate(numbers))

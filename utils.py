@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -325,7 +326,8 @@ class TorchProcesses(Processes):
 
     def __init__(self):
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=7))  # shards of an extraction wait for the slowest
             self.local_rank, self.local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         except (ValueError, KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0]

@@ -7,42 +7,45 @@
 
 The last is the paper's. Without `--backbone`, EfficientNet-Lite0 keeps pace with a CPU.
 
-Decoder threads fill one queue of frames; batches are cut from it across videos, go through the backbone and the pooling,
+Decoder processes fill one queue of frames; batches are cut from it across videos, go through the backbone and the pooling,
 and a video is written as soon as its last frame is through. Memory follows the batch and the queue (and the finished rows
-of the videos under way), not the length of a video. A killed run goes on where it was when the same command is given again.
+of the videos under way), not the length of a video. A killed run goes on where it was when the same command is given again;
+a finished one does what is new in the input, and nothing else.
 
-A video that cannot be read is named, counted and skipped. OUTPUT's neighbour with suffix .json lists every video with its
-frames, seconds, status and reason. Exit status: 0, or 3 when some videos failed, or 2 for a bad command.
+Many machines or GPUs: `--shard 0/4` to `--shard 3/4`, or start with torchrun or horovodrun. Every process does the videos of
+its shard, into OUTPUT's NAME.0of4.hdf5 and so on; `convert.py merge` joins them.
+
+A video that cannot be read is named, counted and skipped, now and by the same command again (but for `--retry_failed`).
+OUTPUT's neighbour with suffix .json lists every video with its frames, seconds, status and reason. Exit status: 0, or 3 when
+some videos failed, or 2 for a bad command.
 """
 
 import collections
+import contextlib
 import glob
 import os
 import queue
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-from av.stream import Disposition
 from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import backbones  # noqa: E402
 import pca  # noqa: E402
+from frames import FRAME_RULES, TIME_LIMIT, Decoder, Video, read_frames  # noqa: E402, F401  (read_frames for who imports it from here)
+from progress import Report  # noqa: E402
 
 import utils  # noqa: E402
 from data import FeatureStore, StoreWriter  # noqa: E402
 from utils import InputError  # noqa: E402
 
-SHORT_SIDE, CROP = 256, 224
-MAX_GAP = 600  # seconds: a longer pause between two frames is a break in the clock, not a still
 NOT_VIDEOS = frozenset(
     ".txt .md .json .jsonl .csv .tsv .srt .vtt .ass .nfo .xml .html .jpg .jpeg .png .webp .part .hdf5 .h5 .npy .npz .py".split()
 )
@@ -101,117 +104,6 @@ def _from_pattern(pattern):
         yield path[len(before) : len(path) - len(after)], Path(path)
 
 
-# --- frames ----------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds since the first frame, as a Fraction, from timestamps that may be missing, jump, or run backwards."""
-
-    def __init__(self, time_base, rate):
-        self.time_base, self.step = time_base, 1 / rate
-        self.last, self.now = None, None
-
-    def __call__(self, pts):
-        if self.now is None:
-            self.now = Fraction(0)
-        else:
-            passed = (pts - self.last) * self.time_base if None not in (pts, self.last) else self.step
-            self.now += passed if 0 <= passed <= MAX_GAP else self.step
-        self.last = pts
-        return self.now
-
-
-def at_timestamps(frames, fps, rate):
-    """For k = 0, 1, ...: the first frame at or after k/fps seconds.
-
-    So at 1 frame a second row k is second k, whatever the video's own rate. A frame after a pause of several seconds stands
-    for each of them.
-    """
-    k = 0
-    for now, frame in frames:
-        while now >= k / fps:
-            yield frame
-            k += 1
-
-
-def as_released(frames, fps, rate):
-    """The released code's rule: frame i where (i + 1) % round(rate) == 0.
-
-    The rate is rounded, so at 29.97 the rows drift from the seconds, and row k is the end of second k.
-    """
-    every = max(1, round(rate / fps))
-    return (frame for i, (_, frame) in enumerate(frames) if (i + 1) % every == 0)
-
-
-FRAME_RULES = {"timestamp": at_timestamps, "released": as_released}
-
-
-@dataclass(eq=False)
-class Video:
-    """A video under way: its rows so far, and what the report will say of it."""
-
-    id: str
-    path: Path
-    rows: list = field(default_factory=list)
-    seconds: float | None = None
-    corrupt_packets: int = 0
-    reason: str = ""
-
-
-def read_frames(video, fps=Fraction(1), rule="timestamp", threads=1):
-    """Decode `video` (a Video) and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
-
-    Packets that do not decode are counted and passed over, as players do. Raises av.FFmpegError, OSError or ValueError when
-    there is nothing to read.
-    """
-    video.seconds = 0.0
-    with av.open(str(video.path), metadata_errors="ignore") as container:
-        film = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a cover is no video
-        if not film:
-            raise ValueError("it has no video stream")
-        stream = film[0]
-        stream.thread_count, stream.thread_type = threads, "AUTO"
-        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        frames = FRAME_RULES[rule](_decode(container, stream, rate, video), fps, rate)
-        kept = 0
-        for kept, frame in enumerate(frames, 1):  # noqa: B007
-            yield prepare(frame)
-    if not kept:
-        raise ValueError(f"too short for --frames {rule}" if video.seconds else "none of its frames can be decoded")
-
-
-def _decode(container, stream, rate, video):
-    """(seconds since the first frame, av.VideoFrame) of each frame; keeps count in `video`."""
-    clock, packets = Clock(stream.time_base, rate), container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:  # the container is cut short: what came before is good
-            video.corrupt_packets += 1
-            return
-        if packet is None:
-            return
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            video.corrupt_packets += 1
-            continue
-        for frame in frames:
-            now = clock(frame.pts)
-            video.seconds = float(now + clock.step)
-            yield now, frame
-
-
-def prepare(frame):
-    """An av.VideoFrame as (224, 224, 3) uint8 RGB: resized, turned upright, cropped."""
-    short = min(frame.width, frame.height)
-    width, height = SHORT_SIDE * frame.width // short, SHORT_SIDE * frame.height // short
-    image = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-    image = np.rot90(image, round(frame.rotation / 90))  # rotation: how far counterclockwise the container asks for
-    top, left = (image.shape[0] - CROP) // 2, (image.shape[1] - CROP) // 2
-    return np.ascontiguousarray(image[top : top + CROP, left : left + CROP])
-
-
 # --- pooling ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,22 +142,24 @@ POOLINGS = {"imac": imac, "l3_imac": l3_imac, "mac": mac, "spoc": spoc, "gem": g
 # --- the stream ------------------------------------------------------------------------------------------------------
 
 
-def decode_into(frames, todo, options, threads):
-    """A decoder thread: take videos from the iterator `todo`, put (video, frame) and at each end (video, None) into the
-    queue `frames`, and None when no video is left. An unexpected error is put there itself, for the main thread to raise.
+def decode_into(frames, todo, decoder, stop):
+    """A thread that feeds from one decoder: take videos from the iterator `todo`, put (video, frame) and at each end
+    (video, None) into the queue `frames`, and None when no video is left. An error is put there itself, for the main thread.
     """
     try:
         for video in todo:
-            try:
-                for frame in read_frames(video, options.fps, options.frames, threads):
-                    frames.put((video, frame))
-            except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                video.reason = " ".join(reason.split())
+            for frame in decoder.frames(video):
+                frames.put((video, frame))
+                if stop.is_set():
+                    break
+            if stop.is_set():
+                return
             frames.put((video, None))
         frames.put(None)
     except BaseException as error:
         frames.put(error)
+    finally:
+        decoder.close()
 
 
 def cut_batches(frames, decoders, size):
@@ -286,37 +180,72 @@ def cut_batches(frames, decoders, size):
     yield batch
 
 
-def extract(videos, features, options):
-    """Yield each Video of `videos` when it is through, its rows in `video.rows` or its trouble in `video.reason`.
+def extract(
+    videos,
+    features,
+    *,
+    fps=Fraction(1),
+    frames="timestamp",
+    workers=None,
+    time_limit=TIME_LIMIT,
+    batch_sz=4,
+    streams=None,
+    watch=None,
+):
+    """Yield each of `videos` ([Video]) when it is through, its rows (C,) in `video.rows` or its trouble in `video.reason`.
 
-    features: frames (B, 224, 224, 3) uint8 array -> rows (B, C) array; called from `options.streams` threads.
+    features: frames (B, 224, 224, 3) uint8 -> rows (B, C), always B = batch_sz, called from `streams` threads.
+    fps, frames: which frames (see FRAME_RULES). workers: decoder processes. By default as many workers and streams as cores.
+    watch: called with (video, frame) of every frame, a video's own in order, before its features are made.
+    Videos come as they finish; memory follows batch_sz, workers and the rows of the videos under way.
     """
-    workers = min(options.workers, len(videos))
-    threads = max(1, options.workers // max(1, len(videos)))  # within a decoder, where videos are few
-    frames, todo = queue.Queue(2 * options.batch_sz), iter(videos)  # a list's iterator may be shared by threads
-    for _ in range(workers):
-        threading.Thread(target=decode_into, args=(frames, todo, options, threads), daemon=True).start()
+    cores = os.cpu_count()
+    workers, streams = min(workers or cores, len(videos)), streams or cores
+    threads = max(1, cores // max(1, len(videos)))  # within a decoder, where videos are few
+    waiting, todo, stop = queue.Queue(2 * batch_sz), iter(videos), threading.Event()  # threads may share a list's iterator
+    decoders = [Decoder(fps, frames, threads, time_limit) for _ in range(workers)]
+    feeders = [threading.Thread(target=decode_into, args=(waiting, todo, d, stop), daemon=True) for d in decoders]
     pending = collections.deque()  # batches under way, oldest first, so a video's rows come in order
 
     def finished():
         batch, future = pending.popleft()
         rows = iter(future.result() if future else ())
-        for video, frame in batch:
-            if frame is None:
-                yield video
-            else:
+        for video, has_frame in batch:
+            if has_frame:
                 video.rows.append(next(rows))
+            else:
+                yield video
 
     # On a CPU one batch a core, of one thread each, beats one batch on all cores: the decoders disturb it less.
-    with ThreadPoolExecutor(options.streams, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for batch in cut_batches(frames, workers, options.batch_sz):
-            images = [frame for _, frame in batch if frame is not None]
-            batch = [(video, None if frame is None else True) for video, frame in batch]  # lets the pixels go
-            pending.append((batch, pool.submit(lambda x: features(np.stack(x)), images) if images else None))
-            if len(pending) > options.streams:
+    with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for feeder in feeders:
+                feeder.start()
+            for batch in cut_batches(waiting, workers, batch_sz):
+                images = [image for _, image in batch if image is not None]
+                for video, image in batch if watch else ():
+                    if image is not None:
+                        watch(video, image)
+                batch = [(video, image is not None) for video, image in batch]  # lets the pixels go
+                pending.append((batch, pool.submit(_whole_batch, features, images, batch_sz) if images else None))
+                if len(pending) > streams:
+                    yield from finished()
+            while pending:
                 yield from finished()
-        while pending:
-            yield from finished()
+        finally:  # also where the caller breaks off
+            stop.set()
+            for decoder in decoders:
+                decoder.kill()
+            while any(feeder.is_alive() for feeder in feeders):
+                with contextlib.suppress(queue.Empty):
+                    waiting.get(timeout=0.05)
+
+
+def _whole_batch(features, images, size):
+    """Rows of `images`, computed in a batch of `size`: a row's last bits may depend on that, and the last batch is short."""
+    batch = np.zeros((size, *images[0].shape), np.uint8)
+    np.stack(images, out=batch[: len(images)])
+    return features(batch)[: len(images)]
 
 
 def feature_function(backbone, pooling, projection, dtype):
@@ -340,6 +269,8 @@ def parse(argv=None):
     add = parser.add_argument
     add("input", help="folder, list file of `id <tab> path`, or pattern with {id}")
     add("--output", required=True, help="the feature file to write, NAME.hdf5")
+    add("--shard", type=shard, default=(0, 1), metavar="I/N", help="do part I of N (0 to N-1), into NAME.IofN.hdf5")
+    add("--retry_failed", action="store_true", help="try again what failed in an earlier run")
     add("--fps", type=Fraction, default=Fraction(1), help="frames a second to keep (default 1, the paper's)")
     add(
         "--frames",
@@ -364,19 +295,46 @@ def parse(argv=None):
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored rows (default float16)")
     add("--device", default=utils.default_device(), help="default: a GPU where there is one (here %(default)s)")
     add("--amp", choices=("bfloat16",), help="run the backbone in this type; faster on GPUs and on CPUs that have it")
-    add("--workers", type=int, default=os.cpu_count(), help="decoder threads (default: the cores, %(default)s)")
+    add("--workers", type=int, help="decoder processes (default: the cores, shared by this machine's processes)")
     add("--batch_sz", type=int, help="frames in a batch (default: 4 on a CPU, where more is slower; 64 on a GPU)")
+    add(
+        "--time_limit",
+        type=float,
+        default=TIME_LIMIT,
+        help="give a video up after so many seconds of decoding without a new frame (default %(default)s)",
+    )
     options = parser.parse_args(argv)
-    on_cpu = torch.device(utils.checked_device(options.device)).type == "cpu"
     if options.components is not None and (options.components < 1 or not options.pca):
         raise InputError("--components takes a number from 1 up, and belongs to --pca; correct it or leave it out")
-    options.streams = os.cpu_count() if on_cpu else 1
-    options.batch_sz = options.batch_sz if options.batch_sz is not None else 4 if on_cpu else 64
-    if options.fps <= 0 or options.workers < 1 or options.batch_sz < 1:
-        raise InputError("--fps, --workers and --batch_sz must be positive")
+    numbers = (options.fps, options.workers, options.batch_sz, options.time_limit)
+    if any(number is not None and not 0 < number < float("inf") for number in numbers):
+        raise InputError("--fps, --workers, --batch_sz and --time_limit must be positive")
     if Path(options.output).suffix not in (".hdf5", ".h5") or Path(options.output).is_dir():
         raise InputError(f"--output {options.output!r} must name a file with suffix .hdf5")
     return options
+
+
+def shard(text):
+    """(i, n) of the text i/n."""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise InputError(f"--shard {text} must be I/N with 0 <= I < N, such as 0/4, 1/4, 2/4 and 3/4")
+    return int(i), int(n)
+
+
+def part_of(video, n):
+    """Which of n shards has the video of this id: told by the id alone, so that it stays when others come or go."""
+    return int(utils.digest(video), 16) % n
+
+
+def use_machine(options, processes):
+    """Fill in what the machine decides: the device, the batch, how many decoders and how many batches at once."""
+    cores = max(1, os.cpu_count() // processes.local_size)
+    options.device = utils.checked_device(processes.device(options.device))
+    on_cpu = torch.device(options.device).type == "cpu"
+    options.workers = options.workers or cores
+    options.batch_sz = options.batch_sz or (4 if on_cpu else 64)
+    options.streams = cores if on_cpu else 1
 
 
 def describe(options, backbone, projection):
@@ -393,24 +351,6 @@ def describe(options, backbone, projection):
     }
 
 
-def write_report(options, settings, videos):
-    """OUTPUT's neighbour with suffix .json: what became of every video."""
-    done = any(not video.reason for video in videos)
-    lengths = FeatureStore(options.output).lengths if done else {}
-    rows = {
-        video.id: {
-            "path": str(video.path),
-            "status": "failed" if video.reason else "ok",
-            "frames": lengths.get(video.id, 0),
-            "seconds": None if video.seconds is None else round(video.seconds, 3),  # None: done by an earlier run
-            "corrupt_packets": video.corrupt_packets,
-            "reason": video.reason,
-        }
-        for video in videos
-    }
-    utils.write_json(Path(options.output).with_suffix(".json"), {**utils.provenance(), "settings": settings, "videos": rows})
-
-
 def identity(path):
     """What tells a changed file: size and time of change; empty for one that cannot be looked at, which fails later by name."""
     try:
@@ -420,45 +360,101 @@ def identity(path):
     return f"{facts.st_size} bytes, {facts.st_mtime_ns}"
 
 
-def store(writer, video):
-    """Write a finished video, or note why it cannot be."""
+def open_finished(output, settings, dtype):
+    """The finished store that is to be extended, or {}; InputError when it was made by other settings."""
+    if not output.exists():
+        return {}
+    store = FeatureStore(output)
+    for name, value in {**settings, "dtype": dtype}.items():
+        found = {**store.meta, "dtype": str(store.dtype)}.get(name)
+        if found != value:
+            raise InputError(
+                f"{str(output)!r} holds features of {name} {found}, not {value}; name another --output, or remove that file"
+            )
+    return store
+
+
+def write(writer, video):
+    """Write a finished video, or note why it cannot be; returns its number of frames."""
     try:
         if not video.reason:
             writer.add(video.id, np.stack(video.rows))
     except InputError as error:  # such as a value that overflows float16
         video.reason = str(error)
+    frames = 0 if video.reason else len(video.rows)
     video.rows.clear()
+    return frames
 
 
-def main(argv=None):
-    options = parse(argv)
-    videos = [Video(name, path) for name, path in find_videos(options.input).items()]
-    projection = pca.load(options.pca, options.components) if options.pca else None
-    backbone = backbones.build(options.backbone, options.weights, options.stages, options.device, options.amp)
-    if projection:
-        projection.check(sum(backbone.channels), f"{options.backbone} with {options.pooling}")
-    settings = describe(options, backbone, projection)
+def bring_up_to_date(output, videos, settings, features, options):
+    """Add to the store `output` what it lacks of `videos`, and report; returns {id: the report's row} of `videos`.
 
-    writer = StoreWriter(options.output, options.dtype, settings, {video.id: identity(video.path) for video in videos})
-    todo = [video for video in videos if video.id not in writer.done]
-    if len(todo) < len(videos):
-        print(f"going on: {len(videos) - len(todo)} of {len(videos)} videos were done before", file=sys.stderr)
+    What is done is left alone, and so is what the store holds of files that are gone; a file that has changed is done again.
+    """
+    sources, report = {video.id: identity(video.path) for video in videos}, Report(output.with_suffix(".json"), settings)
+    old = open_finished(output, settings, options.dtype)
+    kept = {name for name in old if name not in sources or report.source(name) in (None, sources[name])}
+    failed = {name for name in sources if report.failed(name) and report.source(name) == sources[name]} - kept
+    left_out = set() if options.retry_failed else failed
+    if left_out:
+        print(f"left out: {len(left_out)} videos that failed before; --retry_failed tries them again", file=sys.stderr)
+    todo, done = [video for video in videos if video.id not in kept | left_out], set(old)
+    if todo:
+        writer = StoreWriter(output, options.dtype, settings, {name: report.source(name) for name in kept} | sources)
+        for name in sorted(kept - writer.done):  # first into the spool: the finished file is replaced whole, or stays
+            writer.add(name, old[name])
+        before = len(writer.done.intersection(sources))
+        if before:
+            print(f"going on: {before} of {len(videos)} videos were done before", file=sys.stderr)
+        todo = [video for video in todo if video.id not in writer.done]
+        done = run_through(todo, writer, report, sources, features, options)
+    untold = {name for name in done if name not in report.rows or report.failed(name)}
+    lengths = FeatureStore(output).lengths if untold else {}
+    for video in videos:
+        if video.id in untold:  # done by a run that was killed before it told, or that stood before there were reports
+            report.add(video, sources[video.id], lengths[video.id])
+    report.write(done.union(sources))
+    return {name: report.rows[name] for name in sources}
+
+
+def run_through(videos, writer, report, sources, features, options):
+    """Extract `videos` into `writer` and `report`; returns the ids that the store then holds."""
+    names = ("fps", "frames", "workers", "time_limit", "batch_sz", "streams")
     try:
-        with writer, tqdm(total=len(todo), unit="video") as bar:
-            features = feature_function(backbone, options.pooling, projection, options.dtype)
-            for video in extract(todo, features, options):
-                store(writer, video)
+        with writer, tqdm(total=len(videos), unit="video") as bar:
+            for video in extract(videos, features, **{name: getattr(options, name) for name in names}):
+                report.add(video, sources[video.id], write(writer, video))
                 if video.reason:
                     bar.write(f"skipped {video.id}: {video.reason}", file=sys.stderr)
                 bar.update()
-    except InputError:  # the writer's, when it was given nothing: told below
+    except InputError:  # the writer's, when it was given nothing: the report tells
         if writer.done:
             raise
-    write_report(options, settings, videos)
-    failed = sum(bool(video.reason) for video in videos)
-    written = f"{len(videos) - failed} in {options.output}" if failed < len(videos) else f"no {options.output} written"
-    print(f"{len(videos)} videos: {written}, {failed} failed", file=sys.stderr)
-    return 3 if failed else 0
+    return writer.done
+
+
+def main(argv=None):
+    processes = utils.start_processes()
+    with processes.together():
+        options = parse(argv)
+        use_machine(options, processes)
+        part, parts = options.shard[0] * processes.size + processes.rank, options.shard[1] * processes.size
+        output = Path(options.output)
+        if parts > 1:
+            output = output.with_name(f"{output.stem}.{part}of{parts}{output.suffix}")
+        found = find_videos(options.input)
+        videos = [Video(name, path) for name, path in found.items() if part_of(name, parts) == part]
+        projection = pca.load(options.pca, options.components) if options.pca else None
+        backbone = backbones.build(options.backbone, options.weights, options.stages, options.device, options.amp)
+        if projection:
+            projection.check(sum(backbone.channels), f"{options.backbone} with {options.pooling}")
+    features = feature_function(backbone, options.pooling, projection, options.dtype)
+
+    rows = bring_up_to_date(output, videos, describe(options, backbone, projection), features, options)
+    failed = sum(row["status"] == "failed" for row in rows.values())
+    written = f"{len(rows) - failed} in {output}" if failed < len(rows) else f"no {output} written"
+    print(f"{len(rows)} videos: {written}, {failed} failed", file=sys.stderr)
+    return 3 if processes.any(failed) else 0  # waits for the others: a launcher ends them all when one ends in failure
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Feature files, training pairs and annotations: what is read is what was written, what is broken is named."""
 
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +115,46 @@ def test_pad_gives_float32_frames_true_lengths_and_zeros_after_them_in_silence(t
     assert not list(recwarn), "reading prints warnings on the user's terminal"
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_region_features_are_averaged_over_their_regions_with_one_notice(dtype, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    regions = {video: draw.normal(size=(draw.integers(1, 9), 9, 8)).astype(dtype) for video in IDS[:4]}
+    features = regions | some_features(IDS[4:], dtype=dtype)
+    path = write_released(tmp_path / "x.hdf5", features)
+    store = FeatureStore(path)
+    assert store.channels == 8 and store.lengths == {video: len(frames) for video, frames in features.items()}
+    for video in IDS:
+        rows = features[video]
+        means = [[sum(map(float, row[:, c])) / 9 for c in range(8)] for row in rows] if video in regions else rows
+        assert store[video].dtype == dtype and store[video].shape == (len(rows), 8)
+        np.testing.assert_allclose(store[video], means, atol=2e-3 if dtype == np.float16 else 1e-6)
+    notices = capsys.readouterr().err.splitlines()
+    assert len(notices) == 1 and str(path) in notices[0] and "(T, 9, C)" in notices[0] and "averaged" in notices[0]
+    FeatureStore(write_released(tmp_path / "y.hdf5", some_features()))
+    assert not capsys.readouterr().err
+
+
+def test_a_value_that_is_not_finite_in_one_region_is_named(tmp_path):
+    features = {"good": np.ones((2, 3, 4), np.float16), "bad": np.ones((2, 3, 4), np.float16)}
+    features["bad"][1, 2, 3] = np.inf
+    refusal(write_released(tmp_path / "x.hdf5", features), "bad", "NaN", read="bad")
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4"])
+def test_every_value_that_is_not_finite_is_seen_and_no_other(dtype, tmp_path):
+    """Patterns of 16 bits, one a video; NumPy's isfinite is the oracle."""
+    patterns = np.unique([*range(0, 2**16, 31), 0x7BFF, 0x7C00, 0x7C01, 0x7FFF, 0xFBFF, 0xFC00, 0xFFFF]).astype(np.uint16)
+    values = patterns.view(np.float16).astype(dtype)
+    path = write_packed(tmp_path / "x.hdf5", {str(i): value.reshape(1, 1) for i, value in enumerate(values)})
+    store, refused = FeatureStore(path), set()
+    for video in store:
+        try:
+            assert store[video] == values[int(video)]
+        except InputError:
+            refused.add(int(video))
+    assert refused == set(np.flatnonzero(~np.isfinite(values)))
+
+
 # --- broken files ----------------------------------------------------------------------------------------------------
 
 
@@ -160,9 +203,24 @@ def test_a_video_of_another_width_among_the_rest_is_named(tmp_path):
     refusal(write_released(tmp_path / "x.hdf5", features), "wide", "(3, 9)")
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 0, 4), (2, 3, 4, 5)])
 def test_a_file_of_other_arrays_is_refused(shape, tmp_path):
     refusal(write_released(tmp_path / "x.hdf5", {"weights": np.zeros(shape)}), "weights")
+
+
+def test_bad_videos_are_left_out_and_told_where_the_caller_asks_for_it(tmp_path):
+    features = some_features() | {
+        "wide": np.zeros((3, 9), np.float16),
+        "empty": np.zeros((0, 8), np.float16),
+        "flat": np.zeros(8, np.float16),
+        "words": np.full((2, 8), b"x"),
+    }
+    path = write_released(tmp_path / "x.hdf5", features)
+    store = FeatureStore(path, skip_bad=True)
+    assert set(store) == set(IDS) and set(store.bad) == {"wide", "empty", "flat", "words"} and "(3, 9)" in store.bad["wide"]
+    with pytest.raises(InputError, match="'wide' has shape"):
+        store["wide"]
+    refusal(write_released(tmp_path / "y.hdf5", {"words": features["words"]}), "words", skip_bad=True)
 
 
 def test_a_file_that_is_not_hdf5_is_refused(tmp_path):
@@ -204,7 +262,7 @@ def test_offsets_that_do_not_fit_are_refused(offsets, tmp_path):
 
 def content(path):
     with h5py.File(path) as file:
-        return {name: (file[name].dtype, file[name][()].tobytes()) for name in ("frames", "offsets")} | {
+        return {name: (file[name].dtype, file[name][()].tobytes()) for name in ("frames", "offsets", "checksums")} | {
             "ids": list(file["ids"].asstr()[()]),
             "meta": dict(file.attrs),
         }
@@ -300,6 +358,45 @@ def test_the_order_of_adding_does_not_matter(tmp_path):
     features = some_features()
     backwards = dict(reversed(features.items()))
     assert content(write_ours(tmp_path / "x.hdf5", features)) == content(write_ours(tmp_path / "y.hdf5", backwards))
+
+
+def by_hand(features, dtype):
+    """The checksum of a store as the docstrings say: SHA-256 of each video's bytes, then of all."""
+    sums = {video: hashlib.sha256(rows.astype(dtype).tobytes()).hexdigest()[:16] for video, rows in features.items()}
+    width = next(iter(features.values())).shape[1]
+    listed = [dtype, width, {video: [len(features[video]), sums[video]] for video in features}]
+    return sums, hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_store_carries_the_checksums_of_what_was_written(dtype, tmp_path):
+    features = some_features(dtype=np.float32)
+    store = FeatureStore(write_ours(tmp_path / "x.hdf5", features, dtype, backbone="lite0"))
+    assert (store.checksums(), store.checksum) == by_hand(features, dtype)
+    assert store.meta == {"backbone": "lite0"}, "what made the features is compared, and does not change with the content"
+    foreign = FeatureStore(write_packed(tmp_path / "y.hdf5", features))
+    assert foreign.checksum is None and foreign.checksums() == {}
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    """In a store with checksums a single bit anywhere counts; without, what is sampled: the lengths and each first row."""
+    features = some_features([f"v{i}" for i in range(40)])
+    changed = {video: rows.copy() for video, rows in features.items()}
+    changed["v7"][-1, -1] += 1
+    first = {video: rows.copy() for video, rows in features.items()}
+    first["v7"][0, 0] += 1
+    prints = {
+        name: FeatureStore(write_ours(tmp_path / name, content, **meta)).fingerprint()
+        for name, content, meta in (("a", features, {}), ("b", features, {"made": "otherwise"}), ("c", changed, {}))
+    }
+    assert prints["a"] == prints["b"] != prints["c"]
+    shutil.copy(tmp_path / "a", tmp_path / "d")
+    assert FeatureStore(tmp_path / "d").fingerprint() == prints["a"]
+    with h5py.File(tmp_path / "d", "r+") as file:
+        file["frames"][0, 0] += 1  # edited in place under the old checksum
+    assert FeatureStore(tmp_path / "d").fingerprint() != prints["a"]
+    plain = [FeatureStore(write_packed(tmp_path / "p", content)).fingerprint() for content in (features, features, first)]
+    assert plain[0] == plain[1] != plain[2]
 
 
 def test_an_exception_leaves_no_file_and_a_spool_to_go_on_from(tmp_path):

@@ -1,11 +1,9 @@
-"""Pre-processing keeps its promises: which frames, which features, what happens to a broken video, and the PCA."""
+"""Extraction keeps its promises: which frames, which features, what happens to a broken video and to a broken run."""
 
 import json
 import re
-import struct
 import subprocess
 import sys
-import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -14,43 +12,19 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.stream import Disposition
+from clips import numbered, textured, turn, write_video
 from conftest import cli, one_error, start
 from sklearn.datasets import load_sample_image
-from sklearn.decomposition import PCA
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pre-processing")]
 import backbones  # noqa: E402
 import extract_features as ex  # noqa: E402
-import pca  # noqa: E402
+import frames  # noqa: E402
 
-from data import FeatureStore, StoreWriter  # noqa: E402
+from data import FeatureStore  # noqa: E402
 from utils import InputError  # noqa: E402
-
-# --- material --------------------------------------------------------------------------------------------------------
-
-
-def write_video(path, images, rate=10, times=None, codec="ffv1", pix_fmt="bgr0", source="rgb24", options=None):
-    """A lossless video of `images` (h, w, 3) uint8; frame i at times[i] milliseconds, or at a constant rate."""
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=rate, options=options or {})
-        stream.height, stream.width = images[0].shape[-2:] if source != "rgb24" else images[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        if times:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for i, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, source)
-            frame.time_base = Fraction(1, 1000) if times else 1 / Fraction(rate)
-            frame.pts = times[i] if times else i
-            out.mux(stream.encode(frame.reformat(format=pix_fmt)))
-        out.mux(stream.encode(None))
-
-
-def numbered(n):
-    """n small frames whose colour says their index."""
-    return [np.full((32, 48, 3), (i % 256, i // 256, 77), np.uint8) for i in range(n)]
 
 
 def index_of(image):
@@ -58,29 +32,7 @@ def index_of(image):
 
 
 def indices(path, **options):
-    return [index_of(image) for image in ex.read_frames(ex.Video("v", path), **options)]
-
-
-def write_audio(path, cover=False):
-    with av.open(str(path), "w") as out:
-        sound = out.add_stream("aac", rate=44100)
-        if cover:
-            picture = out.add_stream("mjpeg", rate=1)
-            picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
-            picture.disposition = Disposition.attached_pic
-            out.mux(picture.encode(av.VideoFrame(64, 64, "yuvj420p")))
-            out.mux(picture.encode(None))
-        for i in range(20):
-            frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
-            frame.rate, frame.pts = 44100, i * 1024
-            out.mux(sound.encode(frame))
-        out.mux(sound.encode(None))
-
-
-def textured(seed, n):
-    """n frames of smooth noise that drifts: material in which features differ from frame to frame."""
-    base = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8)
-    return [np.roll(base, i, 1).repeat(8, 0).repeat(8, 1) for i in range(n)]
+    return [index_of(image) for image in frames.read_frames(frames.Video("v", path), **options)]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +79,7 @@ def test_row_k_is_the_first_frame_at_or_after_its_time_at_a_variable_rate(tmp_pa
 
 
 def test_times_count_from_the_first_frame_and_survive_breaks_in_the_clock():
-    clock = ex.Clock(Fraction(1, 1000), Fraction(10))
+    clock = frames.Clock(Fraction(1, 1000), Fraction(10))
     # starts late, goes on, no timestamp, jumps by an hour, goes on, falls back, goes on
     now = [float(clock(pts)) for pts in (5000, 5500, None, 3_600_000, 3_600_200, 100, 300)]
     assert now == pytest.approx([0, 0.5, 0.6, 0.7, 0.9, 1.0, 1.2])
@@ -147,7 +99,6 @@ def test_released_rule_takes_every_rounded_rate_frame_from_the_end_of_the_first_
     [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1), ((1, 0, 0, 1), 0)],
 )
 def test_a_clip_rotated_by_metadata_equals_the_upright_one(tmp_path, matrix, turns):
-    """The track header's matrix (ISO 14496-12) carries (x, y) to (a x + c y, b x + d y), y downward."""
     small = np.random.default_rng(0).uniform(0, 1, (1, 1, 5, 7)).astype(np.float32)
     luma = (F.interpolate(torch.from_numpy(small), (256, 384), mode="bicubic")[0, 0].numpy() * 200 + 20).astype(np.uint8)
 
@@ -157,13 +108,8 @@ def test_a_clip_rotated_by_metadata_equals_the_upright_one(tmp_path, matrix, tur
 
     write(tmp_path / "lying.mp4", luma)
     write(tmp_path / "upright.mp4", np.ascontiguousarray(np.rot90(luma, turns)))
-    data = bytearray((tmp_path / "lying.mp4").read_bytes())
-    at = data.index(b"tkhd") + 44
-    assert struct.unpack_from(">9i", data, at)[0] == 1 << 16
-    a, b, c, d = (int(value * (1 << 16)) for value in matrix)
-    struct.pack_into(">9i", data, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    (tmp_path / "lying.mp4").write_bytes(data)
-    lying, upright = (next(ex.read_frames(ex.Video("v", tmp_path / f"{name}.mp4"))) for name in ("lying", "upright"))
+    turn(tmp_path / "lying.mp4", matrix)
+    lying, upright = (next(frames.read_frames(frames.Video("v", tmp_path / f"{name}.mp4"))) for name in ("lying", "upright"))
     assert np.abs(lying.astype(int) - upright).max() <= 1
 
 
@@ -172,7 +118,7 @@ def test_frames_are_the_centre_of_a_bicubic_resize_to_256(tmp_path):
 
     image = load_sample_image("china.jpg")  # 427 x 640
     write_video(tmp_path / "v.mkv", [image])
-    ours = next(ex.read_frames(ex.Video("v", tmp_path / "v.mkv")))
+    ours = next(frames.read_frames(frames.Video("v", tmp_path / "v.mkv")))
     pillow = np.asarray(Image.fromarray(image).resize((383, 256), Image.BICUBIC))[16:240, 79:303]
     assert np.abs(ours.astype(int) - pillow).mean() < 1  # two programs' bicubic; a shift by one pixel gives 9
 
@@ -181,8 +127,8 @@ def test_a_file_cut_short_gives_the_frames_it_still_has(tmp_path):
     write_video(tmp_path / "whole.mkv", [np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8) for i in range(80)])
     data = (tmp_path / "whole.mkv").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
-    video = ex.Video("v", tmp_path / "cut.mkv")
-    assert 3 <= len(list(ex.read_frames(video))) <= 5 and 3.5 < video.seconds < 4.5
+    video = frames.Video("v", tmp_path / "cut.mkv")
+    assert 3 <= len(list(frames.read_frames(video))) <= 5 and 3.5 < video.seconds < 4.5
 
 
 # --- which videos ----------------------------------------------------------------------------------------------------
@@ -376,27 +322,6 @@ def test_mac_spoc_and_gem_equal_their_definitions():
 # --- extraction ------------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_video_is_named_counted_and_skipped(tmp_path):
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    write_video(folder / "good.mkv", textured(0, 25))
-    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(50_000))
-    (folder / "empty.mp4").touch()
-    write_audio(folder / "sound.mp4")
-    write_audio(folder / "cover.mp4", cover=True)
-    done = cli("pre-processing/extract_features.py", folder, "--output", tmp_path / "f.hdf5")
-    assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert "5 videos: 1 in" in done.stderr and "4 failed" in done.stderr
-    assert all(f"skipped {name}: " in done.stderr for name in ("noise", "empty", "sound", "cover"))
-    assert {video: len(rows) for video, rows in all_rows(tmp_path / "f.hdf5").items()} == {"good": 3}
-    report = json.loads((tmp_path / "f.json").read_text())["videos"]
-    assert report["good"] | {"path": ""} == {
-        "path": "", "status": "ok", "frames": 3, "seconds": 2.5, "corrupt_packets": 0, "reason": "",
-    }  # fmt: skip
-    assert all("no video stream" in report[name]["reason"] for name in ("sound", "cover"))
-    assert all("Invalid data" in report[name]["reason"] and not report[name]["frames"] for name in ("noise", "empty"))
-
-
 def test_when_every_video_fails_no_store_is_written(tmp_path):
     (tmp_path / "list.tsv").write_text("a\tnowhere.mp4\nb\tlist.tsv\n")
     assert extract(tmp_path / "list.tsv", "--output", tmp_path / "f.hdf5") == 3
@@ -425,161 +350,292 @@ def test_rows_are_the_pooled_stages_of_the_frames(tmp_path):
     extract(tmp_path / "list.tsv", "--output", tmp_path / "f.hdf5", "--dtype", "float32", "--pooling", "l3_imac")
     backbone = backbones.build("efficientnet_lite0", "random")
     for k, row in enumerate(all_rows(tmp_path / "f.hdf5")["v"]):
-        image = ex.prepare(av.VideoFrame.from_ndarray(images[10 * k], "rgb24"))
+        image = frames.Preparation()(av.VideoFrame.from_ndarray(images[10 * k], "rgb24"))
         stages = backbone(torch.from_numpy(image).permute(2, 0, 1)[None].float())
         parts = [l3_imac_by_loops(m[0].double().numpy(), int(m.shape[2] * 2 / 7)) for m in stages]
         assert np.allclose(row, np.concatenate(parts), atol=1e-4)
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    for i in range(16):
-        write_video(folder / f"{i:02}.mkv", textured(i, 40))
-    arguments = ["--output", tmp_path / "f.hdf5", "--weights", "random", "--batch_sz", "1", "--workers", "1"]
-    process = start("pre-processing/extract_features.py", folder, *arguments)
-    journal, deadline = tmp_path / "f.hdf5.part.jsonl", time.monotonic() + 60
-    while not (journal.exists() and journal.read_text().count("\n") > 3) and time.monotonic() < deadline:
+def journal_lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def kill_when(process, reached):
+    """kill -9, once `reached()`."""
+    deadline = time.monotonic() + 60
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    assert not (tmp_path / "f.hdf5").exists()
-    done = cli("pre-processing/extract_features.py", folder, *arguments)
-    assert done.returncode == 0 and re.search(r"going on: ([3-9]|1[0-5]) of 16 videos", done.stderr)
-    assert extract(folder, "--output", tmp_path / "unbroken.hdf5") == 0
-    broken, unbroken = all_rows(tmp_path / "f.hdf5"), all_rows(tmp_path / "unbroken.hdf5")
-    assert list(broken) == list(unbroken) and len(broken) == 16
-    assert all(np.abs(broken[video] - unbroken[video]).max() <= 1e-3 for video in unbroken)
-    assert {path.name for path in tmp_path.iterdir()} == {"videos", "f.hdf5", "f.json", "unbroken.hdf5", "unbroken.json"}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Sixteen clips of four seconds and one broken file."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(16):
+        write_video(folder / f"clip{i:02}.mkv", textured(i, 40))
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+def shards_of(folder, shard):
+    fast = ["--weights", "random", "--stages", "_blocks.2", "--batch_sz", "3", "--workers", "2"]
+    return ["--output", folder / "f.hdf5", *fast, "--shard", shard]
+
+
+def test_killed_shards_go_on_and_end_as_unbroken_ones_byte_for_byte(tmp_path, many):
+    unbroken = tmp_path / "unbroken"
+    for shard in ("0/2", "1/2"):
+        extract(many, *shards_of(unbroken, shard))
+    store, part, after = tmp_path / "f.1of2.hdf5", tmp_path / "f.1of2.hdf5.part.jsonl", 0
+    for more in (1, 2):  # killed twice
+        after = journal_lines(part) + more
+        process = start("pre-processing/extract_features.py", many, *shards_of(tmp_path, "1/2"))
+        kill_when(process, lambda after=after: journal_lines(part) > after)
+        assert not store.exists()
+    with open(part, "ab") as journal:  # as if killed in the middle of a line
+        journal.write(b'{"id": "1')
+    with open(tmp_path / "f.1of2.json.part", "ab") as log:
+        log.write(b'\n["1')
+    done = cli("pre-processing/extract_features.py", many, *shards_of(tmp_path, "1/2"))
+    assert "going on: " in done.stderr and "Traceback" not in done.stderr
+    extract(many, *shards_of(tmp_path, "0/2"))
+    names = {"f.0of2.hdf5", "f.0of2.json", "f.1of2.hdf5", "f.1of2.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "unbroken"} and {p.name for p in unbroken.iterdir()} == names
+    for i in (0, 1):
+        assert (tmp_path / f"f.{i}of2.hdf5").read_bytes() == (unbroken / f"f.{i}of2.hdf5").read_bytes()
+        reports = [json.loads((folder / f"f.{i}of2.json").read_text()) for folder in (tmp_path, unbroken)]
+        assert list(reports[0]["videos"]) == list(reports[1]["videos"])
+        assert all(row["frames"] == (4 if name != "broken" else 0) for name, row in reports[0]["videos"].items())
+    parts = [list(FeatureStore(tmp_path / f"f.{i}of2.hdf5")) for i in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == [f"clip{i:02}" for i in range(16)] and min(map(len, parts)) > 1
+
+
+def test_under_a_launcher_every_process_does_its_shard_and_none_is_ended_by_anothers_failure(tmp_path, many):
+    """One of two processes has a broken file only, and is through at once; launchers end the rest when one ends in failure."""
+    ids = {part: [name for name in map(str, range(30)) if ex.part_of(name, 2) == part] for part in (0, 1)}
+    lines = [f"{name}\t{many}/clip{int(name) % 16:02}.mkv" for name in ids[0]] + [f"{ids[1][0]}\t{many}/broken.mp4"]
+    (tmp_path / "list.tsv").write_text("\n".join(lines))
+    script = ["pre-processing/extract_features.py", tmp_path / "list.tsv", *shards_of(tmp_path, "0/1"), "--workers", "1"]
+    done = cli("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script)
+    assert done.returncode and "exitcode" in done.stderr and "SIGTERM" not in done.stderr.replace("sending SIGTERM", "")
+    rows = [json.loads((tmp_path / f"f.{i}of2.json").read_text())["videos"] for i in (0, 1)]
+    assert sorted(rows[0]) == sorted(ids[0]) == sorted(FeatureStore(tmp_path / "f.0of2.hdf5"))
+    assert [row["status"] for row in rows[1].values()] == ["failed"] and not (tmp_path / "f.1of2.hdf5").exists()
+
+
+def test_a_finished_extraction_does_what_is_new_and_nothing_else(tmp_path, monkeypatch):
+    folder, seen = tmp_path / "videos", []
+    folder.mkdir()
+
+    def again(*more):
+        """Run; returns its status and the videos that were decoded."""
+        seen.clear()
+        status = extract(folder, "--output", tmp_path / "f.hdf5", "--stages", "_blocks.0", *more)
+        return status, sorted(seen)
+
+    def frames_of(decoder, video, original=ex.Decoder.frames):
+        seen.append(video.id)
+        return original(decoder, video)
+
+    monkeypatch.setattr(ex.Decoder, "frames", frames_of)
+    for i in range(3):
+        write_video(folder / f"{i}.mkv", textured(i, 10))
+    (folder / "broken.mkv").write_bytes(b"no video")
+    assert again() == (3, ["0", "1", "2", "broken"])
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("f.*")}
+    rows = all_rows(tmp_path / "f.hdf5")
+    assert again() == (3, [])
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("f.*")} == before
+    assert again("--retry_failed") == (3, ["broken"])
+    assert {**all_rows(tmp_path / "f.hdf5")}.keys() == rows.keys()
+
+    write_video(folder / "broken.mkv", textured(7, 10))  # mended: another file, so no flag is needed
+    write_video(folder / "new.mkv", textured(8, 10))
+    write_video(folder / "1.mkv", textured(9, 20))  # changed
+    (folder / "2.mkv").unlink()  # gone, but its features stay
+    assert again() == (0, ["1", "broken", "new"])
+    extended = all_rows(tmp_path / "f.hdf5")
+    assert list(extended) == ["0", "1", "2", "broken", "new"] and len(extended["1"]) == 2
+    assert np.array_equal(extended["0"], rows["0"]) and np.array_equal(extended["2"], rows["2"])
+    assert list(json.loads((tmp_path / "f.json").read_text())["videos"]) == list(extended)
+    with pytest.raises(InputError, match="pooling imac, not mac"):
+        again("--pooling", "mac")
+
+
+def test_a_killed_extension_leaves_the_finished_store_and_goes_on(tmp_path, many):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in sorted(many.glob("*.mkv"))[:2]:
+        (folder / path.name).symlink_to(path)
+    arguments = [folder, *shards_of(tmp_path, "0/1")]
+    assert extract(*arguments) == 0
+    small = (tmp_path / "f.hdf5").read_bytes()
+    for path in sorted(many.glob("*.mkv"))[2:]:
+        (folder / path.name).symlink_to(path)
+    part = tmp_path / "f.hdf5.part.jsonl"
+    kill_when(start("pre-processing/extract_features.py", *arguments), lambda: journal_lines(part) > 4)
+    assert (tmp_path / "f.hdf5").read_bytes() == small and journal_lines(part) > 4
+    assert extract(*arguments) == 0 and not part.exists()
+    assert extract(folder, *shards_of(tmp_path / "whole", "0/1")) == 0
+    assert (tmp_path / "f.hdf5").read_bytes() == (tmp_path / "whole" / "f.hdf5").read_bytes()
+
+
+def test_the_papers_features_have_3840_channels_with_random_weights_and_with_a_files(tmp_path, clips):
+    (tmp_path / "list.tsv").write_text(f"v\t{clips}/sub/clip1.mkv\n")
+    paper = [tmp_path / "list.tsv", "--backbone", "resnet50", "--pooling", "l3_imac", "--dtype", "float32"]
+    assert extract(*paper, "--output", tmp_path / "random.hdf5") == 0
+    model = backbones.import_torchvision().models.resnet50()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    assert ex.main([*map(str, paper), "--output", str(tmp_path / "file.hdf5"), "--weights", str(tmp_path / "w.pth")]) == 0
+    random, given = (FeatureStore(tmp_path / f"{name}.hdf5") for name in ("random", "file"))
+    assert random.meta["weights"] == "random" and re.fullmatch(r"w\.pth sha256 [0-9a-f]{16}", given.meta["weights"])
+    for store in (random, given):
+        assert store["v"].shape == (2, 3840)
+        parts = np.split(store["v"], np.cumsum([256, 512, 1024]), axis=1)
+        assert all(np.allclose(np.linalg.norm(part, axis=1), 1, atol=1e-4) for part in parts)
+    assert np.abs(random["v"] - given["v"]).max() > 0.01
+
+
+# --- decoders that die -----------------------------------------------------------------------------------------------
+
+SABOTAGE = """
+import os, signal, sys, time
+sys.path.insert(0, {folder!r})
+import frames
+original = frames.read_frames
+
+def read_frames(video, *options):
+    yield from original(video, *options)
+    name = os.path.basename(video.path)
+    if name.startswith("hangs"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+        while True:
+            time.sleep(1)
+    if name.startswith("crashes"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name.startswith("greedy"):
+        bytearray(frames.MEMORY)
+    if name.startswith("odd"):
+        raise KeyError("not an error one would expect")
+    if name.startswith("ends"):
+        os._exit(5)
+
+frames.read_frames = read_frames
+frames.serve(frames.Connection(int(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def saboteur(tmp_path, monkeypatch):
+    """Decoder processes that come to grief after the frames of some videos."""
+    path = tmp_path / "saboteur.py"
+    path.write_text(SABOTAGE.format(folder=str(ROOT / "pre-processing")))
+    monkeypatch.setattr(frames, "__file__", str(path))
+
+
+def first_channel(images):
+    return images[:, 112, 112, :1].astype(np.float32)
+
+
+def test_a_video_that_hangs_or_crashes_its_decoder_is_named_and_the_others_go_on(tmp_path, saboteur):
+    names = ["hangs", "crashes", "a", "greedy", "odd", "b", "crashes too", "c"]
+    for name in names:
+        write_video(tmp_path / f"{name}.mkv", numbered(25))
+    videos = [frames.Video(name, tmp_path / f"{name}.mkv") for name in names]
+    done = {video.id: video for video in ex.extract(videos, first_channel, time_limit=1, workers=1)}
+    reasons = {name: video.reason for name, video in done.items()}
+    assert reasons["hangs"] == "no frame in 1 seconds of decoding (--time_limit)"
+    assert reasons["crashes"] == reasons["crashes too"] == "decoding it crashes FFmpeg (SIGSEGV)"
+    assert reasons["greedy"] == "MemoryError" and "not an error" in reasons["odd"]
+    assert all(not reasons[name] and np.concatenate(done[name].rows).tolist() == [0, 10, 20] for name in "abc")
+
+
+def test_waiting_for_the_backbone_is_no_hanging(tmp_path):
+    write_video(tmp_path / "v.mkv", numbered(80))
+
+    def slow(images):
+        time.sleep(0.5)
+        return first_channel(images)
+
+    (video,) = ex.extract([frames.Video("v", tmp_path / "v.mkv")], slow, time_limit=0.4, batch_sz=1, streams=1)
+    assert len(video.rows) == 8 and not video.reason
+
+
+def test_a_decoder_that_cannot_work_at_all_stops_the_run(tmp_path, saboteur):
+    write_video(tmp_path / "ends.mkv", numbered(3))
+    with pytest.raises(RuntimeError, match="status 5"):
+        list(ex.extract([frames.Video("v", tmp_path / "ends.mkv")], first_channel))
+
+
+def test_breaking_off_ends_the_decoders(tmp_path, monkeypatch):
+    made = []
+
+    class Noted(ex.Decoder):
+        def _start(self):
+            super()._start()
+            made.append(self.process)
+
+    monkeypatch.setattr(ex, "Decoder", Noted)
+    for i in range(6):
+        write_video(tmp_path / f"{i}.mkv", numbered(200))
+    videos = [frames.Video(str(i), tmp_path / f"{i}.mkv") for i in range(6)]
+    for _ in ex.extract(videos, first_channel, fps=Fraction(10), workers=2):
+        break
+    assert made and all(process.poll() is not None for process in made)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_frames_in_memory_follow_the_batch_not_the_video(tmp_path, monkeypatch):
     write_video(tmp_path / "long.mkv", numbered(300))
-    lock, alive, history = threading.Lock(), 0, []
+    decoded = taken = most = 0
 
-    def count(change):
-        nonlocal alive
-        with lock:
-            alive += change
-            history.append(alive)
+    def counted(decoder, video, original=ex.Decoder.frames):
+        nonlocal decoded, most
+        for image in original(decoder, video):
+            decoded += 1
+            most = max(most, decoded - taken)
+            yield image
 
-    def prepare(frame, original=ex.prepare):
-        count(1)
-        return original(frame)
-
-    def features(frames):
+    def features(images):
+        nonlocal taken
         time.sleep(0.01)
-        count(-len(frames))
-        return np.array([[index_of(frame)] for frame in frames])
+        taken += len(images)
+        return np.array([[index_of(image)] for image in images])
 
-    monkeypatch.setattr(ex, "prepare", prepare)
-    options = ex.parse([str(tmp_path), "--output", "f.hdf5", "--fps", "10", "--batch_sz", "2"])
-    options.streams = 2
-    (video,) = ex.extract([ex.Video("v", tmp_path / "long.mkv")], features, options)
-    assert np.concatenate(video.rows).tolist() == list(range(300))
-    assert max(history) <= 2 * 2 + 2 * (2 + 2) + 1  # the queue, batches under way and being cut, one in a decoder's hand
-
-
-def test_an_error_of_ours_in_a_decoder_stops_the_run(tmp_path, monkeypatch):
-    write_video(tmp_path / "v.mkv", numbered(3))
-    monkeypatch.setattr(ex, "prepare", lambda frame: frame.no_such_thing)
-    options = ex.parse([str(tmp_path), "--output", "f.hdf5"])
-    with pytest.raises(AttributeError):
-        list(ex.extract([ex.Video("v", tmp_path / "v.mkv")], None, options))
+    monkeypatch.setattr(ex.Decoder, "frames", counted)
+    shown = []
+    options = dict(fps=Fraction(10), batch_sz=2, streams=2, watch=lambda video, image: shown.append(index_of(image)))
+    (video,) = ex.extract([frames.Video("v", tmp_path / "long.mkv")], features, **options)
+    assert np.concatenate(video.rows).tolist() == shown == list(range(300))
+    assert most <= 2 * 2 + 2 * (2 + 2) + 1  # the queue, batches under way and being cut, one in a decoder's hand
 
 
-@pytest.mark.parametrize(
-    "script, arguments, message",
-    [
-        ("extract_features.py", ["nowhere", "--output", "f.hdf5"], "'nowhere' is not there"),
-        ("extract_features.py", ["hollow", "--output", "f.hdf5"], "holds no video"),
-        ("extract_features.py", ["videos", "--output", "f.hdf5", "--backbone", "resnet51"], "unknown backbone 'resnet51'"),
-        ("extract_features.py", ["videos", "--output", "f.hdf5", "--pca", "narrow.npz"], "width 1752.*width 4"),
-        ("pca.py", ["apply", "small.hdf5", "--pca", "narrow.npz", "--output", "f.hdf5"], "width 6.*width 4"),
-        ("pca.py", ["apply", "small.hdf5", "--pca", "small.hdf5", "--output", "f.hdf5"], "not a .npz"),
-        ("pca.py", ["fit", "small.hdf5", "--components", "7", "--output", "f.npz"], "in 6 directions only"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, monkeypatch, script, arguments, message):
+BAD = [
+    (["nowhere"], "'nowhere' is not there"),
+    (["hollow"], "holds no video"),
+    (["videos", "--backbone", "resnet51"], "unknown backbone 'resnet51'"),
+    (["videos", "--pca", "narrow.npz"], "width 1752.*width 4"),
+    (["videos", "--shard", "2/2"], "--shard 2/2 must be I/N"),
+    (["videos", "--time_limit", "0"], "--time_limit must be positive"),
+    (["videos", "--output", "f.txt"], "suffix .hdf5"),
+]
+
+
+def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "v.mkv", numbered(3))
-    write_store(tmp_path / "small.hdf5", np.random.default_rng(0).normal(size=(40, 6)))
     np.savez(tmp_path / "narrow.npz", mean=np.zeros(4), components=np.eye(4)[:2], variance=np.ones(2), whiten=True)
     before = set(tmp_path.iterdir())
     monkeypatch.setattr("conftest.ROOT", tmp_path)  # where the script runs
-    assert re.search(message, one_error(cli(ROOT / "pre-processing" / script, *arguments)))
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in BAD:
+        with pytest.raises(InputError, match=message):
+            extract("--output", "f.hdf5", *arguments)
+    arguments, message = BAD[3]
+    assert re.search(message, one_error(cli(ROOT / "pre-processing/extract_features.py", "--output", "f.hdf5", *arguments)))
     assert set(tmp_path.iterdir()) == before
-
-
-# --- pca -------------------------------------------------------------------------------------------------------------
-
-
-def write_store(path, *videos):
-    with StoreWriter(path, "float32", {"kind": "test"}) as writer:
-        for i, rows in enumerate(videos):
-            writer.add(f"v{i}", rows)
-
-
-@pytest.fixture
-def features(tmp_path):
-    """300 rows of 12 correlated channels in a store of three videos; returns its path and the rows."""
-    generator = np.random.default_rng(5)
-    x = (generator.normal(size=(300, 12)) @ generator.normal(size=(12, 12)) + 3).astype(np.float32)
-    write_store(tmp_path / "x.hdf5", x[:100], x[100:130], x[130:])
-    return tmp_path / "x.hdf5", x
-
-
-@pytest.mark.parametrize("whiten", [True, False])
-def test_pca_equals_scikit_learn(tmp_path, features, whiten):
-    path, x = features
-    fit = ["fit", str(path), "--components", "5", "--frames_per_video", "1000", "--output", str(tmp_path / "p.npz")]
-    pca.main(fit if whiten else [*fit, "--no_whiten"])
-    pca.main(["apply", str(path), "--pca", str(tmp_path / "p.npz"), "--output", str(tmp_path / "y.hdf5"), "--dtype", "float32"])
-    store = FeatureStore(tmp_path / "y.hdf5")
-    ours = np.concatenate([store[f"v{i}"] for i in range(3)])
-    expected = PCA(5, whiten=whiten, svd_solver="full").fit_transform(x.astype(np.float64))
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert np.abs(ours - expected).max() < 1e-4
-    assert store.meta["kind"] == "test" and store.meta["pca"].startswith("p.npz")
-
-
-def test_pca_of_chunks_equals_pca_of_the_whole(features, monkeypatch):
-    _, x = features
-    monkeypatch.setattr(pca, "_draw", lambda *_: (x[i : i + 7].astype(np.float64) for i in range(0, 300, 7)))
-    mean, components, variance, n = pca.fit([], 12)
-    reference = PCA(12, svd_solver="full").fit(x.astype(np.float64))
-    assert n == 300 and np.allclose(mean, reference.mean_)
-    assert np.allclose(variance, reference.explained_variance_) and np.allclose(components, reference.components_, atol=1e-6)
-
-
-def test_pca_draws_so_many_frames_of_each_video_and_the_same_for_a_seed(features):
-    store = FeatureStore(features[0])
-    first, again, other = (pca.fit([store], 3, 10, seed) for seed in (0, 0, 1))
-    assert first[3] == 30 and np.array_equal(first[1], again[1]) and not np.array_equal(first[1], other[1])
-
-
-@pytest.mark.parametrize("transposed, ascending", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("width", [12, 8])
-def test_the_released_codes_parameters_load_either_way_round(tmp_path, features, transposed, ascending, width):
-    _, x = features
-    mu = x.mean(0).astype(np.float64)
-    lams, vectors = np.linalg.eigh(np.cov(x.astype(np.float64).T))
-    lams, u = lams[::-1][:width], vectors.T[::-1][:width]
-    expected = (x @ u.T - u @ mu) / np.sqrt(lams)
-    expected = expected[:, :6] / np.linalg.norm(expected[:, :6], axis=1, keepdims=True)
-    order = slice(None, None, -1) if ascending else slice(None)
-    lams, u = lams[order], u[order]
-    np.savez(tmp_path / "r.npz", U=u.T if transposed else u, lams=lams, mu=mu, Utmu=u @ mu)
-    assert np.abs(pca.load(tmp_path / "r.npz", 6)(x) - expected).max() < 1e-4
-
-
-def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path, clips):
-    plain, after, within = (tmp_path / name for name in ("plain.hdf5", "after.hdf5", "within.hdf5"))
-    extract(clips, "--output", plain, "--dtype", "float32", "--stages", "_blocks.4")
-    pca.main(["fit", str(plain), "--components", "8", "--output", str(tmp_path / "p.npz"), "--no_whiten"])
-    pca.main(["apply", str(plain), "--pca", str(tmp_path / "p.npz"), "--output", str(after), "--components", "4"])
-    extract(clips, "--output", within, "--stages", "_blocks.4", "--pca", tmp_path / "p.npz", "--components", 4)
-    after, within = all_rows(after), all_rows(within)
-    assert FeatureStore(tmp_path / "within.hdf5").channels == 4
-    assert all(np.abs(after[video] - within[video]).max() < 2e-3 for video in after)

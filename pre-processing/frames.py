@@ -1,0 +1,251 @@
+"""The frames of a video: which ones, upright and cropped, and decoded in a process of their own.
+
+FFmpeg reads what strangers made: such a file may crash it, hang it or ask for all memory. So a `Decoder` is a process that
+decodes one video after another and may die of one: that video gets a reason, and the next one a new process. As a script
+this file is that process. It imports no torch, so it starts in a fifth of a second and takes 60 MB.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from fractions import Fraction
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+
+SHORT_SIDE, CROP = 256, 224
+FRAME_BYTES = CROP * CROP * 3
+MAX_GAP = 600  # seconds: a longer pause between two frames is a break in the clock, not a still
+TIME_LIMIT = 120  # seconds of decoding without a frame, by default: 4K in software may take ten for a second
+MAX_ASPECT = 8  # of a frame longer than this only the middle is resized: a line of 4096 x 1 would become a gigabyte
+MEMORY = 4 << 30  # bytes that one decoder may take: a frame of 8K is 50 MB, and a codec holds up to 20 of them
+
+
+@dataclass(eq=False)
+class Video:
+    """A video under way: its rows so far, and what the report will say of it."""
+
+    id: str
+    path: Path
+    rows: list = field(default_factory=list)
+    seconds: float | None = None
+    corrupt_packets: int = 0
+    reason: str = ""
+
+
+# --- which frames ----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds since the first frame, as a Fraction, from timestamps that may be missing, jump, or run backwards."""
+
+    def __init__(self, time_base, rate):
+        self.time_base, self.step = time_base, 1 / rate
+        self.last, self.now = None, None
+
+    def __call__(self, pts):
+        if self.now is None:
+            self.now = Fraction(0)
+        else:
+            passed = (pts - self.last) * self.time_base if None not in (pts, self.last) else self.step
+            self.now += passed if 0 <= passed <= MAX_GAP else self.step
+        self.last = pts
+        return self.now
+
+
+def at_timestamps(frames, fps, rate):
+    """For k = 0, 1, ...: the first frame at or after k/fps seconds.
+
+    So at 1 frame a second row k is second k, whatever the video's own rate. A frame after a pause of several seconds stands
+    for each of them.
+    """
+    k = 0
+    for now, frame in frames:
+        while now >= k / fps:
+            yield frame
+            k += 1
+
+
+def as_released(frames, fps, rate):
+    """The released code's rule: frame i where (i + 1) % round(rate) == 0.
+
+    The rate is rounded, so at 29.97 the rows drift from the seconds, and row k is the end of second k.
+    """
+    every = max(1, round(rate / fps))
+    return (frame for i, (_, frame) in enumerate(frames) if (i + 1) % every == 0)
+
+
+FRAME_RULES = {"timestamp": at_timestamps, "released": as_released}
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def read_frames(video, fps=Fraction(1), rule="timestamp", threads=1):
+    """Decode `video` (a Video) and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
+
+    Packets that do not decode are counted and passed over, as players do. Raises av.FFmpegError, OSError or ValueError when
+    there is nothing to read.
+    """
+    video.seconds = 0.0
+    # Only files: a playlist that calls itself a video must not make us fetch what it names.
+    with av.open(str(video.path), metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
+        film = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a cover is no video
+        if not film:
+            raise ValueError("it has no video stream")
+        stream = film[0]
+        stream.thread_count, stream.thread_type = threads, "AUTO"
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        frames = FRAME_RULES[rule](_decode(container, stream, rate, video), fps, rate)
+        kept, prepare = 0, Preparation()
+        for kept, frame in enumerate(frames, 1):  # noqa: B007
+            yield prepare(frame)
+    if not kept:
+        raise ValueError(f"too short for --frames {rule}" if video.seconds else "none of its frames can be decoded")
+
+
+def _decode(container, stream, rate, video):
+    """(seconds since the first frame, av.VideoFrame) of each frame; keeps count in `video`."""
+    clock, packets = Clock(stream.time_base, rate), container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:  # the container is cut short: what came before is good
+            video.corrupt_packets += 1
+            return
+        if packet is None:
+            return
+        try:
+            frames = packet.decode()
+        except MemoryError:
+            raise
+        except av.FFmpegError:
+            video.corrupt_packets += 1
+            continue
+        for frame in frames:
+            now = clock(frame.pts)
+            video.seconds = float(now + clock.step)
+            yield now, frame
+
+
+class Preparation:
+    """An av.VideoFrame to (224, 224, 3) uint8 RGB: resized, turned upright, cropped. Keeps the scaler for the next frame."""
+
+    def __init__(self):
+        self.scaler = VideoReformatter()
+
+    def __call__(self, frame):
+        turns = round(frame.rotation / 90)  # rotation: how far counterclockwise the container asks for
+        if max(frame.width, frame.height) > MAX_ASPECT * min(frame.width, frame.height):
+            frame = _middle(frame)
+        short = min(frame.width, frame.height)
+        width, height = SHORT_SIDE * frame.width // short, SHORT_SIDE * frame.height // short
+        image = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        image = np.rot90(image, turns)
+        top, left = (image.shape[0] - CROP) // 2, (image.shape[1] - CROP) // 2
+        return np.ascontiguousarray(image[top : top + CROP, left : left + CROP])
+
+
+def _middle(frame):
+    """The middle of a very long or very high frame, as long as MAX_ASPECT allows."""
+    image = frame.to_ndarray(format="rgb24")
+    longest = MAX_ASPECT * min(image.shape[:2])
+    top, left = (max(0, (side - longest) // 2) for side in image.shape[:2])
+    middle = np.ascontiguousarray(image[top : top + longest, left : left + longest])
+    return av.VideoFrame.from_ndarray(middle, "rgb24")
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """A process that decodes videos, one at a time; a new one after a video that crashed it or took too long.
+
+    time_limit: seconds of work without a new frame after which a video is given up. Waiting for whoever takes the frames does
+    not count.
+    """
+
+    def __init__(self, fps=Fraction(1), rule="timestamp", threads=1, time_limit=TIME_LIMIT, memory=MEMORY):
+        self.task = {"fps": str(fps), "rule": rule, "threads": threads, "time_limit": time_limit, "memory": memory}
+        self.process = None
+
+    def frames(self, video):
+        """Yield the frames of `video` as `read_frames` does, but for trouble: that is told in `video.reason`."""
+        if not self.process:
+            self._start()
+        try:
+            self.connection.send_bytes(json.dumps({"path": str(video.path), **self.task}).encode())
+            while len(message := self.connection.recv_bytes()) == FRAME_BYTES:
+                yield np.frombuffer(message, np.uint8).reshape(CROP, CROP, 3)
+            vars(video).update(json.loads(message))
+        except (EOFError, ConnectionError):
+            video.reason = self._cause_of_death()
+
+    def _start(self):
+        self.connection, end = Pipe()
+        with end:
+            command = [sys.executable, __file__, str(end.fileno())]
+            threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each would reserve memory that counts
+            self.process = subprocess.Popen(command, pass_fds=[end.fileno()], env={**os.environ, **threads})
+
+    def _cause_of_death(self):
+        status = self.process.wait()
+        self.close()
+        if status >= 0:  # not by a video: Python itself came to its end
+            raise RuntimeError(f"a decoder process ended by itself, with status {status}")
+        if status == -signal.SIGALRM:
+            return f"no frame in {self.task['time_limit']:g} seconds of decoding (--time_limit)"
+        return f"decoding it crashes FFmpeg ({signal.Signals(-status).name})"
+
+    def kill(self):
+        """End the process, whatever it is doing; may be called while another thread waits for its frames."""
+        process = self.process
+        if process:
+            process.kill()
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.connection.close()
+            self.process = None
+
+
+def serve(connection):
+    """The process's life: read a task, send its frames, then {seconds, corrupt_packets, reason}; until nobody listens.
+
+    The kernel ends it by SIGALRM: no code here need be alive for that, and it holds when the parent is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
+    while True:
+        task = json.loads(connection.recv_bytes())
+        with contextlib.suppress(ValueError):  # a system that knows no such limit, or a lower one
+            resource.setrlimit(resource.RLIMIT_AS, (task["memory"], resource.RLIM_INFINITY))
+        video, limit = Video("", task["path"]), task["time_limit"]
+        try:
+            signal.setitimer(signal.ITIMER_REAL, limit)
+            for frame in read_frames(video, Fraction(task["fps"]), task["rule"], task["threads"]):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                connection.send_bytes(frame.reshape(-1))
+                signal.setitimer(signal.ITIMER_REAL, limit)
+        except Exception as error:  # a video may bring forth any; none is worth the other videos
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            video.reason = " ".join(reason.split())[:200]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        report = {"seconds": video.seconds, "corrupt_packets": video.corrupt_packets, "reason": video.reason}
+        connection.send_bytes(json.dumps(report).encode())
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, ConnectionError):
+        serve(Connection(int(sys.argv[1])))
