@@ -10,22 +10,37 @@
     # no training at all: the mean of the frame features
     python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --encoder mean --metric cosine
 
-Annotations are looked for in datasets/annotations (or --annotation_dir, or the environment's TCA_ANNOTATIONS).
+    # search in two stages: by video descriptors, then the first R by frame descriptors; several R draw the trade-off
+    python evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 --model_path runs/tca --metric chamfer --rerank 500
+    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/tca --rerank 100 500 2000 --plot curve.png
+
+    # descriptors kept, so that the next metric costs no encoding; a page of figures and curves; several processes
+    torchrun --nproc_per_node 4 evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 --model_path runs/tca \\
+        --metric cosine chamfer --cache descriptors --report report
+
+    # a table {query: {video: similarity}} of any other system
+    python evaluation.py --dataset FIVR-5K --similarities theirs.json
+
+Annotations are looked for in datasets/annotations (or --annotation_dir, or the environment's TCA_ANNOTATIONS). Queries are held
+in memory, the database passes through it: --memory bounds what a process takes, whatever the size of the set.
 """
 
 import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data import FeatureStore, pad
-from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set
-from model import ENCODERS, build_encoder, length_batches
-from similarity import METRICS, VIDEO_METRICS, similarity_table
+from data import FeatureStore
+from descriptors import Describer
+from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set, missing_note, read_similarities
+from model import ENCODERS, build_encoder, load_comparator
+from report import draw_trade_off, summarise, write_report
+from similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
+from streaming import MEMORY, Comparison, check_width, shortlist, tables, two_stage
 from utils import (
     InputError,
     Parser,
@@ -37,10 +52,37 @@ from utils import (
     load_torch,
     provenance,
     run,
+    start_processes,
     write_json,
 )
 
+__all__ = ["check_width", "load_encoder", "tables", "warn_of_other_features", "with_features"]  # what other scripts use
+
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
+AMP = {None: None, "bfloat16": torch.bfloat16}
+WIDE = 8  # figures a set; more of them are printed one a line
+
+
+class Stage(NamedTuple):
+    """What a row of two-stage search compared by frames: the R first of each query, a share `cost` of all pairs of frames.
+
+    metric: the frame-level one, None where none is used (R = 0).
+    """
+
+    metric: str | None
+    R: int
+    cost: float
+
+
+class Result(NamedTuple):
+    """A row's name and its table of similarities (Q, N); its stage where two-stage search was asked for."""
+
+    row: str
+    table: np.ndarray
+    stage: Stage | None = None
+
+
+# --- read ------------------------------------------------------------------------------------------------------------------
 
 
 def load_encoder(path, nhead=8):
@@ -56,60 +98,12 @@ def load_encoder(path, nhead=8):
     return name, encoder, state.get("features") or {}  # a bare state dict says nothing
 
 
-def crop(frames, padding_size):
-    """The middle `padding_size` frames of a longer video; 0 takes all. The same on every run, unlike the released crop."""
-    start = max(len(frames) - padding_size, 0) // 2 if padding_size else 0
-    return frames[start : start + padding_size] if padding_size else frames
-
-
-@torch.inference_mode()
-def describe(encoder, store, videos, video_level, padding_size=300, device="cpu", progress=False):
-    """Descriptors of `videos`, in their order: (D,) arrays, or (T, D) arrays of frame descriptors; float32.
-
-    Videos are encoded in batches of like length, so that almost nothing is padded. The descriptors are all held: frame
-    descriptors take 4 x T x D bytes a video.
-    """
-    lengths = [min(store.lengths[video], padding_size or store.lengths[video]) for video in videos]
-    out, encoder = [None] * len(videos), encoder.to(device).eval()
-    with tqdm(total=len(videos), desc="encode", unit="video", disable=not progress, leave=False) as bar:
-        for batch in length_batches(lengths):
-            x, num_frames = (part.to(device) for part in pad([crop(store[videos[i]], padding_size) for i in batch]))
-            described = (encoder if video_level else encoder.encode)(x, num_frames).float().cpu().numpy()
-            for row, i in zip(described, batch, strict=True):
-                out[i] = row if video_level else row[: lengths[i]].copy()
-            bar.update(len(batch))
-    return out
-
-
-def tables(encoder, store, queries, database, metrics, padding_size=300, device="cpu", progress=False):
-    """{metric: similarities (Q, N)} between the ids `queries` and `database`; one encoding pass a descriptor level."""
-    check_width(encoder, store)
-    found = {}
-    for video_level in (True, False):
-        wanted = [metric for metric in metrics if (metric in VIDEO_METRICS) == video_level]
-        if wanted:
-            videos = list(dict.fromkeys([*queries, *database]))
-            described = describe(encoder, store, videos, video_level, padding_size, device, progress)
-            by_id = dict(zip(videos, described, strict=True))
-            sides = [[by_id[video] for video in side] for side in (queries, database)]
-            found |= {metric: similarity_table(*sides, metric, device, progress=progress) for metric in wanted}
-    return {metric: found[metric] for metric in metrics}
-
-
 def with_features(chosen, store):
     """The queries and the database videos of an evaluation set that have features: two lists of ids."""
     sides = [[video for video in side if video in store] for side in (chosen.queries, chosen.database)]
     if not all(sides):
         raise InputError(f"{str(store.path)!r} has features of no query or no video of the {chosen.source}; wrong file?")
     return sides
-
-
-def check_width(encoder, store):
-    if encoder.feature_size != store.channels:
-        raise InputError(
-            f"the encoder takes features of {encoder.feature_size} channels, {str(store.path)!r} has {store.channels};"
-            " use the features (and PCA) it was trained on"
-        )
 
 
 def warn_of_other_features(features, store, model):
@@ -122,109 +116,282 @@ def warn_of_other_features(features, store, model):
         )
 
 
-def rows(args, store, queries, database):
-    """Yield (row name, table (Q, N)) for every encoder and metric asked for."""
-    options = dict(padding_size=args.padding_size, device=args.device, progress=True)
-    untrained = ENCODERS["mean"](store.channels)
-    baselines = tables(untrained, store, queries, database, args.baseline, **options)
-    names = {metric: f"{'mean' if metric == 'cosine' else metric}, untrained" for metric in METRICS}
-    yield from ((names[metric], table) for metric, table in baselines.items() if metric in VIDEO_METRICS)
+# --- compare -----------------------------------------------------------------------------------------------------------
+
+
+def row_name(encoder, metric):
+    """The name of a row: the paper's where it has one."""
+    if encoder == "mean":
+        return f"{'mean' if metric == 'cosine' else metric}, untrained"
+    return TCA_ROWS.get(metric, f"tca, {metric}") if encoder == "tca" else f"{encoder}, {metric}"
+
+
+def results(args, store, queries, database, processes):
+    """Yield a Result for every encoder and measure asked for."""
+    sides = store, queries, database
+    if args.baseline or not args.model_path:
+        rerank = [] if args.model_path else args.rerank
+        yield from of_encoder("mean", ENCODERS["mean"](store.channels), *sides, args.baseline, rerank, args, processes)
     for path in args.model_path:
         name, encoder, features = load_encoder(path, args.nhead)
-        warn_of_other_features(features, store, path)
+        if not processes.rank:
+            warn_of_other_features(features, store, path)
         if args.encoder and args.encoder != name:
             raise InputError(f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out")
-        for metric, table in tables(encoder, store, queries, database, args.metric, **options).items():
-            yield TCA_ROWS.get(metric, f"tca, {metric}") if name == "tca" else f"{name}, {metric}", table
-    yield from ((names[metric], table) for metric, table in baselines.items() if metric not in VIDEO_METRICS)
+        yield from of_encoder(name, encoder, *sides, args.metric, args.rerank, args, processes)
 
 
-def print_table(figures):
-    """figures: {row: [{column: value}, ...]}, one dict a model. Several print as mean ± sample standard deviation."""
-    columns = list(next(iter(figures.values()))[0])
-    width = max(map(len, figures))
-    print(f"{'':{width}}  " + "  ".join(f"{column:>13}" for column in columns))
-    for row, results in figures.items():
-        cells = []
-        for column in columns:
-            values = [result[column] for result in results]
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.4f}{spread}")
-        print(f"{row:{width}}  " + "  ".join(f"{cell:>13}" for cell in cells))
+def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, processes):
+    """Yield a Result for each of the metrics of one encoder, from one encoding pass.
+
+    With `rerank`, cosine ranks and the frame-level metrics (by default chamfer) re-rank its first R videos, for each R. One R
+    compares no more than its shortlists by frames; several need the exhaustive table too, which then has its row.
+    """
+    check_width(encoder, store)
+    amp = AMP[args.amp]
+    kept = args.cache if next(encoder.parameters(), None) is not None else None  # features themselves need no cache
+    frame = [metric for metric in metrics if metric in FRAME_METRICS] or ["chamfer"] * bool(rerank)
+    video = list(dict.fromkeys([*["cosine"] * bool(rerank), *(metric for metric in metrics if metric in VIDEO_METRICS)]))
+    comparison = Comparison(
+        Describer(encoder, store, args.padding_size, args.device, amp), queries, database, [*video, *frame], processes,
+        args.memory, kept, indexed=bool(rerank), progress=True, comparator=args.comparator, dtype=amp or torch.float32,
+    )  # fmt: skip
+    whole = [*video, *(frame if len(rerank) != 1 else [])]
+    found = comparison.tables(whole)
+    for metric in [metric for metric in dict.fromkeys([*metrics, *whole]) if metric in whole]:
+        stage = None
+        if rerank and (metric == "cosine" or metric in frame):
+            stage = Stage(metric, len(database), 1.0) if metric in frame else Stage(None, 0, 0.0)
+        yield Result(row_name(name, metric), found[metric], stage)
+    for R in rerank:
+        short = shortlist(found["cosine"], R)
+        second = found if len(rerank) > 1 else comparison.tables(frame, short)
+        for metric in frame:
+            row = f"{row_name(name, 'cosine')}, first {R} by {row_name(name, metric)}"
+            yield Result(row, two_stage(found["cosine"], second[metric], short), Stage(metric, R, comparison.cost(short)))
+
+
+# --- score and print ---------------------------------------------------------------------------------------------------
+
+
+def table_lines(figures):
+    """The lines of a table of {row: [{figure: value}, ...]}, one dict a model; several print as mean ± sample deviation.
+
+    A row a measure and a column a figure; the other way round where there are more than WIDE figures, as with EVVE's events.
+    """
+    names = list(next(iter(figures.values()))[0])
+    cells = [["", *names]]
+    cells += [[row, *(_cell([one[name] for one in values]) for name in names)] for row, values in figures.items()]
+    return aligned([list(line) for line in zip(*cells, strict=True)] if len(names) > WIDE else cells)
+
+
+def aligned(cells):
+    """Lines of a table [[text]], its first column to the left and the others to the right."""
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = []
+    for name, *line in cells:
+        lines.append("  ".join([f"{name:{first}}", *(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))]))
+    return lines
+
+
+def _cell(values):
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
+
+
+def trade_off(summaries, stages):
+    """What two stages cost and reach: {frame-level metric: [{row, R, cost, recall, share, figures}]}, by cost.
+
+    summaries {row: [Summary]}, stages {row: [Stage]}, one a model, of which these are means. cost: share of the exhaustive
+    row's pairs of frames; recall: of the relevant videos among the first R, which bounds what re-ranking can reach; share: of
+    the exhaustive row's first figure. The last two are None where there is no R, or no such row.
+    """
+    curves = {}
+    for metric in dict.fromkeys(of[0].metric for of in stages.values() if of[0].metric):
+        rows = [row for row, of in stages.items() if of[0].metric in (metric, None)]
+        lines = [_trade_off_line(row, summaries[row], stages[row]) for row in rows]
+        lines.sort(key=lambda line: (line["cost"], line["R"]))
+        first = next(iter(lines[0]["figures"]))
+        whole = lines[-1]["figures"][first] if lines[-1]["cost"] == 1 else None
+        curves[metric] = [line | {"share": whole and line["figures"][first] / whole} for line in lines]
+    return curves
+
+
+def _trade_off_line(row, summaries, stages):
+    R, cost = stages[0].R, float(np.mean([stage.cost for stage in stages]))
+    recall = float(np.mean([summary.recall(R) for summary in summaries])) if R else None
+    names = summaries[0].figures
+    figures = {name: float(np.mean([summary.figures[name] for summary in summaries])) for name in names}
+    return {"row": row, "R": R, "cost": cost, "recall": recall, "figures": figures}
+
+
+def trade_off_lines(curve):
+    """The lines of one of `trade_off`'s curves as a table."""
+    names = list(curve[0]["figures"])[:WIDE]
+    cells = [["two stages", "first R", "cost", "recall", *names, f"of exhaustive {names[0]}"]]
+    for line in curve:
+        recall, share = ("" if line[key] is None else f"{line[key]:.1%}" for key in ("recall", "share"))
+        figures = [_cell([line["figures"][name]]) for name in names]
+        cells.append([line["row"], str(line["R"]), f"{line['cost']:.2%}", recall, *figures, share])
+    return aligned(cells)
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("-d", "--dataset", required=True, help=f"evaluation set: {', '.join(EVALUATION_SETS)}")
-    add("-fp", "--feature_path", required=True, help="HDF5 file with the features of the set's videos")
+    add = parser.add_argument_group("what is scored").add_argument
+    add("-d", "--dataset", required=True, choices=EVALUATION_SETS, metavar="SET", help=", ".join(EVALUATION_SETS))
+    add("-fp", "--feature_path", "--features", help="HDF5 file with the features of the set's videos: ours, or one dataset a"
+        " video as other groups have them, region features (T, R, C) too")  # fmt: skip
     add("-mp", "--model_path", nargs="+", default=[], help="a run's folder, a model file, or a released state dict; several"
         " (the seeds of one setting) give mean ± spread")  # fmt: skip
     add("--encoder", choices=ENCODERS, help="check that the model is of this kind; `mean` alone needs no model")
-    add("-m", "--metric", nargs="+", default=["cosine"], help=f"one or more of {', '.join(METRICS)} (default cosine, which"
-        " the paper calls TCA_c; chamfer is TCA_f, far slower and better)")  # fmt: skip
-    add("--baseline", nargs="+", default=[], metavar="METRIC", help="also score the untrained features by these metrics")
+    add("-m", "--metric", nargs="+", choices=METRICS, metavar="METRIC", help=f"one or more of {', '.join(METRICS)} (default"
+        " cosine, which the paper calls TCA_c; chamfer is TCA_f, far slower and better)")  # fmt: skip
+    add(
+        "--baseline", nargs="+", choices=METRICS, default=[], metavar="METRIC", help="score the untrained features by these too"
+    )
+    add("--similarities", metavar="FILE", help="score this JSON table {query: {video: similarity}} of any system; no model or"
+        " features are needed")  # fmt: skip
+    add("--annotation_dir", default=ANNOTATION_DIR, help="folder of the annotation files (default %(default)s)")
+    add("--comparator", metavar="FILE", help="weights of ViSiL's video comparator, for --metric comparator")
+    add("--rerank", nargs="+", type=int, default=[], metavar="R", help="rank by video descriptors, re-rank the first R by the"
+        " frame-level --metric (default chamfer); several R give the trade-off against the exhaustive measure")  # fmt: skip
     add("-ps", "--padding_size", type=int, default=300, help="frames of a video that count, from its middle; 0 takes all"
         " (default 300, the paper's)")  # fmt: skip
-    add("--annotation_dir", default=ANNOTATION_DIR, help="folder of the annotation files (default %(default)s)")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--memory", type=float, default=MEMORY, metavar="GIB", help="what a process may hold; lower it on a small machine"
+        " (default %(default)s)")  # fmt: skip
+    add("--cache", metavar="DIR", help="keep descriptors here, and use those of the same weights and features; costs 4 bytes a"
+        " value of every frame; a folder that all processes see")  # fmt: skip
+    add("--amp", choices=[name for name in AMP if name], help="encode and compare in bfloat16: faster where the processor has"
+        " it; figures change in the third or fourth digit (default: float32)")  # fmt: skip
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default %(default)s)")
-    add("--output", help="write figures, command, revision, versions and counts of what was missing to this JSON file")
-    add("--save_similarities", help="write {query: {video: similarity}} of the one row to this JSON file")
     add("-pc", "--pca_components", type=int, help="width the features must have (default: whatever the file has)")
     add("--nhead", type=int, default=8, help="attention heads of a bare state dict, which does not tell (default 8)")
     for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
         add(short, f"--{name}", type=int, help="read from the model file; accepted for the released command's sake")
+
+    add = parser.add_argument_group("what is written").add_argument
+    add("--output", metavar="FILE", help="figures, command, revision, versions and counts of what was missing, as JSON")
+    add("--report", metavar="DIR", help="a page with tables, curves, and the best and worst queries: DIR/index.html")
+    add("--plot", metavar="FILE.png", help="the trade-off of several --rerank as a picture")
+    add("--save_similarities", metavar="FILE", help="{query: {video: similarity}} of the one row, as JSON")
     args = parser.parse_args(argv)
-    args.device = checked_device(args.device)
-    for path in (args.output, args.save_similarities):
+    check(args)
+    return args
+
+
+def check(args):
+    """Raise InputError where flags do not fit together; settle the defaults that depend on others."""
+    check_ranges(args, {"padding_size": (0, math.inf), "nhead": (1, math.inf), "memory": (0.1, math.inf)})
+    if any(R < 1 for R in args.rerank):
+        raise InputError(f"--rerank {min(args.rerank)} is out of range; it must be 1 or more")
+    for path in (args.output, args.save_similarities, args.plot):
         if path and Path(path).is_dir():
             raise InputError(f"{path!r} is a folder; name a file to write")
-    given = [f"--{name}" for name in ("num_clusters", "num_layers", "output_dim") if getattr(args, name) is not None]
-    if given:
-        print(f"note: {', '.join(given)} changes nothing: the model file says what it holds", file=sys.stderr)
-    check_ranges(args, {"padding_size": (0, math.inf), "nhead": (1, math.inf)})
-    for metric in (*args.metric, *args.baseline):
-        if metric not in METRICS:
-            raise InputError(f"metric {metric!r} is not known; choose from {', '.join(METRICS)}")
+    for path in (args.report, args.cache):
+        if path and Path(path).is_file():
+            raise InputError(f"{path!r} is a file; name a folder")
+    args.rerank, args.device = sorted(set(args.rerank)), checked_device(args.device)
+    if args.plot and len(args.rerank) < 2:
+        raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
+    if args.similarities:
+        given = [flag for flag in ("feature_path", "model_path", "encoder", "metric", "baseline", "rerank", "cache")
+                 if getattr(args, flag)]  # fmt: skip
+        if given:
+            raise InputError(f"--similarities scores a finished table; leave out --{', --'.join(given)}")
+        return
+    if not args.feature_path:
+        raise InputError("--feature_path is missing; give the set's features, or --similarities FILE")
+    args.metric = args.metric or ([] if args.rerank else ["cosine"])
     if not args.model_path and args.encoder != "mean":
         raise InputError("--model_path is missing; give a trained model, or --encoder mean for the untrained features")
     if not args.model_path:  # the untrained features are all there is to score
         args.metric, args.baseline = [], list(dict.fromkeys([*args.metric, *args.baseline]))
-    if args.save_similarities and len(args.model_path) * len(args.metric) + len(args.baseline) > 1:
-        raise InputError("--save_similarities writes one table; give one model and one --metric with it")
-    return args
+    if args.save_similarities and (args.rerank or len(args.model_path) * len(args.metric) + len(args.baseline) > 1):
+        raise InputError("--save_similarities writes one table; give one model and one --metric with it, and no --rerank")
+    if "comparator" in (*args.metric, *args.baseline) and not args.comparator:
+        raise InputError("--metric comparator needs its weights; give --comparator FILE")
 
 
 def main():
     args = parse()
-    chosen = evaluation_set(args.dataset, args.annotation_dir)
-    store = FeatureStore(args.feature_path, args.pca_components)
-    coverage = chosen.coverage(store)
-    queries, database = with_features(chosen, store)
-    print(
-        f"{args.dataset}: {coverage['queries']} queries ({coverage['queries_missing']} missing), {coverage['videos']} videos"
-        f" ({coverage['videos_missing']} missing); {chosen.source}; {store.channels} channels"
+    processes = start_processes()
+    args.device = processes.device(args.device)
+    given = [f"--{name}" for name in ("num_clusters", "num_layers", "output_dim") if getattr(args, name) is not None]
+    if given and not processes.rank:
+        print(f"note: {', '.join(given)} changes nothing: the model file says what it holds", file=sys.stderr)
+    if args.similarities:
+        return score_file(args)
+    with processes.together():
+        args.comparator = args.comparator and load_comparator(args.comparator)
+        store = FeatureStore(args.feature_path, args.pca_components)
+        chosen = evaluation_set(args.dataset, args.annotation_dir, store)
+        queries, database = with_features(chosen, store)
+    if not processes.rank:
+        print(f"{heading(args.dataset, chosen, store)}; {store.channels} channels")
+    summaries, stages = {}, {}
+    for row, table, stage in results(args, store, queries, database, processes):
+        with processes.together():
+            if not processes.rank:
+                summaries.setdefault(row, []).append(summarise(chosen, chosen.rankings(queries, database, table)))
+                if stage:
+                    stages.setdefault(row, []).append(stage)
+    if not processes.rank:
+        features = {"path": str(store.path), "meta": store.meta}
+        how = {"models": args.model_path, "features": features, "padding_size": args.padding_size, "amp": args.amp}
+        write(args, chosen, chosen.coverage(store), summaries, stages, how | {"processes": processes.size})
+        if args.save_similarities:
+            save_similarities(args.save_similarities, queries, database, table)
+
+
+def score_file(args):
+    """Score --similarities: a table of any system, of the ids it holds."""
+    similarities = read_similarities(args.similarities)
+    available = set(similarities).union(*similarities.values())
+    chosen = evaluation_set(args.dataset, args.annotation_dir, available)
+    print(heading(args.dataset, chosen, available))
+    unknown = chosen.unknown(similarities, available - set(similarities))
+    if any(unknown.values()):
+        print(f"left aside: {unknown['queries']} queries and {unknown['videos']} videos that the set does not know")
+    summary = summarise(chosen, chosen.rankings_of(similarities))
+    how = {"similarities": args.similarities, "unknown": unknown}
+    write(args, chosen, chosen.coverage(available), {Path(args.similarities).stem: [summary]}, {}, how)
+
+
+def heading(dataset, chosen, available):
+    found = chosen.coverage(available)
+    return (
+        f"{dataset}: {found['queries']} queries ({found['queries_missing']} missing), {found['videos']} videos"
+        f" ({found['videos_missing']} missing); {chosen.source}"
     )
-    figures = {}
-    for row, table in rows(args, store, queries, database):
-        figures.setdefault(row, []).append(chosen.evaluate_table(queries, database, table))
-    print_table(figures)
+
+
+def write(args, chosen, coverage, summaries, stages, how):
+    """Print the tables; write what was asked for."""
+    figures = {row: [summary.figures for summary in of] for row, of in summaries.items()}
+    curves = trade_off(summaries, stages)
+    print("\n".join(table_lines(figures)))
+    for curve in curves.values():
+        print("\n".join(["", *trade_off_lines(curve)]))
+    notes = [missing_note(coverage)]
     skipped = {task: count for task, count in coverage["queries_without_relevant"].items() if count}
     if skipped:
-        print(f"queries skipped because no relevant video has features: {skipped}")
+        notes.append(f"queries skipped because no relevant video has features: {skipped}")
+    notes = list(filter(None, notes))
+    print("".join(f"{note}\n" for note in notes), end="")
+    found = {"dataset": args.dataset, "annotation": chosen.source, "figures": figures, "coverage": coverage}
+    found |= how | ({"trade_off": curves} if curves else {}) | provenance()
     if args.output:
-        write_json(
-            args.output,
-            {"dataset": args.dataset, "annotation": chosen.source, "figures": figures, "models": args.model_path}
-            | {
-                "padding_size": args.padding_size,
-                "coverage": coverage,
-                "features": {"path": str(store.path), "meta": store.meta},
-            }
-            | provenance(),
-        )
-    if args.save_similarities:
-        save_similarities(args.save_similarities, queries, database, table)
+        write_json(args.output, found)
+    if args.plot:
+        draw_trade_off(args.plot, args.dataset, curves)
+    if args.report:
+        write_report(args.report, found, summaries, notes)
 
 
 def save_similarities(path, queries, database, table):

@@ -1,22 +1,41 @@
-"""Evaluation sets against loops and scikit-learn, and evaluation.py as users run it."""
+"""evaluation.py as users run it, and what it stands on: descriptors in batches, the cache, the memory bound, two stages."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import C, by_loop, cli, clis, error_after_progress, make_set, one_error, write_released
+from conftest import (
+    ROOT,
+    TASKS,
+    C,
+    by_loop,
+    cli,
+    clis,
+    environment,
+    error_after_progress,
+    make_set,
+    one_error,
+    write_packed,
+    write_released,
+    write_set,
+)
 
 from data import FeatureStore
-from evaluation import crop, describe, parse
+from descriptors import Describer, cached, crop, describe
+from evaluation import parse, table_lines
 from evaluation_sets import evaluation_set
-from model import TCA, Mean
-from similarity import METRICS
+from model import LSTM, TCA, Mean, NetVLAD, VideoComparator
+from similarity import similarity_table
+from streaming import Comparison, shortlist, tables, two_stage
 from utils import InputError
 
-TASKS = {"DSVR": ["ND", "DS"], "CSVR": ["ND", "DS", "CS"], "ISVR": ["ND", "DS", "CS", "IS"]}
-
+METRICS = ["cosine", "euclidean", "chamfer", "sym_chamfer"]  # those that the loops below know
 
 # --- describing ------------------------------------------------------------------------------------------------------
 
@@ -40,6 +59,137 @@ def test_describing_in_batches_equals_one_video_at_a_time_in_the_order_asked_for
             np.testing.assert_allclose(ours, alone.numpy(), atol=1e-5)
 
 
+class Refusing(Describer):
+    """Describes `allowed` batches, then stops as a killed run does."""
+
+    def __init__(self, *arguments, allowed=0, **options):
+        super().__init__(*arguments, **options)
+        self.allowed = allowed
+
+    def __call__(self, videos, levels):
+        if not self.allowed:
+            raise KeyboardInterrupt
+        self.allowed -= 1
+        return super().__call__(videos, levels)
+
+
+@pytest.mark.parametrize("encoder", [TCA(C, 4, 2, 64), LSTM(C, 16)], ids=["tca", "lstm"])
+def test_all_metrics_of_both_levels_take_one_encoding_pass(world, encoder):
+    store, frames = FeatureStore(world.test_features), 0
+
+    def count(module, inputs):
+        nonlocal frames
+        frames += inputs[0].shape[0] * inputs[0].shape[1] if inputs[0].ndim == 3 else len(inputs[0])
+
+    (encoder.transformer_encoder.layers[0].linear1 if isinstance(encoder, TCA) else encoder.bn1).register_forward_pre_hook(
+        count
+    )
+    torch.backends.mha.set_fastpath_enabled(False)  # it passes the hooks by
+    queries = list(world.test.labels)
+    both = tables(encoder, store, queries, world.test.database, METRICS)
+    torch.backends.mha.set_fastpath_enabled(True)
+    given = sum(store.lengths[video] for video in [*queries, *world.test.database])
+    assert given <= frames <= 1.25 * given + 1  # the padding of batches of like length, and the frame that asks for the level
+    for level in ("cosine", "euclidean"), ("chamfer", "sym_chamfer"):
+        for metric, table in tables(encoder, store, queries, world.test.database, level).items():
+            np.testing.assert_allclose(both[metric], table, atol=2e-6)
+
+
+def test_batches_hold_every_video_once_whatever_their_size(world):
+    store = FeatureStore(world.test_features)
+    for frames in (1, 40, 8192):
+        batches = list(Describer(Mean(C), store, frames=frames).batches(world.test.database[::-1]))
+        assert sorted(video for batch in batches for video in batch) == world.test.database
+        padded = [len(batch) * max(store.lengths[video] for video in batch) for batch in batches]
+        assert all(size <= frames or len(batch) == 1 for size, batch in zip(padded, batches, strict=True))
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def test_cached_descriptors_are_those_of_the_encoder_and_cost_no_encoding(world, tmp_path):
+    store, encoder, videos = FeatureStore(world.test_features), saved_encoder(3), world.test.database
+    levels = ["video", "frame"]
+    cached(Describer(encoder, store), videos, levels, tmp_path)
+    again = cached(Refusing(encoder, store), videos, levels, tmp_path)
+    for batch in again.batches(videos):
+        fresh, kept = Describer(encoder, store)(batch, levels), again(batch, levels)
+        for level in levels:
+            assert kept[level].lengths == fresh[level].lengths and kept[level].data.equal(fresh[level].data)
+
+
+def test_a_cache_is_not_used_for_other_weights_settings_features_or_videos(world, tmp_path):
+    store, videos = FeatureStore(world.test_features), world.test.database
+    other = FeatureStore(write_released(tmp_path / "x.hdf5", {v: -rows for v, rows in world.test.features.items()}))
+    heads = TCA(C, 8, 1, 64)
+    heads.load_state_dict(saved_encoder(3).state_dict())
+    given = [
+        (Describer(saved_encoder(3), store), videos),
+        (Describer(saved_encoder(4), store), videos),
+        (Describer(heads.eval(), store), videos),
+        (Describer(saved_encoder(3), other), videos),
+        (Describer(saved_encoder(3), store, padding_size=5), videos),
+        (Describer(saved_encoder(3), store, amp=torch.bfloat16), videos),
+        (Describer(saved_encoder(3), store), videos[1:]),
+    ]
+    for number, (describer, some) in enumerate(given, 1):
+        cached(describer, some, ["video"], tmp_path / "cache")
+        assert len(contents(tmp_path / "cache")) == number
+
+
+def test_a_killed_run_leaves_what_the_next_one_needs(world, tmp_path):
+    store, encoder, videos = FeatureStore(world.test_features), saved_encoder(3), world.test.database
+    total = len(list(Describer(encoder, store, frames=100).batches(videos)))
+    assert total > 4
+    with pytest.raises(KeyboardInterrupt):
+        cached(Refusing(encoder, store, frames=100, allowed=3), videos, ["video", "frame"], tmp_path / "killed")
+    cached(Refusing(encoder, store, frames=100, allowed=total - 3), videos, ["video", "frame"], tmp_path / "killed")
+    cached(Describer(encoder, store, frames=100), videos, ["video", "frame"], tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+# --- two stages ------------------------------------------------------------------------------------------------------
+
+
+def test_two_stages_rank_the_shortlist_by_frames_and_the_rest_by_videos():
+    first = np.array([[0.9, 0.1, 0.8, 0.8, 0.2]])
+    second = np.array([[0.3, np.nan, 0.7, 0.7, np.nan]])
+    short = shortlist(first, 3)
+    assert short.tolist() == [[True, False, True, True, False]]
+    assert np.argsort(-two_stage(first, second, short)[0]).tolist() == [2, 3, 0, 4, 1]
+    assert shortlist(first, 2).tolist() == [[True, False, True, False, False]]  # the tie in column order
+    assert shortlist(first, 99).all()
+
+
+def test_only_the_pairs_asked_for_are_compared_and_cost_their_frames(world):
+    store, encoder, queries = FeatureStore(world.test_features), saved_encoder(1), list(world.test.labels)
+    sides = queries, world.test.database
+    whole = Comparison(Describer(encoder, store), *sides, ["chamfer", "sym_chamfer"])
+    pairs = np.random.default_rng(0).random((len(queries), len(world.test.database))) < 0.2
+    some, all_ = whole.tables(["chamfer", "sym_chamfer"], pairs), whole.tables(["chamfer", "sym_chamfer"])
+    for metric, table in some.items():
+        assert np.isnan(table[~pairs]).all()
+        np.testing.assert_allclose(table[pairs], all_[metric][pairs], atol=1e-6)
+    T, total, spent = store.lengths, 0, 0
+    for i, query in enumerate(queries):
+        for j, video in enumerate(world.test.database):
+            total += T[query] * T[video]
+            spent += T[query] * T[video] * pairs[i, j]
+    assert whole.cost(pairs) == pytest.approx(spent / total)
+
+
+def test_cosine_by_the_index_equals_the_products(world):
+    store, encoder, queries = FeatureStore(world.test_features), saved_encoder(1), list(world.test.labels)
+    comparison = Comparison(Describer(encoder, store), queries, world.test.database, ["cosine"], indexed=True)
+    described = describe(encoder, store, [*queries, *world.test.database], True)
+    expected = np.array(described[: len(queries)]) @ np.array(described[len(queries) :]).T
+    np.testing.assert_allclose(comparison.tables(["cosine"])["cosine"], expected, atol=1e-6)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -55,6 +205,9 @@ def models(world, tmp_path_factory):
     for seed in range(3):
         torch.save(saved_encoder(seed).state_dict(), folder / f"{seed}.pth")
     torch.save(TCA(64, 4, 1, 64).state_dict(), folder / "wide.pth")
+    torch.save({"encoder": "netvlad", "arguments": (small := dict(feature_size=C, num_clusters=4, output_dim=16)),
+                "state_dict": NetVLAD(**small).state_dict()}, folder / "netvlad.pth")  # fmt: skip
+    torch.save(VideoComparator().state_dict(), folder / "comparator.pth")
     return folder
 
 
@@ -83,11 +236,13 @@ def brute_figures(encoder, part, metric, padding_size=300):
 
 
 def printed(stdout):
-    """{row: {column: text}} of the table on the terminal."""
+    """{row: {column: text}} of the first table on the terminal."""
     lines = stdout.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split() == list(TASKS))
     rows = {}
     for line in lines[head + 1 :]:
+        if not line:
+            break
         name, *cells = line.split("  ")
         cells = [cell.strip() for cell in cells if cell.strip()]
         if len(cells) == 3:
@@ -96,6 +251,7 @@ def printed(stdout):
 
 
 ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym", "euclidean": "tca, euclidean"}
+EVERY = [*METRICS, "dp", "tn", "comparator"]
 NAMES = {"cosine": "mean, untrained"} | {m: f"{m}, untrained" for m in ("chamfer", "sym_chamfer", "euclidean")}
 
 
@@ -121,6 +277,24 @@ def results(world, models, base, tmp_path_factory):
     runs = {
         "one": [*one, "--metric", *METRICS, "--baseline", "cosine", "chamfer", "--output", out / "one.json"],
         "saved": [*one, "--padding_size", 5, "--save_similarities", out / "saved.json"],
+        "every": [*one, "--metric", *EVERY, "--comparator", models / "comparator.pth", "--output", out / "every.json"],
+        "rerank": [
+            *one,
+            "--rerank",
+            4,
+            20,
+            1000,
+            "--metric",
+            "sym_chamfer",
+            "--plot",
+            out / "curve.png",
+            "--output",
+            out / "rerank.json",
+        ],
+        "rerank one": [*one, "--rerank", 20, "--metric", "sym_chamfer", "--output", out / "rerank one.json"],
+        "rerank mean": ["--encoder", "mean", "--rerank", 20, "--output", out / "rerank mean.json"],
+        "netvlad": ["--model_path", models / "netvlad.pth", "--metric", "euclidean", "cosine"],
+        "bfloat16": [*one, "--metric", "cosine", "chamfer", "--amp", "bfloat16", "--output", out / "bfloat16.json"],
         "three": [
             "--model_path",
             *(models / f"{i}.pth" for i in range(3)),
@@ -213,6 +387,189 @@ def test_saved_similarities_scored_again_give_the_printed_figures(results, world
     assert again == pytest.approx(expected, abs=1e-6)
 
 
+def torchrun(count, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, *arguments]
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def test_processes_give_the_figures_of_one_to_the_last_bit(results, models, base, tmp_path):
+    out, found = results
+    flags = ["--model_path", models / "0.pth", "--nhead", 4, "--metric", *EVERY, "--comparator", models / "comparator.pth"]
+    result = torchrun(2, *base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "two.json")
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads(path.read_text()) for path in (out / "every.json", tmp_path / "two.json"))
+    assert two["figures"] == one["figures"] and len(one["figures"]) == len(EVERY)
+    assert (one["processes"], two["processes"]) == (1, 2) and result.stdout == found["every"].stdout
+    again = cli(*base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "cached.json")
+    assert again.returncode == 0 and json.loads((tmp_path / "cached.json").read_text())["figures"] == one["figures"]
+    assert len(contents(tmp_path / "cache")) == 2
+
+
+def test_an_error_of_one_process_is_told_once(world, models, base, tmp_path):
+    features = {
+        video: rows * (np.nan if video == world.test.database[40] else 1) for video, rows in world.test.features.items()
+    }
+    path = write_packed(tmp_path / "nan.hdf5", features)
+    result = torchrun(2, *base, "--feature_path", path, "--model_path", models / "0.pth", "--nhead", 4)
+    errors = [line for line in result.stderr.splitlines() if "error: " in line and "holds NaN" in line]
+    assert result.returncode and len(errors) == 1 and world.test.database[40] in errors[0]
+
+
+def test_two_stage_figures_equal_own_rankings(results, world):
+    out, found = results
+    part, encoder = world.test, saved_encoder(0)
+    described = dict(zip(part.database, describe(encoder, FeatureStore(world.test_features), part.database, True), strict=True))
+    frames = dict(zip(part.database, describe(encoder, FeatureStore(world.test_features), part.database, False), strict=True))
+    figures = json.loads((out / "rerank.json").read_text())["figures"]
+    for R in (4, 20, 1000):
+        ranks = {}
+        for query in part.labels:
+            order = sorted(part.database, key=lambda v: -float(described[query] @ described[v]))
+            head = order[:R]
+            frame = similarity_table([frames[query]], [frames[v] for v in head], "sym_chamfer")[0]
+            head = [v for _, v in sorted(zip(-frame, head, strict=True))]
+            ranks[query] = {v: -i for i, v in enumerate([*head, *order[R:]])}
+        expected = by_loop(ranks, part.labels, part.database, set(part.features))
+        assert figures[f"TCA_c, first {R} by TCA_sym"] == [pytest.approx(expected, abs=1e-9)]
+    assert figures["TCA_c, first 1000 by TCA_sym"] == figures["TCA_sym"]
+    single = json.loads((out / "rerank one.json").read_text())["figures"]
+    assert list(single) == ["TCA_c", "TCA_c, first 20 by TCA_sym"]
+    assert all(single[row] == figures[row] for row in single)
+    assert list(json.loads((out / "rerank mean.json").read_text())["figures"]) == [
+        "mean, untrained", "mean, untrained, first 20 by chamfer, untrained"
+    ]  # fmt: skip
+
+
+def test_the_trade_off_goes_from_no_frames_to_all(results, world):
+    out, found = results
+    (curve,) = json.loads((out / "rerank.json").read_text())["trade_off"].values()
+    figures = json.loads((out / "rerank.json").read_text())["figures"]
+    assert [line["R"] for line in curve] == [0, 4, 20, 80, 1000]
+    costs = [line["cost"] for line in curve]
+    assert costs[0] == 0 and costs[3:] == [1, 1] and costs == sorted(costs) and 0.02 < costs[1] < 0.1
+    for line in curve:
+        assert line["figures"] == figures[line["row"]][0]
+        assert line["share"] == pytest.approx(line["figures"]["DSVR"] / figures["TCA_sym"][0]["DSVR"])
+    saved = brute_recall(saved_encoder(0), world.test, 20)
+    (line,) = [line for line in curve if line["R"] == 20]
+    assert line["recall"] == pytest.approx(saved) and f"{saved:.1%}" in found["rerank"].stdout
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def brute_recall(encoder, part, R):
+    """The share of DSVR's relevant videos among the first R by cosine, and the query left out of its own ranking."""
+    whole = {}
+    for video, rows in part.features.items():
+        with torch.no_grad():
+            whole[video] = encoder(torch.from_numpy(rows)[None], torch.tensor([len(rows)]))[0].numpy()
+    shares = []
+    for query, labels in part.labels.items():
+        relevant = {*labels["ND"], *labels["DS"]}
+        order = sorted((v for v in part.database if v != query), key=lambda v: -float(whole[query] @ whole[v]))
+        shares.append(len(relevant & set(order[:R])) / len(relevant))
+    return sum(shares) / len(shares)
+
+
+def test_rows_are_named_for_their_encoder_and_measure(results):
+    _, found = results
+    assert set(printed(found["every"].stdout)) == {*ROWS.values(), "tca, dp", "tca, tn", "tca, comparator"}
+    assert set(printed(found["netvlad"].stdout)) == {"netvlad, euclidean", "netvlad, cosine"}
+
+
+def test_bfloat16_moves_figures_little(results):
+    out, found = results
+    figures, exact = (json.loads((out / name).read_text()) for name in ("bfloat16.json", "one.json"))
+    assert figures["amp"] == "bfloat16" and exact["amp"] is None
+    assert figures["figures"]["TCA_f"] != exact["figures"]["TCA_f"]
+    for row in ("TCA_c", "TCA_f"):
+        assert figures["figures"][row] == [pytest.approx(exact["figures"][row][0], abs=0.02)]
+
+
+def test_a_table_of_any_system_is_scored_without_a_model(results, world, base, tmp_path):
+    out, found = results
+    annotation = ["--dataset", "DEMO", "--annotation_dir", world.annotations]
+    result = cli("evaluation.py", *annotation, "--similarities", out / "saved.json", "--output", tmp_path / "again.json")
+    assert result.returncode == 0, result.stderr
+    assert list(printed(result.stdout).values()) == list(printed(found["saved"].stdout).values())
+    table = json.loads((out / "saved.json").read_text())
+    table["stranger"] = {}
+    next(iter(table.values()))["unknown video"] = 0.5
+    (tmp_path / "more.json").write_text(json.dumps(table))
+    more = cli("evaluation.py", *annotation, "--similarities", tmp_path / "more.json")
+    assert "left aside: 1 queries and 1 videos that the set does not know" in more.stdout
+    assert list(printed(more.stdout).values()) == list(printed(result.stdout).values())
+
+
+def test_region_features_of_other_groups_are_averaged_with_a_notice(world, base, tmp_path):
+    regions = {v: np.stack([2 * rows, np.zeros_like(rows), rows], 1) for v, rows in world.test.features.items()}
+    flags = ["--features", write_released(tmp_path / "regions.hdf5", regions), "--encoder", "mean"]
+    result = cli(*base, *flags)
+    assert result.returncode == 0 and "averaged over their regions" in result.stderr
+    table = brute_figures(Mean(C), world.test, "cosine")  # the mean of the three is the row itself
+    assert printed(result.stdout)["mean, untrained"] == {task: f"{value:.4f}" for task, value in table.items()}
+
+
+def test_many_figures_are_printed_one_a_line():
+    names = ["mAP", "mAP_events", *(f"event {i}" for i in range(13))]
+    lines = table_lines({"TCA_c": [dict.fromkeys(names, 0.25)], "TCA_f": [dict.fromkeys(names, 0.5)] * 2})
+    assert lines[0].split() == ["TCA_c", "TCA_f"] and len(lines) == 16 and max(map(len, lines)) < 80
+    assert lines[2].split() == ["mAP_events", "0.2500", "0.5000", "±", "0.0000"]
+    assert len(table_lines({"TCA_c": [dict.fromkeys(names[:8], 0.25)]})) == 2
+
+
+def test_memory_stays_under_the_bound_that_is_given(tmp_path):
+    """0.6 GiB for 900 videos whose descriptors alone take 0.36, beside some 0.4 of Python and PyTorch."""
+    frames, width, names = 210, 512, [f"v{i:04}" for i in range(900)]
+    block = np.random.default_rng(0).normal(size=(frames, width)).astype(np.float16)
+    path = tmp_path / "large.hdf5"
+    with h5py.File(path, "w") as file:
+        rows = file.create_dataset("frames", (len(names) * frames, width), "float16")
+        for i in range(len(names)):
+            rows[i * frames : (i + 1) * frames] = np.roll(block, i, 0)
+        file["offsets"], file["ids"] = np.arange(len(names) + 1) * frames, np.array(names, h5py.string_dtype())
+    write_set(tmp_path, "demo", {names[0]: {"ND": names[1:3]}, names[5]: {"ND": names[6:9]}}, names)
+    flags = [
+        "--dataset",
+        "DEMO",
+        "--annotation_dir",
+        tmp_path,
+        "--feature_path",
+        path,
+        "--encoder",
+        "mean",
+        "--metric",
+        "chamfer",
+    ]
+    command = [sys.executable, "evaluation.py", *map(str, flags), "--memory", "0.6"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, error = process.stdout.read(), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, error
+    assert usage.ru_maxrss / 2**20 < 0.6
+    line = one_error(cli("evaluation.py", *flags, "--memory", "0.2"))
+    assert "--memory 0.2" in line and "or more" in line
+
+
+def test_every_set_prints_its_table_on_features_of_its_real_ids(annotations, tmp_path):
+    draw, commands = np.random.default_rng(0), []
+    columns = {"FIVR-5K": 3, "CC_WEB_VIDEO": 4, "EVVE": 15, "VCDB": 1}
+    for name in columns:
+        chosen = evaluation_set(name, annotations)
+        videos = list(dict.fromkeys([*chosen.queries, *chosen.database]))
+        videos = videos[:5000] if name == "VCDB" else videos
+        features = {video: draw.normal(size=(1 + i % 2, 8)).astype(np.float16) for i, video in enumerate(videos)}
+        path = write_packed(tmp_path / f"{name}.hdf5", features)
+        commands.append(["evaluation.py", "--dataset", name, "--feature_path", path, "--annotation_dir", annotations,
+                         "--encoder", "mean", "--output", tmp_path / f"{name}.json"])  # fmt: skip
+    for name, result in zip(columns, clis(*commands), strict=True):
+        assert result.returncode == 0, result.stderr
+        figures = json.loads((tmp_path / f"{name}.json").read_text())["figures"]["mean, untrained"][0]
+        assert len(figures) == columns[name] and all(f"{value:.4f}" in result.stdout for value in figures.values())
+        assert ("missing: " in result.stdout and "% of the videos" in result.stdout) == (name == "VCDB")
+
+
 def test_the_released_commands_flags_change_nothing(results):
     _, found = results
     assert printed(found["released"].stdout)["TCA_c"] == printed(found["one"].stdout)["TCA_c"]
@@ -254,20 +611,21 @@ def test_bad_input_ends_with_status_2_one_line_and_no_output(world, models, base
     ours, output = ["--model_path", models / "0.pth", "--nhead", 4], ["--output", tmp_path / "out.json"]
     cases = {
         "unknown dataset": (["--dataset", "FIVR-6K", *ours], "FIVR-6K"),
-        "unknown metric": (["--metric", "dice", *ours], "dice"),
         "no annotation folder": (["--annotation_dir", tmp_path / "absent", *ours], "absent"),
         "no features": (["--feature_path", tmp_path / "absent.hdf5", *ours], "absent.hdf5"),
         "features of other ids": (["--feature_path", strange, *ours], "strange.hdf5"),
         "features that are NaN": (["--feature_path", tmp_path / "nan.hdf5", *ours], list(world.test.features)[7]),
         "width asked for": (["--pca_components", 1024, *ours], "1024"),
         "a model of another width": (["--model_path", models / "wide.pth"], "64 channels"),
-        "no model": ([], "--model_path"),
         "an absent model": (["--model_path", tmp_path / "absent.pth"], "absent.pth"),
         "a folder without a model": (["--model_path", tmp_path], "model.pth"),
         "a model that is none": (["--model_path", tmp_path / "text.pth"], "text.pth"),
         "heads that do not divide": (["--model_path", models / "0.pth", "--nhead", 5], "--nhead"),
         "the mean with a model": (["--encoder", "mean", *ours], "--encoder"),
-        "an unknown flag": (["--colour", "red", *ours], "--colour"),
+        "frame descriptors of an encoder without": (["--model_path", models / "netvlad.pth", "--metric", "chamfer"], "NetVLAD"),
+        "two stages of an encoder without": (["--model_path", models / "netvlad.pth", "--rerank", 5], "NetVLAD"),
+        "a comparator that is none": (["--metric", "comparator", "--comparator", models / "0.pth", *ours], "0.pth"),
+        "too little memory": (["--memory", 0.15, *ours], "--memory"),
         "a word for a number": (["--padding_size", "many", *ours], "--padding_size"),
     }
     found = clis(*([*base, *flags, *output] for flags, _ in cases.values()))
@@ -278,17 +636,59 @@ def test_bad_input_ends_with_status_2_one_line_and_no_output(world, models, base
     assert sorted(item.name for item in tmp_path.iterdir()) == ["nan.hdf5", "strange.hdf5", "text.pth"]
 
 
-@pytest.mark.parametrize("flag", ["--padding_size", "--nhead"])
+@pytest.mark.parametrize("flag", ["--padding_size", "--nhead", "--memory"])
 def test_a_number_out_of_range_is_refused_by_its_flag(flag):
     with pytest.raises(InputError, match=flag):
         parse(["--dataset", "DEMO", "--feature_path", "x", "--encoder", "mean", flag, "-1"])
+
+
+@pytest.mark.parametrize(
+    "flags, mention",
+    [
+        ("--metric dice", "dice"),
+        ("--colour red --encoder mean", "--colour"),
+        ("", "--model_path"),
+        ("--metric comparator --encoder mean", "--comparator"),
+        ("--rerank 0 --encoder mean", "--rerank"),
+        ("--rerank 5 --plot x.png --encoder mean", "--plot"),
+        ("--rerank 5 --save_similarities x.json --encoder mean", "--save_similarities"),
+        ("--metric cosine chamfer --save_similarities x.json --encoder mean", "--save_similarities"),
+        ("--similarities x.json --metric cosine", "--similarities"),
+        ("--output . --encoder mean", "folder"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(flags, mention):
+    with pytest.raises(InputError, match=mention):
+        parse(["--dataset", "DEMO", "--feature_path", "x", *flags.split()])
+
+
+def test_a_bad_table_is_refused(world, tmp_path):
+    queries, videos = list(world.test.labels), world.test.database
+    good = json.dumps({query: dict.fromkeys(videos, 0.5) for query in queries})
+    cases = {
+        "{}": "no query",
+        '{"a": {"b": 1}}': "can be scored",
+        good.replace("0.5", "NaN", 1): queries[0],
+        good.replace("0.5", "-Infinity", 1): queries[0],
+        good.replace(f'"{videos[1]}"', f'"{videos[0]}"', 1): "twice",
+        good[:-20]: "JSON",
+        json.dumps({queries[0]: [1, 2]}): queries[0],
+    }
+    flags = ["evaluation.py", "--dataset", "DEMO", "--annotation_dir", world.annotations, "--output", tmp_path / "out.json"]
+    for number, text in enumerate(cases):
+        (tmp_path / f"{number}.json").write_text(text)
+    found = clis(*([*flags, "--similarities", tmp_path / f"{number}.json"] for number in range(len(cases))))
+    for mention, result in zip(cases.values(), found, strict=True):
+        assert mention in one_error(result)
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_help_names_every_flag_and_exits_0():
     result = cli("evaluation.py", "--help")
     assert result.returncode == 0 and not result.stderr
     for flag in (
-        "--dataset", "--feature_path", "--model_path", "--encoder", "--metric", "--baseline", "--padding_size", "--device",
+        "--dataset", "--feature_path", "--features", "--model_path", "--encoder", "--metric", "--baseline", "--padding_size",
+        "--comparator", "--rerank", "--memory", "--cache", "--amp", "--device", "--similarities", "--report", "--plot",
         "--annotation_dir", "--output", "--save_similarities", "--pca_components", "--num_clusters", "--num_layers", "--nhead",
     ):  # fmt: skip
         assert flag in result.stdout
