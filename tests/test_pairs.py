@@ -10,8 +10,10 @@ import torch
 from conftest import write_packed, write_pickle
 from torch.utils.data import DataLoader
 
-from data import FeatureStore, VCDBPairDataset, collate_pairs
-from utils import InputError
+from augment import AUGMENTATIONS
+from data import FeatureStore
+from pairs import AugmentedPairDataset, VCDBPairDataset, collate_pairs
+from utils import InputError, rng
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +146,8 @@ def test_collate_keeps_every_video_with_its_number(tmp_path, store):
         (positives, [item[2] for item in items]),
         (negatives, [video for item in items for video in item[4]]),
     ):
-        assert x.shape[:2] == (len(videos), max(map(len, videos))) and x.dtype == torch.float32
-        for row, T, video in zip(x.numpy(), num_frames.tolist(), videos, strict=True):
-            assert T == len(video)
-            np.testing.assert_array_equal(row[:T], video)
+        assert num_frames.tolist() == list(map(len, videos)) and x.dtype == torch.float16  # as stored, without padding
+        np.testing.assert_array_equal(x.numpy(), np.concatenate(videos))
 
 
 def test_shares_is_true_where_intervals_of_one_source_overlap_and_nowhere_else(tmp_path, store):
@@ -259,3 +259,84 @@ def test_the_official_vcdb_annotation_has_its_published_counts(annotations, tmp_
     assert len(pairs) == 5612 and len(pairs.negatives) == 99_176
     assert len({video for pair in pairs.pairs for video in pair}) == 528
     assert pairs.missing == {"pairs": 0, "negatives": 0}
+
+
+# --- positives from a video's own frames -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [1, 2, 9, 300])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_gives_frames_of_the_same_width_and_its_own_kind_of_change(name, T):
+    frames = np.stack([np.arange(T), np.full(T, 7), *np.ones((62, T))], 1).astype(np.float16)
+    before, results = frames.copy(), []
+    for seed in range(40):
+        out = AUGMENTATIONS[name](frames, rng(seed))
+        assert out.shape[1] == 64 and len(out) >= 1 and np.isfinite(out).all()
+        results.append(out)
+        times = out[:, 0].astype(int).tolist()
+        if name in ("crop", "shuffle", "drop", "speed"):
+            assert all((row == frames[t]).all() for row, t in zip(out, times, strict=True))  # the video's own frames
+        if name == "crop":
+            assert times == list(range(times[0], times[0] + len(times))) and len(times) >= max(1, int(0.3 * T))
+        if name == "shuffle":
+            assert sorted(times) == list(range(T)) and sum(b != a + 1 for a, b in zip(times, times[1:], strict=False)) <= 3
+        if name == "drop":
+            assert times == sorted(set(times))
+        if name == "speed":
+            assert times == sorted(times) and T / 2 - 1 <= len(times) <= 2 * T + 1
+        if name == "mask":
+            zero = (out == 0).all(0)
+            assert (out[:, ~zero] == frames[:, ~zero]).all() and zero.sum() <= 40
+        if name == "noise":
+            assert out.shape == frames.shape
+    np.testing.assert_array_equal(frames, before)
+    assert T < 3 or len({out.tobytes() for out in results}) > 5
+
+
+def own(store, path=None, **options):
+    return AugmentedPairDataset(store, path, **options)
+
+
+def test_augmented_pairs_need_no_annotation_and_a_video_is_never_its_own_negative(tmp_path, store):
+    pairs = own(store, neg_num=35, padding_size=7)
+    assert len(pairs) == 36 and pairs.missing == {"pairs": 0, "negatives": 0}
+    for i in (0, 17, 35):
+        index, anchor, positive, numbers, negatives = pairs[i]
+        assert sorted(numbers.tolist()) == [n for n in range(36) if n != i] and len(anchor) <= 7 and len(positive) <= 7
+        video = pairs.pairs[i][0]
+        assert (anchor[:, 0] == store[video][0, 0]).all()
+        for n, frames in zip(numbers, negatives, strict=True):
+            assert frames[0, 0] == store[pairs.negatives[n]][0, 0]
+    numbers = torch.tensor([5, -1, 0, 5, 7])
+    assert pairs.shares([5, 0])(numbers).tolist() == [[True, False, False, True, False], [False, False, True, False, False]]
+    with pytest.raises(InputError, match="36 of 36.*36 others.*--neg_num"):
+        own(store, neg_num=36)
+
+
+def test_an_id_list_or_an_annotation_names_the_own_videos(tmp_path, store):
+    text = tmp_path / "ids.txt"
+    text.write_text("n3\na1\n\nn3\ngone\nn4\n")
+    listed = own(store, text, neg_num=2)
+    assert listed.negatives == ["n3", "a1", "n4"] and listed.missing["pairs"] == 1
+    segments = {"a0": [["film", 0, 10]], "n0": [["film", 5, 9]], "n1": [["film", 10, 12]]}
+    path = write_pickle(tmp_path / "own.pickle", {"video_pairs": [], "negs": ["a0", "n0", "n1"], "segments": segments})
+    masked, plain = own(store, path, neg_num=1, mask_shared=True), own(store, path, neg_num=1)
+    numbers = torch.tensor([0, 1, 2, -1])
+    assert masked.shares([0])(numbers).tolist() == [[True, True, False, False]]
+    assert plain.shares([0])(numbers).tolist() == [[True, False, False, False]]
+    text.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="ids.txt"):
+        own(store, text)
+    with pytest.raises(InputError, match="absent.txt"):
+        own(store, tmp_path / "absent.txt")
+
+
+def test_augmented_items_are_the_same_on_a_resumed_run_and_others_in_another_epoch(store):
+    first, second = own(store, neg_num=3, seed=4), own(store, neg_num=3, seed=4)
+    second[9]
+    assert all(flat(first[i]) == flat(second[i]) for i in range(36))
+    positives = {tuple(first[0][2].ravel().tolist())}
+    for epoch in range(1, 6):
+        first.set_epoch(epoch)
+        positives.add(tuple(first[0][2].ravel().tolist()))
+    assert len(positives) > 3

@@ -1,5 +1,6 @@
 """train.py: the same weights again, also after being killed; weights that are better than none; clean refusals."""
 
+import io
 import itertools
 import json
 import math
@@ -14,13 +15,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import C, cli, clis, error_after_progress, one_error, read_log, start, write_packed, write_pickle
+from PIL import Image
 
-import train
+import checkpoint
+import plot_log
+import watch
 from data import FeatureStore, evaluation_set
 from evaluation import load_encoder, tables
 from losses import LOSSES
-from model import Mean
-from train import OPTIMIZERS, Trainer, parse
+from model import ENCODERS, Mean
+from options import OPTIMIZERS, parse, settle
+from train import Trainer
+from utils import InputError, Processes
 
 SMALL = ["--nhead", 4, "--dim_feedforward", 64, "--batch_sz", 8, "--neg_num", 4, "--moco_k", 64, "--print-freq", 1]
 
@@ -53,7 +59,9 @@ def trainer(world, folder, *more):
 
 
 def arguments(world, folder, *more):
-    return parse([str(flag) for flag in flags(world, folder, *more)])
+    args = parse("", [str(flag) for flag in flags(world, folder, *more)])
+    settle(args, Processes())
+    return args
 
 
 def weights(folder):
@@ -71,7 +79,9 @@ def same(one, other):
 
 def steps_of(folder):
     """The log without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key != "videos_per_s"} for line in read_log(folder)]
+    return [
+        {key: value for key, value in line.items() if key not in ("videos_per_s", "data_wait")} for line in read_log(folder)
+    ]
 
 
 def wait_for_step(process, folder, step):
@@ -137,7 +147,8 @@ def test_a_run_killed_again_and_again_ends_with_the_unbroken_runs_weights(world,
     assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
     assert same(weights(folder), weights(whole)) and same(model_at_end(folder), model_at_end(whole))
     assert steps_of(folder) == steps_of(whole)
-    assert sorted(os.listdir(folder)) == ["args.json", "checkpoint.pth", "log.jsonl", "model.pth"]
+    left = sorted(name for name in os.listdir(folder) if not name.startswith("events."))
+    assert left == ["args.json", "checkpoint.prev.pth", "checkpoint.pth", "log.jsonl", "model.pth"]
 
 
 def test_a_run_without_held_out_videos_resumes_to_the_same_weights_too(world, tmp_path):
@@ -265,7 +276,7 @@ def test_an_epoch_takes_every_pair_once_in_another_order_each_time(world, tmp_pa
         order = [i for batch in made.batches() for i in batch[0]]
         assert sorted(order) == list(range(72))
         orders.append(order)
-        made.step += made.steps_per_epoch
+        made.epoch += 1
     assert orders[0] != orders[1]
 
 
@@ -282,8 +293,8 @@ def test_mask_shared_leaves_out_bank_entries_of_the_anchors_film_and_no_others(w
     segments, negatives, seen = world.annotation["segments"], made.data.negatives, 0
     for batch in itertools.islice(made.batches(), 5):
         numbers = made.model.queue_ids.tolist()
-        _, similarities = made.train_step(batch)
-        _, unmasked = plain.train_step(batch)
+        _, similarities, _ = made.train_step(batch)
+        _, unmasked, _ = plain.train_step(batch)
         for row, i in zip(similarities, batch[0], strict=True):
             ((film, start_, end),) = segments[made.data.pairs[i][0]]
             expected = [False]
@@ -370,8 +381,7 @@ def test_bad_input_ends_with_status_2_one_line_and_no_folder(world, tmp_path):
         line = one_error(result)
         assert mention in line, f"{name}: {line}"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["few.pickle", "text.hdf5", "wrong.pickle"]
-    in_parts = cli(*command(world, run), WORLD_SIZE="2")
-    assert "one process" in one_error(in_parts) and not run.exists()
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(
@@ -380,7 +390,7 @@ def test_bad_input_ends_with_status_2_one_line_and_no_folder(world, tmp_path):
      ("--moco_t", 0), ("--moco_k", -1), ("--dropout", 2), ("--padding_size", -1), ("--num_layers", 0), ("--nhead", 0)],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused_by_its_flag(world, flag, value, tmp_path):
-    with pytest.raises(train.InputError, match=flag):
+    with pytest.raises(InputError, match=flag):
         trainer(world, tmp_path, flag, value)
 
 
@@ -415,7 +425,8 @@ def test_help_names_every_flag_and_exits_0():
         "--dim_feedforward", "--dropout", "--init", "--loss", "--neg_num", "--moco_k", "--moco_m", "--moco_t", "--epochs",
         "--batch_sz", "--learning_rate", "--optimizer", "--momentum", "--weight_decay", "--seed", "--val_set",
         "--val_feature_path", "--annotation_dir", "--val_metric", "--patience", "--device", "--print-freq", "--save_every",
-        "--num_clusters", "--output_dim", "--normalize_input", "--use-adasum", "--fp16-allreduce",
+        "--num_clusters", "--output_dim", "--normalize_input", "--use-adasum", "--fp16-allreduce", "--pairs", "--augment",
+        "--hard_negatives", "--amp",
     ):  # fmt: skip
         assert flag in result.stdout
 
@@ -444,3 +455,250 @@ def test_a_model_scored_on_features_made_otherwise_is_named(world, tmp_path):
     told, silent = clis([*evaluate, "--feature_path", features], [*evaluate, "--feature_path", world.test_features])
     assert told.returncode == silent.returncode == 0
     assert "backbone 'one', here 'another'" in told.stderr and "warning" not in silent.stderr
+
+
+# --- checkpoints that cannot be used ---------------------------------------------------------------------------------
+
+
+def test_a_broken_or_foreign_checkpoint_is_named_and_the_one_before_it_is_used(world, tmp_path):
+    call = command(world, tmp_path / "run", "--epochs", 2, "--save_every", 4, "--dropout", 0.3)
+    assert cli(*call).returncode == 0
+    whole, log = weights(tmp_path / "run"), steps_of(tmp_path / "run")
+    newest, before = tmp_path / "run" / "checkpoint.pth", tmp_path / "run" / "checkpoint.prev.pth"
+    good = newest.read_bytes()
+    for content in (good[: len(good) // 2], b"no checkpoint", pickled({"model": 1})):
+        newest.write_bytes(content)
+        (tmp_path / "run" / "model.pth").unlink()
+        result = cli(*call)
+        assert result.returncode == 0, result.stderr
+        told = [line for line in result.stderr.splitlines() if "warning: " in line]
+        assert len(told) == 1 and "checkpoint.pth" in told[0] and "checkpoint.prev.pth, step" in told[0]
+        assert same(weights(tmp_path / "run"), whole) and steps_of(tmp_path / "run") == log
+    newest.write_bytes(good[:-100])
+    before.write_bytes(b"")
+    (tmp_path / "run" / "model.pth").unlink()
+    line = one_error(cli(*call))
+    assert "checkpoint.pth" in line and "checkpoint.prev.pth" in line and "--model_path" in line
+
+
+def pickled(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_the_newest_checkpoint_and_the_one_before_are_kept(tmp_path):
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, {"step": step})
+        assert checkpoint.load(tmp_path, ["step"]) == {"step": step}
+    (tmp_path / "checkpoint.pth").unlink()  # killed between the two renames
+    assert checkpoint.load(tmp_path, ["step"]) == {"step": 3}
+    assert checkpoint.load(tmp_path / "empty", ["step"]) is None
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.prev.pth"]
+
+
+def test_another_batch_size_goes_on_after_the_pairs_that_the_epoch_has_seen(world, tmp_path):
+    made = trainer(world, tmp_path, "--batch_sz", 8, "--epochs", 2)
+    order = [i for batch in made.batches() for i in batch[0]]
+    for batch in itertools.islice(made.batches(), 4):
+        made.train_step(batch)
+    made.save()
+    other = trainer(world, tmp_path, "--batch_sz", 9, "--epochs", 2)
+    other.restore()
+    assert (other.step, other.epoch, other.seen) == (4, 0, 32)
+    left = [i for batch in other.batches() for i in batch[0]]
+    assert left == order[32 : 32 + 36]  # 40 are left, 4 fill no batch
+    result = cli(*command(world, tmp_path, "--batch_sz", 9, "--epochs", 2))
+    assert result.returncode == 0 and "after the 32 of 72 pairs" in result.stdout, result.stderr
+    assert read_log(tmp_path)[-1]["step"] == 4 + 4 + 8
+
+
+# --- what the log says -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_log_figures_are_those_of_a_loop_over_the_logits(loss):
+    torch.manual_seed(0)
+    logits = (torch.rand(3, 1 + 250) * 2 - 1).requires_grad_()
+    with torch.no_grad():
+        logits[1, 5:20] = -torch.inf
+    value = LOSSES[loss](logits, torch.zeros(3, dtype=torch.long))
+    value.backward()
+    found = watch.describe_step(value, logits.detach(), logits.grad)
+    shares, hardest, rows = [], [], logits.tolist()
+    for row, weights_ in zip(rows, logits.grad.tolist(), strict=True):
+        order = sorted(range(1, 251), key=lambda j, row=row: -row[j])
+        total = sum(abs(weights_[j]) for j in order)
+        shares += [sum(abs(weights_[j]) for j in order[:3]) / total] if total else []  # 1 % of 250, rounded up
+        hardest.append(row[order[0]])
+    assert found["hardest_share"] == pytest.approx(np.mean(shares), rel=1e-5) and 0 < found["hardest_share"] <= 1
+    assert found["hardest_negative"] == pytest.approx(np.mean(hardest))
+    assert found["positive"] == pytest.approx(np.mean([row[0] for row in rows]))
+    used = [s for row in rows for s in row[1:] if s > -math.inf]
+    assert found["negative"] == pytest.approx(np.mean(used), rel=1e-5) and found["left_out"] == pytest.approx(15 / 750)
+
+
+def test_the_gradient_weight_of_infonce_is_its_softmax():
+    logits = torch.tensor([[0.0, 3.0, 1.0, *[0.0] * 98]], requires_grad=True)  # 100 negatives: the hardest 1 % is one
+    loss = LOSSES["infonce"](logits, torch.tensor([0]))
+    loss.backward()
+    found = watch.describe_step(loss, logits.detach(), logits.grad)["hardest_share"]
+    assert found == pytest.approx(math.exp(3) / (math.exp(3) + math.exp(1) + 98), rel=1e-5)
+
+
+def test_queue_age_counts_steps_since_an_entry_came_and_the_random_start_apart(world, tmp_path):
+    made = trainer(world, tmp_path, "--moco_k", 100)  # 32 keys a step
+    found = []
+    for batch in itertools.islice(made.batches(), 6):
+        found.append(watch.describe_queue(made.model))
+        made.train_step(batch)
+    ages = [np.mean([0] * 32), np.mean([0] * 32 + [1] * 32), np.mean([0] * 32 + [1] * 32 + [2] * 32)]
+    ages += [np.mean([0] * 32 + [1] * 32 + [2] * 32 + [3] * 4)] * 2
+    assert math.isnan(found[0]["queue_age"]) and [line["queue_age"] for line in found[1:]] == pytest.approx(ages)
+    assert [line["queue_random"] for line in found] == pytest.approx([1, 0.68, 0.36, 0.04, 0, 0], abs=1e-6)
+
+
+def test_tensorboard_events_say_what_the_log_says_and_curves_are_drawn_without_a_server(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert trainer(world, tmp_path / "run", "--epochs", 2, *held_out(world)).fit() == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    lines = read_log(tmp_path / "run")
+    for name in ("loss", "positive", "hardest_share", "lr"):
+        expected = {line["step"]: line[name] for line in lines if line.get(name) is not None}
+        assert {item.step: item.value for item in events.Scalars(name)} == pytest.approx(expected) and len(expected) > 10
+    scores = {line["step"]: line["held_out"]["DSVR"] for line in lines if "held_out" in line}
+    assert {item.step: item.value for item in events.Scalars("held_out/DSVR")} == pytest.approx(scores)
+    (tmp_path / "text").write_text("no log\n")
+    drawn, refused, absent = clis(
+        ["plot_log.py", tmp_path / "run", tmp_path / "run" / "log.jsonl", "--output", tmp_path / "curves.png"],
+        ["plot_log.py", tmp_path / "text", "--output", tmp_path / "none.png"],
+        ["plot_log.py", tmp_path / "absent", "--output", tmp_path / "none.png"],
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.format == "PNG" and image.size[0] > 4 * 400 and len(set(image.convert("L").getdata())) > 10
+    assert "text" in one_error(refused) and "absent" in one_error(absent) and not (tmp_path / "none.png").exists()
+    found = plot_log.series(lines)
+    assert found["similarity"]["positive"][1] == [line["positive"] for line in lines if "positive" in line]
+    assert sorted(found["held-out mAP"]) == ["CSVR", "DSVR", "ISVR"]
+
+
+# --- hard negatives --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--mask_shared"], ["--pairs", "augment"]], ids=" ".join)
+def test_mined_negatives_are_the_nearest_by_a_loop_and_never_the_anchors_own(world, more, tmp_path):
+    made = trainer(world, tmp_path, "--hard_negatives", 7, *more)
+    made.mine()
+    encoder, data = made.model.encoder_q.eval(), made.data
+    with torch.inference_mode():
+        described = {
+            video: encoder(
+                torch.from_numpy(data.store[video].astype(np.float32))[None], torch.tensor([data.store.lengths[video]])
+            )[0]
+            for video in {*data.anchors, *data.negatives}
+        }
+    for anchor, row in data.anchors.items():
+        allowed = [
+            n
+            for n, video in enumerate(data.negatives)
+            if not ("augment" in more and video == anchor)
+            and not ("--mask_shared" in more and overlap(world.annotation["segments"], anchor, video))
+        ]
+        scores = {n: float(described[anchor] @ described[data.negatives[n]]) for n in allowed}
+        found = [n for n in data.mined[row].tolist() if n >= 0]
+        assert len(found) == min(7, len(allowed)) == len(set(found)) and set(found) <= set(allowed)
+        best = sorted(scores.values(), reverse=True)[: len(found)]
+        assert [scores[n] for n in found] == pytest.approx(best, abs=1e-5)
+
+
+def overlap(segments, one, other):
+    return any(a[0] == b[0] and max(a[1], b[1]) < min(a[2], b[2]) for a in segments[one] for b in segments[other])
+
+
+def test_half_of_the_negatives_are_drawn_from_the_mined_ones_and_a_killed_run_draws_the_same(world, tmp_path):
+    more = ["--hard_negatives", 6, "--epochs", 3, "--save_every", 5, "--learning_rate", 1e-3, "--mask_shared", "--dropout", 0.2]
+    made = trainer(world, tmp_path / "whole", *more)
+    made.mine()
+    for i in range(len(made.data)):
+        near = set(made.data.mined[made.data.anchors[made.data.pairs[i][0]]].tolist()) - {-1}
+        numbers = made.data[i][3].tolist()
+        assert len(set(numbers)) == 4 and len(near & set(numbers)) >= min(2, len(near))
+        assert set(numbers[:2]) <= near or len(near) < 2
+    assert made.fit() == 0
+    killed = trainer(world, tmp_path / "killed", *more)
+    for _ in range(2):  # stopped in the middle of an epoch, after its mining
+        killed.restore()
+        stop_after(killed, killed.step + 7)
+    killed = trainer(world, tmp_path / "killed", *more)
+    killed.restore()
+    assert killed.fit() == 0
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
+
+
+def stop_after(made, step):
+    """Train until SIGTERM comes in step `step`."""
+    plain = made.train_step
+
+    def train_step(batch):
+        if made.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(batch)
+
+    made.train_step = train_step
+    assert made.fit() == 128 + signal.SIGTERM and made.step == step
+    made.train_step = plain
+
+
+# --- bfloat16, encoders ----------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_learns_as_float32_does_and_its_similarities_are_float32(world, tmp_path):
+    flags_ = ["--dropout", 0, "--epochs", 1, "--learning_rate", 1e-4]
+    half, full = (trainer(world, tmp_path / name, *flags_, *more) for name, more in (("h", ["--amp", "bfloat16"]), ("f", [])))
+    for one, other in zip(half.batches(), full.batches(), strict=True):
+        loss, logits, _ = half.train_step(one)
+        expected, others, _ = full.train_step(other)
+        assert logits.dtype == loss.dtype == torch.float32
+        assert 0 < (logits - others).abs().max() < 0.02  # bfloat16 has 8 bits: 0.4 % a value, less in their sum
+        assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(
+        value.dtype == torch.float32 for value in half.model.encoder_q.state_dict().values() if value.is_floating_point()
+    )
+    half.save_encoder()
+    evaluate = ["evaluation.py", "--dataset", "DEMO", "--annotation_dir", world.annotations, "--model_path", tmp_path / "h"]
+    assert cli(*evaluate, "--feature_path", world.test_features).returncode == 0
+
+
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if name not in ("tca", "mean")])
+def test_every_encoder_trains_resumes_and_is_evaluated(world, encoder, tmp_path):
+    more = [
+        "--encoder",
+        encoder,
+        "--output_dim",
+        16,
+        "--epochs",
+        2,
+        "--num_clusters",
+        4,
+        "--normalize_input",
+        "--num_layers",
+        1,
+    ]
+    args = parse("", [str(flag) for flag in flags(world, tmp_path / "run", *more)])
+    notes = " ".join(settle(args, Processes()))
+    uses = set(ENCODERS[encoder].flags.values())
+    for flag in ("num_clusters", "normalize_input", "num_layers", "nhead", "dim_feedforward"):
+        assert (f"--{flag} changes nothing" in notes) == (flag not in uses), flag
+    made = trainer(world, tmp_path / "whole", *more)
+    assert made.model.encoder_q.descriptor_size == 16 and made.fit() == 0
+    killed = trainer(world, tmp_path / "killed", *more)
+    stop_after(killed, 5)
+    killed = trainer(world, tmp_path / "killed", *more)
+    killed.restore()
+    assert killed.fit() == 0 and same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    figures = figures_of(world, load_encoder(tmp_path / "whole")[1])
+    assert all(0 < value <= 1 for value in figures.values())
