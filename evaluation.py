@@ -75,10 +75,12 @@ class Stage(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A row's name and its table of similarities (Q, N); its stage where two-stage search was asked for."""
+    """A row's name, its table of similarities (Q, N), and how long it and the rows before it of this encoder took to compare
+    once described, in seconds of this process; its stage where two-stage search was asked for."""
 
     row: str
     table: np.ndarray
+    seconds: float
     stage: Stage | None = None
 
 
@@ -162,13 +164,14 @@ def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, p
         stage = None
         if rerank and (metric == "cosine" or metric in frame):
             stage = Stage(metric, len(database), 1.0) if metric in frame else Stage(None, 0, 0.0)
-        yield Result(row_name(name, metric), found[metric], stage)
+        yield Result(row_name(name, metric), found[metric], comparison.seconds, stage)
     for R in rerank:
         short = shortlist(found["cosine"], R)
         second = found if len(rerank) > 1 else comparison.tables(frame, short)
         for metric in frame:
             row = f"{row_name(name, 'cosine')}, first {R} by {row_name(name, metric)}"
-            yield Result(row, two_stage(found["cosine"], second[metric], short), Stage(metric, R, comparison.cost(short)))
+            stage = Stage(metric, R, comparison.cost(short))
+            yield Result(row, two_stage(found["cosine"], second[metric], short), comparison.seconds, stage)
 
 
 # --- score and print ---------------------------------------------------------------------------------------------------
@@ -334,17 +337,19 @@ def main():
         queries, database = with_features(chosen, store)
     if not processes.rank:
         print(f"{heading(args.dataset, chosen, store)}; {store.channels} channels")
-    summaries, stages = {}, {}
-    for row, table, stage in results(args, store, queries, database, processes):
+    summaries, stages, seconds = {}, {}, {}
+    for row, table, spent, stage in results(args, store, queries, database, processes):
         with processes.together():
             if not processes.rank:
+                seconds.setdefault(row, []).append(round(spent, 3))
                 summaries.setdefault(row, []).append(summarise(chosen, chosen.rankings(queries, database, table)))
                 if stage:
                     stages.setdefault(row, []).append(stage)
     if not processes.rank:
         features = {"path": str(store.path), "meta": store.meta}
         how = {"models": args.model_path, "features": features, "padding_size": args.padding_size, "amp": args.amp}
-        write(args, chosen, chosen.coverage(store), summaries, stages, how | {"processes": processes.size})
+        how |= {"processes": processes.size, "compare_seconds": seconds}
+        write(args, chosen, chosen.coverage(store), summaries, stages, how)
         if args.save_similarities:
             save_similarities(args.save_similarities, queries, database, table)
 

@@ -5,6 +5,7 @@ rank by video descriptors, `shortlist` the first R, compare those by frames, ord
 """
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ class Comparison:
     computed by FAISS, over all video descriptors of this process at once, which are then held. cache: the folder that
     descriptors are kept in (`cached`). dtype: what frame descriptors are multiplied in.
 
+    `seconds`: how long this process has compared so far, descriptors at hand.
+
     Processes take turns at the batches, so that tables are the same, to the last bit, for any number of them; but for the last
     bits of cosine by FAISS, which groups what it multiplies.
     """
@@ -40,6 +43,7 @@ class Comparison:
         self.levels = [level for level in LEVELS if level in map(level_of, metrics)]
         self.frames = {video: describer.length(video) for video in {*self.queries, *self.database}}
         self.place = {video: i for i, video in enumerate(self.database)}
+        self.seconds = 0.0
         with self.processes.together():
             if "frame" in self.levels:  # an encoder that has none says so before anything is encoded
                 describer.encoder.frames(
@@ -113,7 +117,7 @@ class Comparison:
         with tqdm(total=n, desc="compare", unit="video", disable=not self.progress, leave=False) as bar:
             for batch in batches:
                 start, end = end, end + len(batch)
-                described = self.describer(batch, levels)
+                described, began = self.describer(batch, levels), time.perf_counter()
                 if by_index:
                     vectors[start:end] = described["video"].data.cpu()
                 for level in levels:
@@ -123,9 +127,12 @@ class Comparison:
                     pairs = None if only is None else only[:, [self.place[video] for video in batch]]
                     for metric, block in self._similar(level, described[level], wanted, pairs).items():
                         out[metric][start:end] = block.T
+                self.seconds += time.perf_counter() - began
                 bar.update(len(batch))
         if by_index:
+            began = time.perf_counter()
             out["cosine"] = _by_faiss(self.held["video"].data.cpu().numpy(), vectors)
+            self.seconds += time.perf_counter() - began
         return out
 
     def _similar(self, level, targets, metrics, pairs):
