@@ -10,6 +10,7 @@ each evaluation set. Rows, flags and published figures stand in datasets/paper_t
 with the rows that it rules out. A finished row is kept; a failed one says why, and the rest go on (exit status 3).
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -295,8 +296,7 @@ def write(name, table, rows, args):
     text += "".join(
         f"    python {shlex.join(command)}\n" for row in rows for command in [*row.train[:1], row.evaluate] if command
     )
-    logs = {row.name: plot_log.series(plot_log.read_log(row.runs[0])) for row in rows if row.runs and row.measured}
-    if logs:
+    if logs := _logs(rows):
         text += f"\n![curves]({name}.png)\n"
         with atomic(args.output / f"{name}.png") as temporary:
             plot_log.draw(logs).savefig(temporary, dpi=100)
@@ -309,6 +309,16 @@ def write(name, table, rows, args):
         | facts,
     )
     return text
+
+
+def _logs(rows):
+    """{row: series} of each measured row's first run, where its log has lines."""
+    found = {}
+    for row in rows:
+        if row.runs and row.measured:
+            with contextlib.suppress(InputError):  # a run of fewer steps than its log is written for
+                found[row.name] = plot_log.series(plot_log.read_log(row.runs[0]))
+    return found
 
 
 def _as_json(row):
