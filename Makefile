@@ -1,4 +1,4 @@
-# make demo · make test · make tables · make horovod · make lint · make clean
+# make demo · make test · make tables · make bench · make search-model · make horovod · make lint · make clean
 # Every target makes .venv by itself and is quick when it stands.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test tables horovod lint clean
+.PHONY: help demo test tables bench search-model horovod lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -103,5 +103,26 @@ $(TABLES)/l3_imac_full/train.hdf5: $(TABLES)/raw-l3-train.hdf5 $(TABLES)/l3_imac
 $(TABLES)/l3_imac_full/DEMO.hdf5: $(TABLES)/raw-l3-test.hdf5 $(TABLES)/l3_imac_full/pca.npz
 $(PROJECTED):
 	$(RUN) pre-processing/pca.py apply $< --pca $(@D)/pca.npz --output $@
+
+# --- the model that search.py ships, and its calibration -------------------------------------------------------------------------
+
+search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
+	mkdir -p $(DEMO)/search
+	$(RUN) pre-processing/pca.py fit $< --components 512 --frames_per_video 100 --output $(DEMO)/search/pca.npz
+	for part in train val; do $(RUN) pre-processing/pca.py apply $(DEMO)/raw-$$part.hdf5 --pca $(DEMO)/search/pca.npz \
+	  --output $(DEMO)/search/$$part.hdf5 || exit 1; done
+	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/search/train.hdf5 \
+	  --model_path $(DEMO)/search/tca --seed 0 --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
+	  --batch_sz 32 --epochs 4 --loss infonce --moco_t 0.015 --learning_rate 1e-4 \
+	  --val_set DEMO-VAL --val_feature_path $(DEMO)/search/val.hdf5 --annotation_dir $(DEMO)/annotations
+	$(RUN) datasets/demo/calibrate.py pack --pca $(DEMO)/search/pca.npz --model_path $(DEMO)/search/tca --output models/demo
+	$(RUN) datasets/demo/calibrate.py measure --demo $(DEMO) --model models/demo
+
+# --- what is fast, measured against the plain way: benchmarks/README.md ----------------------------------------------------------
+
+BENCHMARKS := train_step evaluate extract store pca search
+bench: .venv/ready
+	mkdir -p runs/bench
+	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --output runs/bench/$$name.json || exit 1; done
 
 .SECONDARY:
