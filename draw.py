@@ -20,7 +20,8 @@ from evaluation import check_width, load_encoder
 from utils import InputError, Parser, atomic, run
 
 sys.path.insert(1, str(Path(__file__).resolve().parent / "pre-processing"))
-import extract_features  # noqa: E402
+from extract_features import find_videos  # noqa: E402
+from frames import Video, read_frames  # noqa: E402
 
 MARGIN_FRAMES = 8  # so many of a longer video's frames are shown
 
@@ -70,7 +71,7 @@ def margin(store, videos, video):
     if videos is not None:
         if video not in videos:
             raise InputError(f"--videos holds no {video!r}; give what the features were extracted from, or leave it out")
-        frames = list(extract_features.read_frames(extract_features.Video(video, videos[video])))
+        frames = list(read_frames(Video(video, videos[video])))
     return frames, store.lengths[video]
 
 
@@ -120,7 +121,7 @@ def main():
     store = FeatureStore(args.feature_path)
     _, encoder, _ = load_encoder(args.model_path, args.nhead)
     check_width(encoder, store)
-    videos = extract_features.find_videos(args.videos) if args.videos else None
+    videos = find_videos(args.videos) if args.videos else None
     figure = args.draw(args, encoder, store, videos)
     with atomic(args.output) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight")

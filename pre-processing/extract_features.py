@@ -39,7 +39,7 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import backbones  # noqa: E402
 import pca  # noqa: E402
-from frames import FRAME_RULES, TIME_LIMIT, Decoder, Video, read_frames  # noqa: E402, F401  (read_frames for who imports it from here)
+from frames import FRAME_RULES, TIME_LIMIT, Decoder, Video  # noqa: E402
 from progress import Report  # noqa: E402
 
 import utils  # noqa: E402
