@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import cli
 from sklearn.metrics import average_precision_score
+from test_distributed import ENGINES, two
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,20 @@ def test_the_figure_of_real_video_is_scikit_learns(chain):
     assert min(scores) < 1, "a perfect ranking would test nothing"
     (result,) = json.loads((folder / "results.json").read_text())["figures"]["TCA_c"]
     assert result["DSVR"] == pytest.approx(np.mean(scores), abs=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ENGINES)
+def test_by_either_launcher_the_demo_is_learned_as_by_one_process(chain, tmp_path, launcher):
+    folder, _ = chain
+    flags = [
+        "train.py",
+        "--annotation_path",
+        folder / "annotations" / "demo_train.pickle",
+        "--feature_path",
+        folder / "train.hdf5",
+    ]
+    flags += ["--neg_num", 2, "--moco_k", 16, "--epochs", 1, "--dropout", 0, "--optimizer", "sgd"]
+    assert cli(*flags, "--model_path", tmp_path / "one", "--batch_sz", 4, "--learning_rate", 0.01).returncode == 0
+    two(launcher, *flags, "--model_path", tmp_path / "two", "--batch_sz", 2, "--learning_rate", 0.005)  # times the processes
+    one, other = (torch.load(tmp_path / run / "model.pth", weights_only=True)["state_dict"] for run in ("one", "two"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
