@@ -52,7 +52,7 @@ $(DEMO)/built: datasets/demo/film.mp4 datasets/demo/shots.csv $(wildcard dataset
 
 # Frame features: four maps of EfficientNet-Lite0, iMAC, one frame a second.
 $(DEMO)/raw-%.hdf5: $(DEMO)/built
-	rm -f $@ # made from other videos: an extraction keeps what it has
+	rm -f $@ $@.part* # made from other videos: an extraction keeps what it has
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling imac
 
 # PCA fitted on all frames of the training part; without --no_whiten it whitens (README.md has that table too).
@@ -65,6 +65,7 @@ $(DEMO)/%.hdf5: $(DEMO)/raw-%.hdf5 $(DEMO)/pca.npz
 # Three seeds. The paper's loss and momentum; for three minutes of film: start near the identity, a small bank of fresh keys,
 # entries that show the anchor's own film left out, a higher rate, and the epoch that held-out film likes best.
 $(DEMO)/tca-%/model.pth: $(FEATURES)
+	rm -rf $(@D) # of other features: a run goes on from its own only
 	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/train.hdf5 \
 	  --model_path $(@D) --seed $* --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
 	  --batch_sz 32 --epochs 4 --learning_rate 2e-4 \
@@ -84,7 +85,7 @@ tables: $(PROJECTED)
 	  --feature_path $(TABLES)/l3_imac/DEMO.hdf5 --videos $(DEMO)/videos/test --output results/demo/similarity.png
 
 $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
-	rm -f $@
+	rm -f $@ $@.part*
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling l3_imac
 
 # As the demo's: centred and rotated, fitted on all frames of the training part. The full width keeps all that vary.

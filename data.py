@@ -3,6 +3,7 @@
 N videos, T frames, C channels. A feature file holds one (T, C) array a video, one frame a second.
 """
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -42,7 +43,7 @@ class FeatureStore(Mapping):
 
     def __init__(self, path, channels=None, skip_bad=False):
         self.path = existing(path, "feature file")
-        self._handle, self._frames = (None, None), None
+        self._handle, self._frames, self._sums = (None, None), None, None
         found, self.meta = self._scan()
         self.checksum = self.meta.pop("checksum", None)
         if not found:
@@ -50,8 +51,9 @@ class FeatureStore(Mapping):
         widths = Counter(shape[-1] for shape, _ in found.values() if shape)
         self.channels = channels or max(widths, key=widths.get, default=0)
         good = {video for video, (shape, dtype) in found.items() if self._fits(shape, dtype)}
+        wanted = f"(T, {self.channels})"
         self.bad = {
-            video: f"has shape {shape} of {dtype}, expected numbers (T, {self.channels}) with T >= 1"
+            video: dtype if isinstance(dtype, str) else f"has shape {shape} of {dtype}, expected numbers {wanted} with T >= 1"
             for video, (shape, dtype) in found.items()
             if video not in good
         }
@@ -72,7 +74,7 @@ class FeatureStore(Mapping):
         return len(shape) in (2, 3) and shape[-1] == self.channels and 0 not in shape and dtype.kind in "fiu"
 
     def _scan(self):
-        """{id: (shape, dtype)} of what the file holds, and its attributes."""
+        """{id: (shape, dtype)} of what the file holds, for a video that cannot be read ((), why), and its attributes."""
         file = self._open()
         packed, found = [file.get(name) for name in ("frames", "offsets", "ids")], {}
         if all(isinstance(item, h5py.Dataset) for item in packed):
@@ -125,6 +127,17 @@ class FeatureStore(Mapping):
             raise InputError(f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; extract it again")
         return rows
 
+    def verified(self, video):
+        """The (T, C) rows of `video`; InputError too when they are not those that the stored checksum, if any, was made of."""
+        rows = self[video]
+        if self._sums is None:
+            self._sums = self.checksums()
+        if self._sums.get(video) not in (None, rows_checksum(np.ascontiguousarray(rows))):
+            raise InputError(
+                f"feature file {str(self.path)!r}: rows of video {video!r} are not those that were written; extract it anew"
+            )
+        return rows
+
     def release(self):
         """Let go of the mapped pages read so far, which count as this process's memory until the kernel wants them back."""
         if isinstance(self._frames, np.memmap):
@@ -141,7 +154,7 @@ class FeatureStore(Mapping):
         """A digest that tells one file's content from another's: the stored checksum, which covers every value, beside the
         lengths and a sample of the values, which also tell a file that has no checksum or was edited under it."""
         some = list(self.lengths)[:: len(self.lengths) // 1000 + 1]
-        sample = [np.asarray(self[video][0], np.float32).tobytes().hex() for video in some]
+        sample = [np.asarray(self[video][[0, -1]], np.float32).tobytes().hex() for video in some]
         return digest([self.checksum, self.channels, self.lengths, sample])
 
     def __contains__(self, video):
@@ -155,7 +168,7 @@ class FeatureStore(Mapping):
 
 
 def _described(name, item):
-    return {name: (item.shape, item.dtype)} if isinstance(item, h5py.Dataset) else {}
+    return {name: (item.shape or (), item.dtype)} if isinstance(item, h5py.Dataset) else {}
 
 
 def _finite(rows):
@@ -166,9 +179,15 @@ def _finite(rows):
 
 
 def _plain(value):
-    """An HDF5 attribute as a value that JSON can hold."""
+    """An HDF5 attribute as a value that JSON, and HDF5 again, can hold."""
     value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, h5py.Empty):
+        return ""
+    return value if isinstance(value, str | int | float) else str(value)
 
 
 def checked(video, rows, dtype):
@@ -217,55 +236,87 @@ class StoreWriter:
 
     Frames go to `PATH.part`, one journal line a video to `PATH.part.jsonl`; a clean end of the `with` block packs them into
     contiguous HDF5 at PATH by rename. A later writer of the same path and `meta` goes on: `done` holds the ids already there.
-    `sources` {id: text} says what each video's features are made from (its file's size and time, say): a spool that holds a
-    video of other origin is refused, InputError.
+    `sources` {id: text} says what each video's features are made from (its file's size and time, say). With `renew` a spooled
+    video whose source is another is forgotten, so that it can be added again, and one that `sources` does not name is kept.
+    Raises InputError for a spool of other `meta` or dtype, for one that another process is writing and, unless `renew`, for
+    one that holds a video of another source or none.
 
         with StoreWriter("features.hdf5", meta={"backbone": "resnet50"}) as store:
             store.add("video id", frames)  # (T, C)
     """
 
-    def __init__(self, path, dtype="float16", meta=None, sources=None):
-        self._sources = sources
-        self.path, self.dtype, self.meta = Path(path), np.dtype(dtype), dict(meta or {})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+    def __init__(self, path, dtype="float16", meta=None, sources=None, renew=False):
+        self.path, self.dtype, self.meta, self._sources = Path(path), np.dtype(dtype), dict(meta or {}), sources
         self._spool, self._journal = Path(f"{path}.part"), Path(f"{path}.part.jsonl")
-        header = {"dtype": self.dtype.name, "meta": self.meta}
-        lines = self._read_journal()
-        if not lines or lines[0] != header:  # nothing there, or made by another command
-            lines = [header]
-            self._journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
-            self._spool.write_bytes(b"")
-        self._rows = lines[1:]  # [{"id", "T", "C"}]
-        self.done = {row["id"] for row in self._rows}
-        for row in self._rows:
-            if sources is not None and sources.get(row["id"]) != row["source"]:
-                raise InputError(
-                    f"{str(self._spool)!r}, left by a stopped run, holds video {row['id']!r} as it was then, and the input has"
-                    f" changed; remove {str(self._journal)!r} to start anew"
-                )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self._lock()
+        try:
+            remove_leftovers(path)
+            self._rows = self._read_journal()  # [{"id", "T", "C", "source"}], in the spool's order
+            self.done = self._up_to_date(sources, renew)
+        except BaseException:
+            self._log.close()
+            raise
         size = sum(row["T"] * row["C"] for row in self._rows) * self.dtype.itemsize
-        self._data, self._log = open(self._spool, "r+b"), open(self._journal, "a", encoding="utf-8")
+        self._data = open(self._spool, "r+b")
         self._data.truncate(size)  # a video that was being written when the run was killed
         self._data.seek(size)
 
+    def _lock(self):
+        """The journal, open and locked until it is closed or this process ends, however it ends."""
+        log = open(self._journal, "a", encoding="utf-8")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.fstat(log.fileno()).st_nlink  # its writer ended, and removed it, since we opened it
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            taken = False  # this file system knows no locks
+        if taken:
+            log.close()
+            raise InputError(f"another run is writing {str(self.path)!r}; wait for its end, or name another output")
+        return log
+
     def _read_journal(self):
-        """The journal's complete lines whose frames are all in the spool; the rest is cut off."""
-        if not (self._journal.exists() and self._spool.exists()):
-            return []
-        lines, kept, left = [], 0, self._spool.stat().st_size
+        """The journal's rows whose frames are all in the spool; the rest is cut off. Without any, both begin anew."""
+        header = {"dtype": self.dtype.name, "meta": self.meta}
+        lines, kept, left = [], 0, self._spool.stat().st_size if self._spool.exists() else 0
         for raw in self._journal.read_bytes().splitlines(keepends=True):
             try:
                 line = json.loads(raw) if raw.endswith(b"\n") else None
             except ValueError:
                 line = None
-            left -= line.get("T", 0) * line.get("C", 0) * self.dtype.itemsize if line else 0
+            itemsize = np.dtype(lines[0]["dtype"]).itemsize if lines else 0  # the spool's own, so that it stays if refused
+            left -= line.get("T", 0) * line.get("C", 0) * itemsize if line else 0
             if line is None or left < 0:
                 break
             lines.append(line)
             kept += len(raw)
-        os.truncate(self._journal, kept)
-        return lines
+        if len(lines) < 2:
+            self._journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            self._spool.write_bytes(b"")
+        elif lines[0] != header:
+            found, asked = ({"dtype": line["dtype"], **line["meta"]} for line in (lines[0], header))
+            name = next(name for name in found | asked if found.get(name) != asked.get(name))
+            raise InputError(
+                f"{str(self._spool)!r}, left by a stopped run, holds {len(lines) - 1} videos of {name} {found.get(name)}, not"
+                f" {asked.get(name)}; go on with that, name another output, or remove {str(self._journal)!r} to start anew"
+            )
+        else:
+            os.truncate(self._journal, kept)
+        return lines[1:]
+
+    def _up_to_date(self, sources, renew):
+        """The ids whose spooled rows are of their source."""
+        spooled = {row["id"]: row["source"] for row in self._rows}  # of a video that was renewed the last row counts
+        wanted = spooled if sources is None else spooled | sources if renew else sources
+        changed = {video for video, source in spooled.items() if wanted.get(video) != source}
+        if changed and not renew:
+            raise InputError(
+                f"{str(self._spool)!r}, left by a stopped run, holds video {min(changed)!r} as it was then, and the input has"
+                f" changed; remove {str(self._journal)!r} to start anew"
+            )
+        return spooled.keys() - changed
 
     def add(self, video, frames):
         """Append a video's `frames` (T, C); InputError when it is empty, of another width, not finite, or there already."""
@@ -288,20 +339,21 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind, *_):
-        self._data.close()
-        self._log.close()
-        if kind is None:
-            if not self._rows:
+        with self._log:  # closed, and so unlocked, last
+            self._data.close()
+            if kind is None and self.done:
+                self._pack()
+            if kind is None:
                 self._remove_spool()
-                raise InputError(f"no video was written, so there is no {str(self.path)!r}")
-            self._pack()
-            self._remove_spool()
+        if kind is None and not self.done:
+            raise InputError(f"no video was written, so there is no {str(self.path)!r}")
 
     def _pack(self):
-        lengths, width = {row["id"]: row["T"] for row in self._rows}, self._rows[0]["C"]
-        start = dict(zip(lengths, np.cumsum([0, *lengths.values()]), strict=False))
+        width, starts = self._rows[0]["C"], np.cumsum([0, *(row["T"] for row in self._rows)])
+        rows = {row["id"]: slice(a, a + row["T"]) for row, a in zip(self._rows, starts, strict=False) if row["id"] in self.done}
+        lengths = {video: part.stop - part.start for video, part in rows.items()}
         spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, width)
-        write_store(self.path, lengths, lambda v: spool[start[v] : start[v] + lengths[v]], self.dtype, width, self.meta)
+        write_store(self.path, lengths, lambda video: spool[rows[video]], self.dtype, width, self.meta)
 
     def _remove_spool(self):
         self._spool.unlink()

@@ -107,7 +107,9 @@ class Describer:
             [type(module).__name__, {name: value for name, value in vars(module).items() if type(value) in (int, float, bool)}]
             for module in self.encoder.modules()
         ]
-        return digest([weights.hexdigest(), settings, self.store.fingerprint(), self.padding_size, str(self.amp)])
+        facts = self.store.path.stat()
+        unsealed = [] if self.store.checksum else [facts.st_size, facts.st_mtime_ns]  # rows without a checksum
+        return digest([weights.hexdigest(), settings, self.store.fingerprint(), unsealed, self.padding_size, str(self.amp)])
 
 
 def describe(encoder, store, videos, video_level, padding_size=300, device="cpu", progress=False):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure  # without pyplot: no display, no state
 from torch.nn import functional as F
 
 from data import FeatureStore, pad
-from evaluation import check_width, load_encoder
+from evaluation import check_width, load_encoder, warn_of_other_features
 from utils import InputError, Parser, atomic, run
 
 sys.path.insert(1, str(Path(__file__).resolve().parent / "pre-processing"))
@@ -111,7 +111,7 @@ def parse(argv=None):
         one.add_argument("--nhead", type=int, default=8, help="attention heads of a bare state dict (default 8)")
         one.add_argument("--output", required=True, help="the picture to write, NAME.png")
     args = parser.parse_args(argv)
-    if Path(args.output).suffix != ".png":
+    if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"--output {args.output!r} must name a file with suffix .png")
     return args
 
@@ -119,8 +119,9 @@ def parse(argv=None):
 def main():
     args = parse()
     store = FeatureStore(args.feature_path)
-    _, encoder, _ = load_encoder(args.model_path, args.nhead)
+    _, encoder, features = load_encoder(args.model_path, args.nhead)
     check_width(encoder, store)
+    warn_of_other_features(features, store, args.model_path)
     videos = find_videos(args.videos) if args.videos else None
     figure = args.draw(args, encoder, store, videos)
     with atomic(args.output) as temporary:

@@ -66,22 +66,25 @@ WIDE = 8  # figures a set; more of them are printed one a line
 class Stage(NamedTuple):
     """What a row of two-stage search compared by frames: the R first of each query, a share `cost` of all pairs of frames.
 
-    metric: the frame-level one, None where none is used (R = 0).
+    metric: the frame-level one, None where none is used (R = 0). recall: the share of a query's relevant videos among the R,
+    mean over queries, which bounds what re-ranking can reach; None where all or none are compared.
     """
 
     metric: str | None
     R: int
     cost: float
+    recall: float | None = None
 
 
 class Result(NamedTuple):
     """A row's name, its table of similarities (Q, N), and how long it and the rows before it of this encoder took to compare
-    once described, in seconds of this process; its stage where two-stage search was asked for."""
+    once described, in seconds of this process; its stage where two-stage search was asked for, and its shortlist (Q, N)."""
 
     row: str
     table: np.ndarray
     seconds: float
     stage: Stage | None = None
+    short: np.ndarray | None = None
 
 
 # --- read ------------------------------------------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, p
         for metric in frame:
             row = f"{row_name(name, 'cosine')}, first {R} by {row_name(name, metric)}"
             stage = Stage(metric, R, comparison.cost(short))
-            yield Result(row, two_stage(found["cosine"], second[metric], short), comparison.seconds, stage)
+            yield Result(row, two_stage(found["cosine"], second[metric], short), comparison.seconds, stage, short)
 
 
 # --- score and print ---------------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def table_lines(figures):
     """
     names = list(next(iter(figures.values()))[0])
     cells = [["", *names]]
-    cells += [[row, *(_cell([one[name] for one in values]) for name in names)] for row, values in figures.items()]
+    cells += [[row, *(cell([one[name] for one in values]) for name in names)] for row, values in figures.items()]
     return aligned([list(line) for line in zip(*cells, strict=True)] if len(names) > WIDE else cells)
 
 
@@ -197,7 +200,8 @@ def aligned(cells):
     return lines
 
 
-def _cell(values):
+def cell(values):
+    """The mean of a figure's values, with their sample standard deviation where there are several."""
     spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):.4f}{spread}"
 
@@ -206,8 +210,7 @@ def trade_off(summaries, stages):
     """What two stages cost and reach: {frame-level metric: [{row, R, cost, recall, share, figures}]}, by cost.
 
     summaries {row: [Summary]}, stages {row: [Stage]}, one a model, of which these are means. cost: share of the exhaustive
-    row's pairs of frames; recall: of the relevant videos among the first R, which bounds what re-ranking can reach; share: of
-    the exhaustive row's first figure. The last two are None where there is no R, or no such row.
+    row's pairs of frames; recall: as a Stage's; share: of the exhaustive row's first figure, None where there is no such row.
     """
     curves = {}
     for metric in dict.fromkeys(of[0].metric for of in stages.values() if of[0].metric):
@@ -222,7 +225,7 @@ def trade_off(summaries, stages):
 
 def _trade_off_line(row, summaries, stages):
     R, cost = stages[0].R, float(np.mean([stage.cost for stage in stages]))
-    recall = float(np.mean([summary.recall(R) for summary in summaries])) if R else None
+    recall = None if stages[0].recall is None else float(np.mean([stage.recall for stage in stages]))
     names = summaries[0].figures
     figures = {name: float(np.mean([summary.figures[name] for summary in summaries])) for name in names}
     return {"row": row, "R": R, "cost": cost, "recall": recall, "figures": figures}
@@ -234,7 +237,7 @@ def trade_off_lines(curve):
     cells = [["two stages", "first R", "cost", "recall", *names, f"of exhaustive {names[0]}"]]
     for line in curve:
         recall, share = ("" if line[key] is None else f"{line[key]:.1%}" for key in ("recall", "share"))
-        figures = [_cell([line["figures"][name]]) for name in names]
+        figures = [cell([line["figures"][name]]) for name in names]
         cells.append([line["row"], str(line["R"]), f"{line['cost']:.2%}", recall, *figures, share])
     return aligned(cells)
 
@@ -303,14 +306,15 @@ def check(args):
     if args.plot and len(args.rerank) < 2:
         raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
     if args.similarities:
-        given = [flag for flag in ("feature_path", "model_path", "encoder", "metric", "baseline", "rerank", "cache")
-                 if getattr(args, flag)]  # fmt: skip
+        idle = ("feature_path", "model_path", "encoder", "metric", "baseline", "rerank", "cache", "comparator", "amp")
+        given = [flag for flag in (*idle, "save_similarities") if getattr(args, flag)]
         if given:
             raise InputError(f"--similarities scores a finished table; leave out --{', --'.join(given)}")
         return
     if not args.feature_path:
         raise InputError("--feature_path is missing; give the set's features, or --similarities FILE")
-    args.metric = args.metric or ([] if args.rerank else ["cosine"])
+    args.metric = list(dict.fromkeys(args.metric or ([] if args.rerank else ["cosine"])))
+    args.baseline = list(dict.fromkeys(args.baseline))
     if not args.model_path and args.encoder != "mean":
         raise InputError("--model_path is missing; give a trained model, or --encoder mean for the untrained features")
     if not args.model_path:  # the untrained features are all there is to score
@@ -329,7 +333,7 @@ def main():
     if given and not processes.rank:
         print(f"note: {', '.join(given)} changes nothing: the model file says what it holds", file=sys.stderr)
     if args.similarities:
-        return score_file(args)
+        return score_file(args) if not processes.rank else 0
     with processes.together():
         args.comparator = args.comparator and load_comparator(args.comparator)
         store = FeatureStore(args.feature_path, args.pca_components)
@@ -338,13 +342,15 @@ def main():
     if not processes.rank:
         print(f"{heading(args.dataset, chosen, store)}; {store.channels} channels")
     summaries, stages, seconds = {}, {}, {}
-    for row, table, spent, stage in results(args, store, queries, database, processes):
+    for row, table, spent, stage, short in results(args, store, queries, database, processes):
         with processes.together():
             if not processes.rank:
-                seconds.setdefault(row, []).append(round(spent, 3))
-                summaries.setdefault(row, []).append(summarise(chosen, chosen.rankings(queries, database, table)))
+                seconds.setdefault(row, []).append(round(spent, 6))
+                summary = summarise(chosen, chosen.rankings(queries, database, table))
+                summaries.setdefault(row, []).append(summary)
                 if stage:
-                    stages.setdefault(row, []).append(stage)
+                    recall = None if short is None else summary.recall(queries, database, short)
+                    stages.setdefault(row, []).append(stage._replace(recall=recall))
     if not processes.rank:
         features = {"path": str(store.path), "meta": store.meta}
         how = {"models": args.model_path, "features": features, "padding_size": args.padding_size, "amp": args.amp}

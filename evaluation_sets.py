@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import InputError, existing, load_pickle
+from utils import InputError, digest, existing, load_pickle
 
 ANNOTATION_DIR = os.environ.get("TCA_ANNOTATIONS", str(Path(__file__).resolve().parent / "datasets" / "annotations"))
 
@@ -119,6 +119,13 @@ class EvaluationSet:
         self.queries, self.database = queries, database
         self._query = _places(queries, f"{self.source}: query")
         self._place = _places(database, f"{self.source}: video")
+
+    def fingerprint(self):
+        """A digest of queries, database and judgements, to tell one annotation from another of the same name."""
+        judged = [
+            {task: [sorted(one.relevant.tolist()), one.counted] for task, one in tasks.items()} for tasks in self._judgements
+        ]
+        return digest([self.queries, self.database, judged])
 
     def spelled_as(self, known):
         """This set with its ids in the form found in `known` (ids that have features), where it is public in two."""

@@ -78,8 +78,8 @@ def parse(description, argv=None):
     add("--val_set", choices=EVALUATION_SETS, help="evaluation set scored after every epoch (default: none, keep the last)")
     add("--val_feature_path", help="its features; never those you report on")
     add("--annotation_dir", default=ANNOTATION_DIR, help="folder of its annotation (default %(default)s)")
-    add("--val_metric", default="cosine", choices=METRICS, help="the set's first figure by this metric decides"
-        " (default cosine)")  # fmt: skip
+    add("--val_metric", default="cosine", choices=[name for name in METRICS if name != "comparator"], metavar="METRIC",
+        help="its first figure by this measure, one of evaluation.py's but comparator, decides (default cosine)")  # fmt: skip
     add("--patience", type=int, default=0, help="stop after so many epochs without a better figure (default 0: never)")
 
     add = parser.add_argument_group("the run").add_argument
@@ -123,6 +123,10 @@ def settle(args, processes):
     }
     if args.momentum is not None and args.optimizer != "sgd":
         idle["--momentum"] = "it is of --optimizer sgd"
+    if args.min_overlap and args.pairs == "augment":
+        idle["--min_overlap"] = "it is of --pairs vcdb"
+    if args.random_sampling and not args.padding_size:
+        idle["--random_sampling"] = "--padding_size 0 takes whole videos"
     if args.augment and args.pairs != "augment":
         idle["--augment"] = "it is of --pairs augment"
     if processes.size == 1:

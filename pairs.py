@@ -104,14 +104,15 @@ class PairDataset(Dataset):
         """The negatives' segments as arrays: numbers of their sources, and a negative, source, start and end a segment."""
         if not self.segments:
             raise InputError("the annotation has no 'segments', so shared material is not known; leave --mask_shared out")
-        names, rows = {}, []
+        names, rows, number = {}, [], {video: i for i, video in enumerate(self.negatives)}
         try:
-            for number, video in enumerate(self.negatives):
-                for name, a, b in self.segments.get(video, ()):
-                    rows.append((number, names.setdefault(name, len(names)), float(a), float(b)))
+            for video, parts in self.segments.items():  # anchors' too: they must be sound before training starts
+                for name, a, b in parts:
+                    rows.append((number.get(video, -1), names.setdefault(name, len(names)), float(a), float(b)))
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}") from None
-        owner, source, start, end = np.array(rows or np.zeros((0, 4))).T
+        rows = np.array([row for row in rows if row[0] >= 0] or np.zeros((0, 4)))
+        owner, source, start, end = rows.T
         return names, owner.astype(int), source, start, end
 
 
@@ -154,7 +155,8 @@ def _vcdb(annotation, path):
         pairs = [
             (a, b, float(min(pair.get("overlap", [1.0])))) for pair in annotation["video_pairs"] for a, b in [pair["videos"]]
         ]
-        return pairs, list(dict.fromkeys(annotation["negs"]))
+        negatives = annotation["negs"]
+        return pairs, list(dict.fromkeys(sorted(negatives) if isinstance(negatives, set | frozenset) else negatives))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise InputError(f"annotation file {str(path)!r} is not of VCDB's form (video_pairs, negs): {error!r}") from None
 

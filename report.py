@@ -23,7 +23,7 @@ class Summary(NamedTuple):
     """One table scored: what the figures hide.
 
     figures {name: value}; aps {task: {query: AP}}; curves {task: precision (21,) at recall 0, .05, ... 1, mean over queries};
-    firsts {query: [(video, whether it is relevant)]}, the first ranks, and hits {query: (ranks of relevant videos, how many
+    firsts {query: [(video, whether it is relevant)]}, the first ranks, and relevant {query: ([relevant videos ranked], how many
     there are)}, both for the set's first task.
     """
 
@@ -31,11 +31,15 @@ class Summary(NamedTuple):
     aps: dict
     curves: dict
     firsts: dict
-    hits: dict
+    relevant: dict
 
-    def recall(self, R):
-        """The share of a query's relevant videos among its first R, mean over queries."""
-        return float(np.mean([(ranks <= R).sum() / relevant for ranks, relevant in self.hits.values()]))
+    def recall(self, queries, database, short):
+        """The share of a query's relevant videos that `short` (Q, N) bool holds, mean over queries; its sides' ids."""
+        row, column = ({video: i for i, video in enumerate(side)} for side in (queries, database))
+        shares = [
+            short[row[query], [column[v] for v in videos]].sum() / count for query, (videos, count) in self.relevant.items()
+        ]
+        return float(np.mean(shares))
 
 
 def summarise(chosen, rankings):
@@ -48,7 +52,7 @@ def summarise(chosen, rankings):
                 curves[task].append(precision_recall(hits, relevant))
                 if task == first:
                     shown = zip(places[:FIRST], hits[:FIRST], strict=True)
-                    found[query] = np.flatnonzero(hits) + 1, relevant
+                    found[query] = [chosen.database[place] for place in places[hits]], relevant
                     firsts[query] = [(chosen.database[place], bool(hit)) for place, hit in shown]
             yield query, tasks
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import evaluation
@@ -31,8 +30,8 @@ import options
 import plot_log
 from data import FeatureStore
 from descriptors import Describer
-from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set
-from model import ENCODERS
+from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set, missing_note
+from model import ENCODERS, load_comparator
 from streaming import Comparison
 from train import Trainer
 from utils import InputError, Parser, Processes, atomic, check_ranges, existing, provenance, run, write_json
@@ -59,6 +58,7 @@ class Row:
     results: Path | None = None
     status: str = "quoted"  # quoted, finished, not run: ..., failed: ...
     measured: list = field(default_factory=list)  # {figure: value}, one a seed
+    missing: str = ""  # what the figures lack of the set
 
 
 # --- from the data file to commands ----------------------------------------------------------------------------------------
@@ -181,14 +181,15 @@ def execute(rows, jobs=1):
 
 
 def _kept(row):
-    """Whether the row's results are there, by this very command; takes them."""
+    """Whether the row's results are there, by this very command and from files as they are now; takes them."""
     try:
         found = json.loads(row.results.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if found.get("command") != " ".join(row.evaluate):
+    newest = max(Path(path).stat().st_mtime for path, _, _ in row.needs)
+    if found.get("command") != " ".join(row.evaluate) or newest > row.results.stat().st_mtime:
         return False
-    row.status, row.measured = "finished", _figures(found)
+    row.status, row.measured, row.missing = "finished", _figures(found), missing_note(found["coverage"])
     return True
 
 
@@ -202,7 +203,7 @@ def _figures(found):
 
 def _call(command, bar):
     """Run a script of ours; its error line, or None. Its own bars are kept out of ours."""
-    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True)
     bar.update()
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -248,7 +249,8 @@ def _evaluation_seconds(command, videos=200, asked=3):
     describer = Describer(encoder, store, given.padding_size, given.device)
     few, some = queries[:asked], database[:: max(len(database) // videos, 1)]
     began = time.perf_counter()
-    comparison = Comparison(describer, few, some, given.metric or given.baseline)
+    weights = given.comparator and load_comparator(given.comparator)
+    comparison = Comparison(describer, few, some, given.metric or given.baseline, comparator=weights)
     comparison.tables(given.metric or given.baseline)
     described = time.perf_counter() - began - comparison.seconds
     share = len(few) * len(some) / len(queries) / len(database)
@@ -270,21 +272,16 @@ def markdown(title, published_on, measured_on, rows, column=None):
     for row in rows:
         dagger = "†" if row.unverified else ""
         old = " / ".join(f"{row.published[key]:.3f}".lstrip("0") for key in published if key in row.published)
-        new = " / ".join(_cell([one[key] for one in row.measured if key in one]) for key in measured) if row.measured else ""
+        new = " / ".join(evaluation.cell([one[key] for one in row.measured]) for key in measured) if row.measured else ""
         if row.note:
             notes.append(row.note)
         mark = f" [{len(notes)}]" if row.note else ""
-        state = "" if row.status in ("quoted", "finished") else row.status
+        state = row.missing if row.status in ("quoted", "finished") else row.status
         lines.append(f"| {row.name}{mark} | {old}{dagger} | {new} | {state} |")
     lines += ["", *(f"[{number}] {note}.  " for number, note in enumerate(notes, 1))]
     if any(row.unverified for row in rows):
         lines.append(DAGGER)
     return "\n".join([*lines, f"Published figures: {rows[0].source}.", ""])
-
-
-def _cell(values):
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}" if values else "-"
 
 
 def write(name, table, rows, args):
@@ -325,7 +322,7 @@ def _as_json(row):
     commands = [shlex.join(command) for command in [*row.train, row.evaluate] if command]
     return {
         "name": row.name, "status": row.status, "published": row.published, "unverified": row.unverified,
-        "source": row.source, "note": row.note, "measured": row.measured, "commands": commands,
+        "source": row.source, "note": row.note, "missing": row.missing, "measured": row.measured, "commands": commands,
     }  # fmt: skip
 
 

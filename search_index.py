@@ -403,7 +403,7 @@ def walk(sources, index_folder):
     """The files to index: [(absolute path, bytes, mtime in ns)], and [(path, reason)] of what cannot be looked into.
 
     A file that is named is taken whatever its suffix; folders are searched as extract_features.py does (no hidden files, no
-    suffix that is surely no video), but links are followed; each folder is entered once, so links in a loop come to an end.
+    suffix that is surely no video, links followed), but each is entered once, by whatever paths it is reached.
     """
     from extract_features import NOT_VIDEOS
 

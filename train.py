@@ -41,8 +41,9 @@ from tqdm import tqdm
 import checkpoint
 import watch
 from data import FeatureStore
+from descriptors import level_of, levels_of
 from evaluation import warn_of_other_features, with_features
-from evaluation_sets import evaluation_set
+from evaluation_sets import evaluation_set, missing_note
 from losses import LOSSES
 from mining import nearest_negatives
 from model import ENCODERS, MoCo
@@ -52,6 +53,7 @@ from streaming import check_width, tables
 from utils import (
     InputError,
     Processes,
+    digest,
     provenance,
     rng,
     run,
@@ -91,13 +93,17 @@ class Trainer:
         self.held_out = self._held_out()
         self.inputs = {"features": store.fingerprint(), "annotation": self.data.digest}
         if self.held_out:
-            self.inputs["held_out"] = self.held_out[1].fingerprint()
+            self.inputs["held_out"] = digest([self.held_out[1].fingerprint(), self.held_out[0].fingerprint()])
             warn_of_other_features(self.features, self.held_out[1], "this run")
         seed_torch(args.seed)
         self.arguments = ENCODERS[args.encoder].arguments(store.channels, args)
         encoder = ENCODERS[args.encoder](**self.arguments)
         if self.held_out:
             check_width(encoder, self.held_out[1])
+            if level_of(args.val_metric) not in levels_of(encoder):
+                raise InputError(
+                    f"--val_metric {args.val_metric} compares frames, and {args.encoder} describes whole videos only"
+                )
         self.model = MoCo(
             encoder, encoder.descriptor_size, args.moco_k, args.moco_m, args.moco_t, self.processes.allgather,
             torch.bfloat16 if args.amp else None,
@@ -117,7 +123,8 @@ class Trainer:
             raise InputError("--patience counts epochs by the held-out figure; give --val_set and --val_feature_path too")
         if not args.val_set:
             return None
-        chosen, store = evaluation_set(args.val_set, args.annotation_dir), FeatureStore(args.val_feature_path)
+        store = FeatureStore(args.val_feature_path)
+        chosen = evaluation_set(args.val_set, args.annotation_dir, store)
         sides = with_features(chosen, store)
         task, skipped = next(iter(chosen.coverage(store)["queries_without_relevant"].items()))
         if skipped == len(sides[0]):
@@ -146,6 +153,10 @@ class Trainer:
         }
 
     def save(self):
+        with self.processes.together():
+            if not all(value.isfinite().all() for value in self.model.encoder_q.state_dict().values()):
+                raise InputError(f"the weights are not finite at step {self.step}; {self._last()}; start again with a lower"
+                    " --learning_rate, in another --model_path")  # fmt: skip
         state = self.state()
         if not self.processes.rank:
             checkpoint.save(self.folder, state)
@@ -201,11 +212,13 @@ class Trainer:
         return DataLoader(
             self.data, batch_sampler=[order[start + own : start + own + size] for start in starts],
             collate_fn=collate_pairs, num_workers=self.args.num_workers, pin_memory=self.args.device.startswith("cuda"),
+            worker_init_fn=heedless,
         )  # fmt: skip
 
     def mine(self):
         """Find the epoch's hard negatives with the encoder as it is at its start."""
         args = self.args
+        self.processes.broadcast_model(self.model.encoder_q)  # batch statistics differ by process
         self.data.mined = nearest_negatives(
             self.model.encoder_q, self.data, args.hard_negatives, args.padding_size, args.device, self.processes,
             exclude=args.mask_shared or args.pairs == "augment",
@@ -223,7 +236,7 @@ class Trainer:
         loss = LOSSES[self.args.loss](logits, labels)
         with self.processes.together():
             if not torch.isfinite(loss):
-                self._not_finite(loss.item(), indices)
+                self._not_finite(loss.item(), indices, numbers)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -231,12 +244,15 @@ class Trainer:
         self.seen += self.per_step
         return loss.detach(), logits.detach(), logits.grad
 
-    def _not_finite(self, value, indices):
+    def _not_finite(self, value, indices, numbers):
         pairs = ", ".join("/".join(self.data.pairs[i]) for i in indices)
+        negatives = ", ".join(dict.fromkeys(self.data.negatives[number] for number in numbers))
+        raise InputError(f"loss is {value} at step {self.step}, pairs {pairs}, negatives {negatives}; {self._last()}; look for"
+            " odd values in those features, or start again with a lower --learning_rate, in another --model_path")  # fmt: skip
+
+    def _last(self):
         path = self.folder / checkpoint.NEWEST
-        last = f"the last good checkpoint is {str(path)!r}" if path.exists() else "there is no checkpoint yet"
-        raise InputError(f"loss is {value} at step {self.step}, pairs {pairs}; {last}; lower --learning_rate, or look for odd"
-            " values in those features")  # fmt: skip
+        return f"the last good checkpoint is {str(path)!r}" if path.exists() else "there is no checkpoint yet"
 
     def set_learning_rate(self):
         """Cosine decay to 0, a step an epoch."""
@@ -310,6 +326,11 @@ class Trainer:
         return stop
 
 
+def heedless(_):
+    """A loading process leaves SIGTERM, which launchers send to all, to the training, which stops in order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def videos(batch):
     """How many videos a batch encodes."""
     return sum(len(num_frames) for _, num_frames in batch[1:4])
@@ -320,6 +341,8 @@ def announce(trainer, notes):
     args, processes, data = trainer.args, trainer.processes, trainer.data
     by = f"{processes.size} x " if processes.size > 1 else ""
     scale = processes.learning_rate_scale(args.use_adasum, args.device)
+    if trainer.held_out and (note := missing_note(trainer.held_out[0].coverage(trainer.held_out[1]))):
+        notes = [*notes, f"note: {args.val_set}: {note}"]
     print(*notes, sep="\n", end="\n" if notes else "")
     print(
         f"{len(data)} pairs, {len(data.negatives)} negatives (without features: {data.missing['pairs']} pairs,"

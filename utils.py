@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import pickle
 import platform
@@ -119,8 +120,18 @@ def existing(path, what):
 
 
 def write_json(path, value):
+    """Write a JSON-like value; NaN, which JSON does not know, becomes null."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(without_nan(value), indent=1) + "\n", encoding="utf-8")
+
+
+def without_nan(value):
+    """A JSON-like value with None where it has NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # --- untrusted files -------------------------------------------------------------------------------------------------

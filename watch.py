@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from utils import atomic
+from utils import atomic, without_nan
 
 HARDEST = 0.01  # the part of the bank that hardest_share is about
 
@@ -88,12 +88,12 @@ class Log:
         if self.path is None:
             return
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, **figures}, allow_nan=False) + "\n")
+            file.write(json.dumps(without_nan({"step": step, "epoch": epoch, **figures}), allow_nan=False) + "\n")
         for name, value in figures.items():
             for tag, number in (
                 {f"{name}/{k}": v for k, v in value.items()}.items() if isinstance(value, dict) else [(name, value)]
             ):
-                if number is not None:
+                if number is not None and not math.isnan(number):
                     self.events.add_scalar(tag, number, step)
 
     def close(self):
@@ -104,5 +104,5 @@ class Log:
 def _step(line):
     try:
         return json.loads(line)["step"]
-    except ValueError:  # a line cut short by a kill
+    except (ValueError, TypeError, KeyError):  # a line cut short by a kill, or not ours
         return math.inf

@@ -8,7 +8,8 @@ kept. Compared, in frames kept a second, for each backbone and type:
 
 - alone: the backbone and the pooling on ready frames, in the same batches and streams as extraction uses;
 - extract: `extract_features.py` from the files to the finished store, decoding included, start-up (imports, weights) excluded;
-- two steps: every clip decoded to a raw array on disk, then one clip at a time through the same backbone on all cores.
+- two steps: every clip decoded to a raw array on disk, as many at once as extraction has decoders, then one clip at a time
+  through the same backbone on all cores.
 
 The best of `--rounds` is told, the three ways taking turns. Then, what one decoder process keeps up with: a device that takes
 R frames a second wants R divided by that many decoders.
@@ -40,20 +41,26 @@ POOLING = {"resnet50": "l3_imac"}  # the paper's; imac for others
 TYPES = {"float32": None, "bfloat16": "bfloat16"}
 
 
+def endless(film):
+    """The film's frames, over and over."""
+    while True:
+        with av.open(str(film)) as source:
+            yield from source.decode(video=0)
+
+
 def make_clips(folder, film, count, seconds, size):
     """`count` clips of the film's frames, one after another, at RATE frames a second."""
     folder.mkdir()
-    with av.open(str(film)) as source:
-        images = source.decode(video=0)
-        for i in range(count):
-            with av.open(str(folder / f"{i:03}.mp4"), "w") as out:
-                stream = out.add_stream("libx264", rate=RATE)
-                stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-                for k, image in zip(range(RATE * seconds), images, strict=False):
-                    image = image.reformat(*size, "yuv420p")
-                    image.pts, image.time_base = k, Fraction(1, RATE)
-                    out.mux(stream.encode(image))
-                out.mux(stream.encode(None))
+    images = endless(film)
+    for i in range(count):
+        with av.open(str(folder / f"{i:03}.mp4"), "w") as out:
+            stream = out.add_stream("libx264", rate=RATE)
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+            for k, image in zip(range(RATE * seconds), images, strict=False):
+                image = image.reformat(*size, "yuv420p")
+                image.pts, image.time_base = k, Fraction(1, RATE)
+                out.mux(stream.encode(image))
+            out.mux(stream.encode(None))
     return sorted(folder.iterdir())
 
 
@@ -83,9 +90,12 @@ class Ways:
         return time.perf_counter() - start
 
     def two_steps(self):
+        def decode(video):
+            np.save(self.folder / f"{video.id}.npy", np.stack(list(fr.read_frames(video))))
+
         start = time.perf_counter()
-        for video in self.videos():
-            np.save(self.folder / f"{video.id}.npy", np.stack(list(fr.read_frames(video, threads=self.options.workers))))
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            list(pool.map(decode, self.videos()))
         with StoreWriter(self.folder / "f.hdf5") as writer:
             for video in self.videos():
                 writer.add(video.id, self.features(np.load(self.folder / f"{video.id}.npy")))

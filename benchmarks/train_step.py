@@ -5,14 +5,16 @@
 Plain: one HDF5 dataset a video in float32, every video padded to 300 frames, all 16 negatives of all anchors in one batch, the
 bank copied, Adam as it comes. Ours: train.py itself, on a packed half-precision store; and the same with --amp bfloat16.
 Videos of C channels have log-normal lengths (median 60 s, 5 % above 300). Every side runs in a process of its own, on the same
-draws, with a process that loads data beside it; the first step is not timed. With dropout off the losses must be equal.
+draws, with a process that loads data beside it; the first step is not timed. Memory is the most that each of the two processes
+held at once, as Linux counts: what they share, such as the libraries, is in both. With dropout off the losses must be equal.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
@@ -102,12 +104,12 @@ class PlainModel(nn.Module):
         return F.normalize(out.sum(1) / (~mask).sum(1, keepdim=True), dim=1)
 
 
-def plain_steps(args, reference):
-    """Yield the batches of the reference's first epoch, then take a step on each when called back."""
+def plain_steps(args):
+    """The batches of our first epoch, and the function that takes a step on one; from our weights and bank."""
     query, key = PlainModel(args.channels, args.dropout), PlainModel(args.channels, args.dropout)
-    weights = reference.model.encoder_q.state_dict()
+    weights, queue = torch.load(args.folder / "start.pt")
     query.layer.load_state_dict({name.removeprefix("transformer_encoder.layers.0."): w for name, w in weights.items()})
-    queue, pointer = reference.model.queue.clone(), 0
+    pointer = 0
     optimizer = torch.optim.Adam(query.parameters(), 1e-5, weight_decay=1e-4)
     data = VCDBPairDataset(args.folder / "pairs.pickle", PlainStore(args.folder / "plain.hdf5"), LONG, 16)
     order = rng(0, 0).permutation(len(data)).tolist()
@@ -137,38 +139,45 @@ def plain_steps(args, reference):
 # --- one side, in its own process ------------------------------------------------------------------------------------
 
 
-def trainer(args, *more):
+def trainer(args, dropout, *more):
     flags = [
         "--annotation_path", args.folder / "pairs.pickle", "--feature_path", args.folder / "packed.hdf5",
         "--model_path", "none",
-        "--batch_sz", args.anchors, "--moco_k", args.bank, "--dropout", args.dropout, "--num_workers", 1, "--device", "cpu",
+        "--batch_sz", args.anchors, "--moco_k", args.bank, "--dropout", dropout, "--num_workers", 1, "--device", "cpu",
     ]  # fmt: skip
     parsed = parse("", list(map(str, [*flags, *more])))
     settle(parsed, Processes())
     return Trainer(parsed)
 
 
+def peak_mb(pid):
+    """The most memory that a process held; its children's `ru_maxrss` would begin at that of the process they come from."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+
+
 def run_side(args):
     """Losses, seconds of each step, the part of them spent waiting for data, and peak memory; printed as JSON."""
-    ours = trainer(args, *SIDES[args.side])
     if args.side == "plain":
-        batches, step = plain_steps(args, ours)
-        del ours
+        batches, step = plain_steps(args)
     else:
+        ours = trainer(args, args.dropout, *SIDES[args.side])
         batches = ours.batches()
 
         def step(batch, number):
             return ours.train_step(batch)[0].item()
 
     losses, seconds, waited, start = [], [], [], time.perf_counter()
+    batches = iter(batches)  # held, so that its process is there to be asked at the end
     for number, batch in zip(range(args.steps + 1), batches, strict=False):
         waited.append(time.perf_counter() - start)
         losses.append(step(batch, number))
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-    peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    (loader,) = multiprocessing.active_children()
     print(json.dumps({
-        "losses": losses, "seconds": seconds[1:], "waiting": sum(waited[1:]) / sum(seconds[1:]), "memory_mb": round(peak[0]),
+        "losses": losses, "seconds": seconds[1:], "waiting": sum(waited[1:]) / sum(seconds[1:]),
+        "memory_mb": peak_mb(os.getpid()), "loader_memory_mb": peak_mb(loader.pid),
     }))  # fmt: skip
 
 
@@ -200,8 +209,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         make_videos(args.folder, args.channels, args.videos, max(2 * args.anchors, (args.steps + 4) * args.anchors))
+        model = trainer(args, 0).model
+        torch.save((model.encoder_q.state_dict(), model.queue), args.folder / "start.pt")
         rows = {dropout: {side: measure(args, side, dropout) for side in SIDES} for dropout in args.dropout}
-    print(f"{'dropout':>7}  {'side':14}  {'s a step':>8}  {'ratio':>5}  {'memory MB':>9}  {'waiting':>7}  loss differs by")
+    print(
+        f"{'dropout':>7}  {'side':14}  {'s a step':>8}  {'ratio':>5}  {'memory MB':>9}  {'loader MB':>9}  {'waiting':>7}"
+        "  loss differs by"
+    )
     for dropout, sides in rows.items():
         plain = sides["plain"]
         for side, found in sides.items():
@@ -212,7 +226,7 @@ def main():
             differs = f"{found['loss_difference']:.1e}" if not dropout else "(other draws)"
             print(
                 f"{dropout:7}  {side:14}  {found['seconds_median']:8.2f}  {found['ratio']:5.1f}  {found['memory_mb']:9}"
-                f"  {found['waiting']:7.1%}  {differs}"
+                f"  {found['loader_memory_mb']:9}  {found['waiting']:7.1%}  {differs}"
             )
     if args.output:
         settings = {name: getattr(args, name) for name in ("channels", "videos", "anchors", "bank", "steps")}

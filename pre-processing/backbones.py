@@ -217,7 +217,11 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.channels = [stage.shape[1] for stage in self(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))]
+        maps = self(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+        if any(x.ndim != 4 or x.shape[2] != x.shape[3] for x in maps):  # of a square frame; others have channels last, or none
+            shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
+            raise InputError(f"stages of shapes {shapes} are not all maps (c, h, w); name others by --stages")
+        self.channels = [x.shape[1] for x in maps]
 
     @torch.inference_mode()
     def forward(self, frames):
@@ -235,7 +239,8 @@ def build(name, weights=None, stages=None, device="cpu", amp=None):
     amp: None, or the name of the type to run in, such as "bfloat16".
     weights: None for the default ones, a file holding a state dict, or "random" (seeded: the same every time).
     stages: names of the modules whose outputs are the stages.
-    Raises InputError for an unknown name or stage and for weights that are missing, unreadable or of another model.
+    Raises InputError for an unknown name or stage, for a stage that is no map (c, h, w), and for weights that are missing,
+    unreadable or of another model.
     """
     spec = _spec(name)
     with torch.random.fork_rng(devices=[]):

@@ -42,10 +42,15 @@ class NpyFolder(FeatureStore):
     def _scan(self):
         found = {}
         for file in sorted(self.path.rglob("*.npy")):
-            rows, video = self._load(file), file.relative_to(self.path).as_posix()[:-4]
-            found[video] = rows.shape, rows.dtype
+            video = file.relative_to(self.path).as_posix()[:-4]
             if video != video.encode(errors="replace").decode():
                 raise InputError(f"{str(file)!r}: its name is not UTF-8, so it cannot be an id; rename it")
+            try:
+                rows = np.load(file, mmap_mode="r", allow_pickle=False)
+                found[video] = rows.shape, rows.dtype
+            except (ValueError, EOFError) as error:
+                reason = str(error).splitlines()[0]
+                found[video] = (), f"lies in {file.name}, which was cut short or is no array of numbers ({reason})"
         description = self._description()
         return found, {**description["meta"], "checksum": description["checksum"]}
 
@@ -57,15 +62,8 @@ class NpyFolder(FeatureStore):
         except (ValueError, TypeError) as error:
             raise InputError(f"{str(file)!r} is not what convert.py writes ({error}); remove it") from None
 
-    def _load(self, file):
-        try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{str(file)!r} is not an array of numbers or was cut short ({reason})") from None
-
     def _read(self, video):
-        return self._load(self.path / f"{video}.npy")
+        return np.load(self.path / f"{video}.npy", mmap_mode="r", allow_pickle=False)
 
     def checksums(self):
         return self._description()["checksums"]
@@ -136,7 +134,7 @@ def write(path, videos, layout=None, dtype=None):
 
         def read(video):
             bar.update()
-            return checked(video, videos[video][video], dtype)
+            return checked(video, videos[video].verified(video), dtype)
 
         lengths = {video: store.lengths[video] for video, store in videos.items()}
         LAYOUTS[layout](path, lengths, read, dtype, stores[0].channels, stores[0].meta)
@@ -180,6 +178,7 @@ def check_shards(paths):
         if len(numbers) != n:
             raise InputError(
                 f"{name}: {len(numbers)} of {n} shards are given ({', '.join(sorted(numbers))}); give all, or say --some"
+                " (a shard that had no video wrote no file)"
             )
 
 

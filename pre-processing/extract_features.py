@@ -55,7 +55,10 @@ NOT_VIDEOS = frozenset(
 
 
 def find_videos(source):
-    """{id: path} of a folder, a list file or a pattern holding `{id}`; InputError when there is none or two share an id."""
+    """{id: path} of a folder, a list file or a pattern holding `{id}`.
+
+    Raises InputError when there is none, when two share an id, and for an id that is not UTF-8.
+    """
     if "{id}" in source:
         pairs = _from_pattern(source)
     elif Path(source).is_dir():
@@ -64,6 +67,8 @@ def find_videos(source):
         pairs = _from_list(utils.existing(source, "input"))
     videos = {}
     for video, path in pairs:
+        if video != video.encode(errors="replace").decode():
+            raise InputError(f"the id {video!r} of {str(path)!r} is not UTF-8, so it cannot be an id; rename the file")
         if video in videos:
             raise InputError(
                 f"{str(videos[video])!r} and {str(path)!r} share the id {video!r}; rename one, or give a list file"
@@ -75,17 +80,25 @@ def find_videos(source):
 
 
 def _from_folder(folder):
-    """Every file but hidden ones and those that are surely no video; the id is the relative path without suffix."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and path.suffix.lower() not in NOT_VIDEOS:
-            yield relative.with_suffix("").as_posix(), path
+    """Every file but hidden ones and those that are surely no video; the id is the relative path without suffix.
+
+    Links are followed, but not into a folder that they lie in.
+    """
+    for top, folders, files in os.walk(folder, followlinks=True):
+        top = Path(top)
+        above = [parent for parent in top.parents if parent.is_relative_to(folder)]
+        if any(top.samefile(parent) for parent in above):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in sorted(top / name for name in files if not name.startswith(".")):
+            if path.is_file() and path.suffix.lower() not in NOT_VIDEOS:
+                yield path.relative_to(folder).with_suffix("").as_posix(), path
 
 
 def _from_list(path):
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # a BOM belongs to no id
     except UnicodeDecodeError:
         raise InputError(f"input {str(path)!r} is no list of `id <tab> path`; for one video give its folder") from None
     for number, line in enumerate(lines, 1):
@@ -163,7 +176,7 @@ def decode_into(frames, todo, decoder, stop):
 
 
 def cut_batches(frames, decoders, size):
-    """Lists of (video, frame or None) out of the queue, `size` frames in each, until all decoders have ended."""
+    """Lists of (video, frame or None) out of the queue, up to `size` frames in each, until all decoders have ended."""
     batch, count = [], 0
     while decoders:
         item = frames.get()
@@ -174,7 +187,7 @@ def cut_batches(frames, decoders, size):
             continue
         batch.append(item)
         count += item[1] is not None
-        if count == size:
+        if count == size or len(batch) >= 4 * size:  # many ends and few frames: broken videos are told soon
             yield batch
             batch, count = [], 0
     yield batch
@@ -201,9 +214,8 @@ def extract(
     """
     cores = os.cpu_count()
     workers, streams = min(workers or cores, len(videos)), streams or cores
-    threads = max(1, cores // max(1, len(videos)))  # within a decoder, where videos are few
     waiting, todo, stop = queue.Queue(2 * batch_sz), iter(videos), threading.Event()  # threads may share a list's iterator
-    decoders = [Decoder(fps, frames, threads, time_limit) for _ in range(workers)]
+    decoders = [Decoder(fps, frames, time_limit) for _ in range(workers)]
     feeders = [threading.Thread(target=decode_into, args=(waiting, todo, d, stop), daemon=True) for d in decoders]
     pending = collections.deque()  # batches under way, oldest first, so a video's rows come in order
 
@@ -271,7 +283,7 @@ def parse(argv=None):
     add("--output", required=True, help="the feature file to write, NAME.hdf5")
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="do part I of N (0 to N-1), into NAME.IofN.hdf5")
     add("--retry_failed", action="store_true", help="try again what failed in an earlier run")
-    add("--fps", type=Fraction, default=Fraction(1), help="frames a second to keep (default 1, the paper's)")
+    add("--fps", type=rate, default=Fraction(1), help="frames a second to keep (default 1, the paper's)")
     add(
         "--frames",
         choices=FRAME_RULES,
@@ -312,6 +324,14 @@ def parse(argv=None):
     if Path(options.output).suffix not in (".hdf5", ".h5") or Path(options.output).is_dir():
         raise InputError(f"--output {options.output!r} must name a file with suffix .hdf5")
     return options
+
+
+def rate(text):
+    """The Fraction of a text such as 1, 0.5 or 30000/1001."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"--fps {text} must be a number, such as 1, 0.5 or 30000/1001") from None
 
 
 def shard(text):
@@ -393,16 +413,17 @@ def bring_up_to_date(output, videos, settings, features, options):
     """
     sources, report = {video.id: identity(video.path) for video in videos}, Report(output.with_suffix(".json"), settings)
     old = open_finished(output, settings, options.dtype)
-    kept = {name for name in old if name not in sources or report.source(name) in (None, sources[name])}
-    failed = {name for name in sources if report.failed(name) and report.source(name) == sources[name]} - kept
+    kept = {name for name in old if not sources.get(name) or report.stored(name) in (None, sources[name])}
+    failed = {name for name in sources if report.failed(name, sources[name])} - kept
     left_out = set() if options.retry_failed else failed
     if left_out:
         print(f"left out: {len(left_out)} videos that failed before; --retry_failed tries them again", file=sys.stderr)
     todo, done = [video for video in videos if video.id not in kept | left_out], set(old)
-    if todo:
-        writer = StoreWriter(output, options.dtype, settings, {name: report.source(name) for name in kept} | sources)
+    if todo or kept < done:
+        present = {name: source for name, source in sources.items() if source}
+        writer = StoreWriter(output, options.dtype, settings, present, renew=True)
         for name in sorted(kept - writer.done):  # first into the spool: the finished file is replaced whole, or stays
-            writer.add(name, old[name])
+            writer.add(name, old.verified(name))
         before = len(writer.done.intersection(sources))
         if before:
             print(f"going on: {before} of {len(videos)} videos were done before", file=sys.stderr)

@@ -77,12 +77,18 @@ def at_timestamps(frames, fps, rate):
 
 
 def as_released(frames, fps, rate):
-    """The released code's rule: frame i where (i + 1) % round(rate) == 0.
+    """The released code's rule: the first frame, frame i where (i + 1) % round(rate) == 0, and the last of these once more.
 
-    The rate is rounded, so at 29.97 the rows drift from the seconds, and row k is the end of second k.
+    The rate is rounded, so at 29.97 the rows drift from the seconds; above 144 it is taken for 25. So row k, but for the
+    first, is the end of second k - 1.
     """
-    every = max(1, round(rate / fps))
-    return (frame for i, (_, frame) in enumerate(frames) if (i + 1) % every == 0)
+    every, last = max(1, round((rate if rate <= 144 else 25) / fps)), None
+    for i, (_, frame) in enumerate(frames):
+        if i == 0 or (i + 1) % every == 0:
+            last = frame
+            yield frame
+    if last is not None:
+        yield last
 
 
 FRAME_RULES = {"timestamp": at_timestamps, "released": as_released}
@@ -91,27 +97,27 @@ FRAME_RULES = {"timestamp": at_timestamps, "released": as_released}
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def read_frames(video, fps=Fraction(1), rule="timestamp", threads=1):
+def read_frames(video, fps=Fraction(1), rule="timestamp"):
     """Decode `video` (a Video) and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
 
     Packets that do not decode are counted and passed over, as players do. Raises av.FFmpegError, OSError or ValueError when
     there is nothing to read.
     """
     video.seconds = 0.0
-    # Only files: a playlist that calls itself a video must not make us fetch what it names.
-    with av.open(str(video.path), metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
+    # Only files: a playlist that calls itself a video must not make us fetch what it names, nor 12:30.mp4 be a protocol's.
+    with av.open(os.path.abspath(video.path), metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
         film = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a cover is no video
         if not film:
             raise ValueError("it has no video stream")
         stream = film[0]
-        stream.thread_count, stream.thread_type = threads, "AUTO"
+        stream.thread_count = 1  # with more, what a damaged file gives is a matter of luck
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         frames = FRAME_RULES[rule](_decode(container, stream, rate, video), fps, rate)
         kept, prepare = 0, Preparation()
         for kept, frame in enumerate(frames, 1):  # noqa: B007
             yield prepare(frame)
     if not kept:
-        raise ValueError(f"too short for --frames {rule}" if video.seconds else "none of its frames can be decoded")
+        raise ValueError("none of its frames can be decoded")
 
 
 def _decode(container, stream, rate, video):
@@ -175,8 +181,8 @@ class Decoder:
     not count.
     """
 
-    def __init__(self, fps=Fraction(1), rule="timestamp", threads=1, time_limit=TIME_LIMIT, memory=MEMORY):
-        self.task = {"fps": str(fps), "rule": rule, "threads": threads, "time_limit": time_limit, "memory": memory}
+    def __init__(self, fps=Fraction(1), rule="timestamp", time_limit=TIME_LIMIT, memory=MEMORY):
+        self.task = {"fps": str(fps), "rule": rule, "time_limit": time_limit, "memory": memory}
         self.process = None
 
     def frames(self, video):
@@ -188,7 +194,7 @@ class Decoder:
             while len(message := self.connection.recv_bytes()) == FRAME_BYTES:
                 yield np.frombuffer(message, np.uint8).reshape(CROP, CROP, 3)
             vars(video).update(json.loads(message))
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a frame
             video.reason = self._cause_of_death()
 
     def _start(self):
@@ -234,7 +240,7 @@ def serve(connection):
         video, limit = Video("", task["path"]), task["time_limit"]
         try:
             signal.setitimer(signal.ITIMER_REAL, limit)
-            for frame in read_frames(video, Fraction(task["fps"]), task["rule"], task["threads"]):
+            for frame in read_frames(video, Fraction(task["fps"]), task["rule"]):
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 connection.send_bytes(frame.reshape(-1))
                 signal.setitimer(signal.ITIMER_REAL, limit)

@@ -149,6 +149,8 @@ def _draw(stores, frames_per_video, generator, chunk=4096):
             held.append(np.asarray(frames[rows], np.float64))
             count += len(rows)
             if count >= chunk:
+                if isinstance(store, FeatureStore):  # any mapping will do
+                    store.release()
                 yield np.concatenate(held)
                 held, count = [], 0
     if held:
@@ -200,7 +202,7 @@ def run_apply(options):
     with StoreWriter(options.output, options.dtype, {**store.meta, "pca": projection.label}, sources) as writer:
         for video in tqdm(store, unit="video", disable=len(store) < 1000):
             if video not in writer.done:
-                writer.add(video, projection(store[video]))
+                writer.add(video, projection(store.verified(video)))
     print(f"{options.output}: {len(store)} videos, {store.channels} -> {projection.matrix.shape[1]}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils  # noqa: E402
+from utils import InputError  # noqa: E402
 
 
 class Report:
@@ -14,25 +15,39 @@ class Report:
 
     rows {id: {"path", "source" (its `identity`), "status" ("ok" or "failed"), "frames", "seconds" (None where only an earlier
     run knew), "corrupt_packets", "reason"}}
+    Raises InputError where NAME.json is somebody else's.
     """
 
     def __init__(self, path, settings):
-        self.path, self.settings, self.rows, self._log = path, settings, {}, Path(f"{path}.part")
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before.get("settings") == settings:
-                self.rows = before["videos"]
+        self.path, self.settings, self._log = path, settings, Path(f"{path}.part")
+        self._finished = self._read()
+        self.rows = dict(self._finished)
         for line in self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else ():
             with contextlib.suppress(ValueError):  # a line that was being written when the run was killed
                 name, its_settings, row = json.loads(line)
                 if its_settings == utils.digest(settings):
                     self.rows[name] = row
 
-    def source(self, name):
-        return self.rows.get(name, {}).get("source")
+    def _read(self):
+        """The rows of NAME.json; of other settings they tell nothing."""
+        if not self.path.exists():
+            return {}
+        try:
+            report = json.loads(self.path.read_text(encoding="utf-8"))
+            return report["videos"] if report["settings"] == self.settings else {}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{str(self.path)!r}, where the report goes, is no report; move it, or name another --output"
+            ) from None
 
-    def failed(self, name):
-        return self.rows.get(name, {}).get("status") == "failed"
+    def stored(self, name):
+        """The source of what the finished store holds of a video: a killed run's log speaks of its spool."""
+        return self._finished.get(name, {}).get("source")
+
+    def failed(self, name, source=None):
+        """Whether the latest try failed (and, if given, was of this `source`)."""
+        row = self.rows.get(name, {})
+        return row.get("status") == "failed" and source in (None, row["source"])
 
     def add(self, video, source, frames):
         self.rows[video.id] = {

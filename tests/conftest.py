@@ -41,10 +41,11 @@ def clis(*commands):
         return list(pool.map(lambda command: cli(*command), commands))
 
 
-def start(script, *arguments):
-    """The same, not waited for."""
+def start(script, *arguments, **options):
+    """The same, not waited for; options of Popen."""
     command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes, **options)
 
 
 def one_error(result):

@@ -158,6 +158,47 @@ def test_big_endian_arrays_keep_their_values(tmp_path):
     assert run("verify", tmp_path / "x.hdf5") == 0
 
 
+@pytest.mark.parametrize("source, target", [*itertools.product(NAMES, ["y.hdf5", "elsewhere"])])
+def test_rows_that_have_changed_since_they_were_written_are_not_given_a_new_checksum(source, target, tmp_path):
+    features, path = some_features(["a", "b", "c"]), tmp_path / NAMES[source]
+    run("to", write_ours(tmp_path / "origin.hdf5", features), path, "--layout", source)
+    if source == "npy":
+        np.save(path / "b.npy", features["b"] + 1)
+    else:
+        with h5py.File(path, "r+") as file:
+            rows = file["b"] if source == "datasets" else file["frames"]
+            rows[len(features["a"]) if source == "packed" else 0, 0] += 1
+    for more in ([], ["--dtype", "float32"]):
+        assert "'b' are not those that were written" in refusal("to", path, tmp_path / target, *more)
+    assert not (tmp_path / target).exists()
+    (tmp_path / "bad").write_text("b")
+    run("to", path, tmp_path / target, "--without", tmp_path / "bad")
+    assert bits(tmp_path / target) == {video: row for video, row in bits(tmp_path / "origin.hdf5").items() if video != "b"}
+
+
+FOREIGN = {
+    "bytes": (np.array([b"caf\xe9", b"b"]), ["caf\ufffd", "b"]),
+    "text": (np.array(["a", "b"], dtype=object), ["a", "b"]),
+    "empty": (h5py.Empty("f4"), ""),
+    "table": (np.array([(1, b"x")], dtype=[("n", "i4"), ("s", "S1")]), ["(1, b'x')"]),
+    "numbers": (np.eye(2, dtype=np.float32), [[1, 0], [0, 1]]),
+    "flag": (np.bool_(True), True),
+}
+
+
+def test_attributes_of_another_program_are_told_and_go_along_into_every_layout(tmp_path, capsys):
+    path = write_packed(tmp_path / "theirs.hdf5", some_features(["a", "b"]))
+    with h5py.File(path, "r+") as file:
+        for name, (value, _) in FOREIGN.items():
+            file.attrs[name] = value
+    expected = {name: told for name, (_, told) in FOREIGN.items()}
+    for name in ("x.hdf5", "folder", "y.hdf5"):
+        path = run("to", path, tmp_path / name) or tmp_path / name
+        capsys.readouterr()
+        run("info", path, "--json")
+        assert json.loads(capsys.readouterr().out)["meta"] == expected
+
+
 def test_a_killed_conversion_leaves_no_half_and_the_next_one_is_whole(tmp_path):
     features = {f"v{i}": np.ones((50, 256), np.float16) for i in range(4000)}
     source = write_packed(tmp_path / "x.hdf5", features)
@@ -234,7 +275,8 @@ def test_shards_merge_into_what_was_never_split(tmp_path):
         shards.append(write_ours(tmp_path / f"x.{i}of3.hdf5", part, **META))
     run("merge", *shards, "--output", tmp_path / "merged.hdf5")
     assert (tmp_path / "merged.hdf5").read_bytes() == whole.read_bytes()
-    assert "2 of 3 shards" in refusal("merge", *shards[1:], "--output", tmp_path / "some.hdf5")
+    told = refusal("merge", *shards[1:], "--output", tmp_path / "some.hdf5")
+    assert "2 of 3 shards" in told and "had no video wrote no file" in told
     run("merge", *shards[1:], "--some", "--output", tmp_path / "some.hdf5")
     assert set(FeatureStore(tmp_path / "some.hdf5")) == set(IDS) - set(IDS[::3])
 
@@ -321,6 +363,20 @@ def test_verify_names_every_bad_video_and_what_is_left_without_them_is_good(layo
     run("to", path, tmp_path / "good.hdf5", "--without", tmp_path / "bad.txt")
     assert verify(tmp_path / "good.hdf5", capsys)[:2] == (0, {})
     assert set(FeatureStore(tmp_path / "good.hdf5")) == set(features) - bad
+
+
+def test_verify_goes_on_after_a_file_that_is_cut_short_and_it_can_be_left_out(tmp_path, capsys):
+    features = some_features(["a", "b/c", "d", "e"])
+    path = write_npy(tmp_path / "folder", features)
+    os.truncate(path / "a.npy", 130)  # its header is whole
+    (path / "b/c.npy").write_bytes(b"")
+    status, reasons, summary = verify(path, capsys)
+    assert status == 3 and set(reasons) == {"a", "b/c"} and "2 of 4 videos are bad" in summary
+    assert all("cut short" in reason for reason in reasons.values())
+    assert "'a' lies in a.npy, which was cut short" in refusal("to", path, tmp_path / "x.hdf5")
+    (tmp_path / "bad").write_text("".join(f"{video}\t{reason}\n" for video, reason in reasons.items()))
+    run("to", path, tmp_path / "x.hdf5", "--without", tmp_path / "bad")
+    assert set(bits(tmp_path / "x.hdf5")) == {"d", "e"}
 
 
 @pytest.mark.parametrize("layout", NAMES)

@@ -1,5 +1,7 @@
 """Feature files, training pairs and annotations: what is read is what was written, what is broken is named."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -216,8 +218,11 @@ def test_bad_videos_are_left_out_and_told_where_the_caller_asks_for_it(tmp_path)
         "words": np.full((2, 8), b"x"),
     }
     path = write_released(tmp_path / "x.hdf5", features)
+    with h5py.File(path, "r+") as file:
+        file["nothing"] = h5py.Empty("f2")
     store = FeatureStore(path, skip_bad=True)
-    assert set(store) == set(IDS) and set(store.bad) == {"wide", "empty", "flat", "words"} and "(3, 9)" in store.bad["wide"]
+    bad = {"wide", "empty", "flat", "words", "nothing"}
+    assert set(store) == set(IDS) and set(store.bad) == bad and "(3, 9)" in store.bad["wide"]
     with pytest.raises(InputError, match="'wide' has shape"):
         store["wide"]
     refusal(write_released(tmp_path / "y.hdf5", {"words": features["words"]}), "words", skip_bad=True)
@@ -416,15 +421,96 @@ def test_an_older_file_stands_until_the_new_one_is_whole(tmp_path):
     assert content(path) == content(write_ours(tmp_path / "y.hdf5", some_features(seed=2)))
 
 
-@pytest.mark.parametrize("other", [{"meta": {"backbone": "resnet50"}}, {"dtype": "float32"}])
-def test_a_spool_of_another_command_is_not_mixed_in(other, tmp_path):
+@pytest.mark.parametrize("features", [some_features(), {"only": np.ones((1, 8))}], ids=["many", "one"])
+@pytest.mark.parametrize("other, mention", [({"meta": {"fps": "2"}}, "fps 1, not 2"), ({"dtype": "float32"}, "float16, not")])
+def test_a_spool_of_another_command_is_refused_and_the_command_it_is_of_goes_on(other, mention, features, tmp_path):
+    path, options = tmp_path / "x.hdf5", {"meta": {"fps": "1"}}
+    interrupted(path, features, **options)
+    before = [part.read_bytes() for part in parts(path)]
+    with pytest.raises(InputError) as error:
+        StoreWriter(path, **options | other)
+    assert all(words in str(error.value) for words in (mention, str(parts(path)[1]))), error.value
+    assert [part.read_bytes() for part in parts(path)] == before
+    assert StoreWriter(path, **options).done == set(features)
+    parts(path)[1].unlink()  # as the line says
+    assert StoreWriter(path, **options | other).done == set()
+
+
+def test_a_spool_of_another_command_that_holds_no_video_is_begun_anew(tmp_path):
     path = tmp_path / "x.hdf5"
-    interrupted(path, some_features(), meta={"backbone": "lite0"})
-    options = {"meta": {"backbone": "lite0"}} | other
-    with StoreWriter(path, **options) as writer:
-        assert writer.done == set()
+    interrupted(path, {}, meta={"backbone": "lite0"})
+    with StoreWriter(path, meta={"backbone": "resnet50"}) as writer:
         writer.add("new", np.ones((2, 3)))
-    assert list(FeatureStore(path)) == ["new"] and FeatureStore(path).channels == 3
+    assert FeatureStore(path).meta == {"backbone": "resnet50"}
+
+
+def test_two_at_once_do_not_write_one_file(tmp_path):
+    path = tmp_path / "x.hdf5"
+    with StoreWriter(path, meta={"backbone": "x"}) as writer:
+        writer.add("v", np.ones((2, 8)))
+        before = [part.read_bytes() for part in parts(path)]
+        second = add_in_a_process(path, 0, 3, "end")
+        assert second.returncode and "another run is writing" in second.stderr.splitlines()[-1]
+        assert [part.read_bytes() for part in parts(path)] == before
+        writer.add("w", np.ones((2, 8)))
+    assert set(FeatureStore(path)) == {"v", "w"}
+    assert not add_in_a_process(path, 0, 3, "end").returncode, "and when it is free the next one may"
+
+
+def test_a_writer_that_waited_for_the_other_ones_last_moment_is_refused_too(tmp_path, monkeypatch):
+    """Between its opening of the journal and its lock the other one ended: what it has locked is there no more."""
+    path, flock = tmp_path / "x.hdf5", fcntl.flock
+
+    def late(*args):
+        parts(path)[1].unlink()
+        flock(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="another run is writing"):
+        patch.setattr(fcntl, "flock", late)
+        StoreWriter(path)
+    assert write_ours(path, some_features()).exists()
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert set(FeatureStore(write_ours(tmp_path / "x.hdf5", some_features()))) == set(IDS)
+
+
+def test_a_refused_writer_locks_nobody_out(tmp_path):
+    path = tmp_path / "x.hdf5"
+    interrupted(path, some_features(), meta={"backbone": "x"})
+    refused = pytest.raises(InputError, StoreWriter, path, meta={"backbone": "y"})  # its traceback holds the writer
+    assert StoreWriter(path, meta={"backbone": "x"}).done == set(IDS)
+    assert refused.match("backbone x, not y")
+
+
+def test_a_writer_that_renews_forgets_what_has_changed_and_keeps_what_is_gone(tmp_path):
+    path, old, new = tmp_path / "x.hdf5", some_features(seed=1), some_features(seed=2)
+    interrupted(path, old, sources=dict.fromkeys(IDS, "Monday"))
+    changed, gone, failing = IDS[2], IDS[3], IDS[4]
+    today = dict.fromkeys(IDS, "Monday") | {changed: "Tuesday", failing: "Tuesday"}
+    del today[gone]
+    with pytest.raises(InputError, match="the input has changed"):
+        StoreWriter(path, sources=today)
+    with pytest.raises(ZeroDivisionError), StoreWriter(path, sources=today, renew=True) as writer:
+        assert writer.done == set(IDS) - {changed, failing}
+        writer.add(changed, new[changed])
+        raise ZeroDivisionError  # killed once more
+    with StoreWriter(path, sources=today, renew=True) as writer:
+        assert writer.done == set(IDS) - {failing}
+    expected = {video: rows for video, rows in {**old, changed: new[changed]}.items() if video != failing}
+    assert content(path) == content(write_ours(tmp_path / "y.hdf5", expected))
+
+
+def test_a_writer_that_forgets_everything_and_is_given_nothing_writes_no_file(tmp_path):
+    path = tmp_path / "x.hdf5"
+    interrupted(path, some_features(), sources=dict.fromkeys(IDS, "Monday"))
+    with pytest.raises(InputError, match="no video"), StoreWriter(path, sources=dict.fromkeys(IDS, "Tuesday"), renew=True):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 BAD_FRAMES = {

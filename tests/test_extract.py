@@ -1,12 +1,16 @@
 """Extraction keeps its promises: which frames, which features, what happens to a broken video and to a broken run."""
 
+import itertools
 import json
+import os
+import queue
 import re
 import subprocess
 import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -85,13 +89,19 @@ def test_times_count_from_the_first_frame_and_survive_breaks_in_the_clock():
     assert now == pytest.approx([0, 0.5, 0.6, 0.7, 0.9, 1.0, 1.2])
 
 
-def test_released_rule_takes_every_rounded_rate_frame_from_the_end_of_the_first_second(tmp_path):
-    write_video(tmp_path / "v.mkv", numbered(100), Fraction(30000, 1001))
-    assert indices(tmp_path / "v.mkv", rule="released") == [29, 59, 89]
-    write_video(tmp_path / "short.mkv", numbered(20), 25)
-    with pytest.raises(ValueError, match="too short"):
-        indices(tmp_path / "short.mkv", rule="released")
-    assert indices(tmp_path / "short.mkv") == [0]
+@pytest.mark.parametrize(
+    "n, rate, expected",
+    [
+        (120, 25, [0, 24, 49, 74, 99, 99]),
+        (100, Fraction(30000, 1001), [0, 29, 59, 89, 89]),
+        (20, 25, [0, 0]),
+        (60, 150, [0, 24, 49, 49]),  # more than 144 is not believed
+    ],
+)
+def test_released_rule_is_that_of_the_released_load_video(tmp_path, n, rate, expected):
+    """Worked by hand through `load_video` of extract_frames.py in xwen99/temporal_context_aggregation."""
+    write_video(tmp_path / "v.mkv", numbered(n), rate)
+    assert indices(tmp_path / "v.mkv", rule="released") == expected
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,12 @@ def test_a_file_cut_short_gives_the_frames_it_still_has(tmp_path):
     assert 3 <= len(list(frames.read_frames(video))) <= 5 and 3.5 < video.seconds < 4.5
 
 
+def test_a_relative_path_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    write_video(tmp_path / "12:30.mkv", numbered(3))
+    monkeypatch.chdir(tmp_path)
+    assert indices("12:30.mkv") == [0]
+
+
 # --- which videos ----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +154,7 @@ def test_folder_list_and_pattern_find_the_same_videos(tmp_path):
     (tmp_path / "v" / "sub").mkdir(parents=True)
     for name in ("a.mp4", "sub/b.c.MKV", "notes.txt", ".hidden.mp4"):
         (tmp_path / "v" / name).touch()
-    (tmp_path / "list.tsv").write_text("a\tv/a.mp4\n\nsub/b.c\tv/sub/b.c.MKV\n")
+    (tmp_path / "list.tsv").write_text("a\tv/a.mp4\n\nsub/b.c\tv/sub/b.c.MKV\n", encoding="utf-8-sig")  # as Windows writes
     folder = ex.find_videos(str(tmp_path / "v"))
     assert folder == {"a": tmp_path / "v/a.mp4", "sub/b.c": tmp_path / "v/sub/b.c.MKV"}
     assert ex.find_videos(str(tmp_path / "list.tsv")) == folder
@@ -149,6 +165,26 @@ def test_folder_list_and_pattern_find_the_same_videos(tmp_path):
     (tmp_path / "bad.tsv").write_text("a\tv/a.mp4\nno tab here\n")
     with pytest.raises(InputError, match="line 2"):
         ex.find_videos(str(tmp_path / "bad.tsv"))
+
+
+def test_linked_folders_are_searched_and_loops_end(tmp_path):
+    (tmp_path / "v" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("v/a.mp4", "v/sub/b.mp4", "elsewhere/c.mp4"):
+        (tmp_path / name).touch()
+    for link, target in (("v/up", "v"), ("v/sub/top", "v"), ("v/far", "elsewhere"), ("elsewhere/back", "v")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    found = itertools.islice(ex._from_folder(tmp_path / "v"), 9)  # should they not end
+    assert [video for video, _ in found] == ["a", "far/c", "sub/b"]
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_once(tmp_path):
+    (tmp_path / "v").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/v/caf\xe9.mp4")).touch()
+    assert "not UTF-8" in one_error(
+        cli("pre-processing/extract_features.py", tmp_path / "v", "--output", tmp_path / "f.hdf5", "--weights", "random")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
 # --- backbones -------------------------------------------------------------------------------------------------------
@@ -228,6 +264,8 @@ def test_bfloat16_stays_near_float32():
         ("resnet51", None, None, "unknown backbone"),
         ("resnet18", "random", None, "needs --stages.*layer1"),
         ("resnet18", "random", ["layer9"], "layer9"),
+        ("resnet18", "random", ["layer2", "fc"], r"\(1000,\) are not all maps"),
+        ("swin_t", "random", ["features.1"], r"\(56, 56, 96\) are not all maps"),
         ("resnet50", "nowhere.pth", None, "not there"),
     ],
 )
@@ -425,8 +463,23 @@ def test_under_a_launcher_every_process_does_its_shard_and_none_is_ended_by_anot
     assert [row["status"] for row in rows[1].values()] == ["failed"] and not (tmp_path / "f.1of2.hdf5").exists()
 
 
-def test_a_finished_extraction_does_what_is_new_and_nothing_else(tmp_path, monkeypatch):
-    folder, seen = tmp_path / "videos", []
+@pytest.fixture
+def decoded(monkeypatch):
+    """The ids of the videos that are given to decoders, as they come; an id put into `interrupt` is Ctrl-C there."""
+    ids, interrupt = [], set()
+
+    def frames_of(decoder, video, original=ex.Decoder.frames):
+        if video.id in interrupt:
+            raise KeyboardInterrupt
+        ids.append(video.id)
+        return original(decoder, video)
+
+    monkeypatch.setattr(ex.Decoder, "frames", frames_of)
+    return SimpleNamespace(ids=ids, interrupt=interrupt)
+
+
+def test_a_finished_extraction_does_what_is_new_and_nothing_else(tmp_path, decoded):
+    folder, seen = tmp_path / "videos", decoded.ids
     folder.mkdir()
 
     def again(*more):
@@ -435,11 +488,6 @@ def test_a_finished_extraction_does_what_is_new_and_nothing_else(tmp_path, monke
         status = extract(folder, "--output", tmp_path / "f.hdf5", "--stages", "_blocks.0", *more)
         return status, sorted(seen)
 
-    def frames_of(decoder, video, original=ex.Decoder.frames):
-        seen.append(video.id)
-        return original(decoder, video)
-
-    monkeypatch.setattr(ex.Decoder, "frames", frames_of)
     for i in range(3):
         write_video(folder / f"{i}.mkv", textured(i, 10))
     (folder / "broken.mkv").write_bytes(b"no video")
@@ -462,6 +510,72 @@ def test_a_finished_extraction_does_what_is_new_and_nothing_else(tmp_path, monke
     assert list(json.loads((tmp_path / "f.json").read_text())["videos"]) == list(extended)
     with pytest.raises(InputError, match="pooling imac, not mac"):
         again("--pooling", "mac")
+
+
+def listed(folder, names):
+    (folder / "list.tsv").write_text("".join(f"{name}\t{name}.mkv\n" for name in names))
+    return folder / "list.tsv", "--output", folder / "f.hdf5", "--stages", "_blocks.0", "--workers", 1, "--batch_sz", 1
+
+
+def test_features_of_listed_files_that_are_gone_stay(tmp_path, decoded):
+    for name in "abcd":
+        write_video(tmp_path / f"{name}.mkv", textured(ord(name), 10))
+    assert extract(*listed(tmp_path, "abc")) == 0
+    rows = all_rows(tmp_path / "f.hdf5")
+    for name in "ab":
+        (tmp_path / f"{name}.mkv").unlink()
+    for _ in range(2):
+        assert extract(*listed(tmp_path, "abcd")) == 0
+    assert decoded.ids == list("abcd")
+    extended = all_rows(tmp_path / "f.hdf5")
+    assert list(extended) == list("abcd") and all(np.array_equal(extended[name], rows[name]) for name in rows)
+    report = json.loads((tmp_path / "f.json").read_text())["videos"]
+    assert [row["status"] for row in report.values()] == ["ok"] * 4
+
+
+@pytest.mark.parametrize("still_listed", [True, False])
+def test_a_stopped_run_goes_on_when_finished_videos_are_gone_or_changed(tmp_path, decoded, still_listed):
+    names = "abcdefgh"
+    for name in names:
+        write_video(tmp_path / f"{name}.mkv", textured(ord(name), 10))
+    decoded.interrupt.add("h")
+    with pytest.raises(KeyboardInterrupt):
+        extract(*listed(tmp_path, names))
+    spooled = journal_lines(tmp_path / "f.hdf5.part.jsonl") - 1
+    assert spooled >= 2  # a and b, and some of the others
+    (tmp_path / "a.mkv").unlink()
+    write_video(tmp_path / "b.mkv", textured(0, 20))
+    decoded.ids.clear()
+    decoded.interrupt.clear()
+    assert extract(*listed(tmp_path, names if still_listed else names[1:])) == 0
+    assert sorted(decoded.ids) == ["b", *names[spooled:]]
+    assert FeatureStore(tmp_path / "f.hdf5").lengths == {name: 1 + (name == "b") for name in names}
+
+
+def test_a_video_that_is_broken_now_leaves_the_store_also_when_the_run_was_stopped(tmp_path, decoded):
+    for name in "abcdefgh":
+        write_video(tmp_path / f"{name}.mkv", textured(ord(name), 10))
+    assert extract(*listed(tmp_path, "ab")) == 0
+    (tmp_path / "b.mkv").write_bytes(b"no video")
+    decoded.interrupt.add("h")
+    with pytest.raises(KeyboardInterrupt):
+        extract(*listed(tmp_path, "bcdefgh"))
+    assert '["b"' in (tmp_path / "f.json.part").read_text()
+    (tmp_path / "f.hdf5.part.jsonl").unlink()  # to start anew
+    decoded.interrupt.clear()
+    for names in ("b", "bcdefgh"):
+        assert extract(*listed(tmp_path, names)) == 3
+        assert list(FeatureStore(tmp_path / "f.hdf5")) == ["a", *names[1:]]
+
+
+@pytest.mark.parametrize("theirs", ['{"mine": 1}', "[1]", "text"])
+def test_a_json_file_of_somebody_else_is_left_alone(tmp_path, theirs):
+    write_video(tmp_path / "a.mkv", numbered(10))
+    (tmp_path / "f.json").write_text(theirs)
+    with pytest.raises(InputError, match="f.json', where the report goes, is no report"):
+        extract(*listed(tmp_path, "a"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mkv", "list.tsv", "f.json"}
+    assert (tmp_path / "f.json").read_text() == theirs
 
 
 def test_a_killed_extension_leaves_the_finished_store_and_goes_on(tmp_path, many):
@@ -519,6 +633,9 @@ def read_frames(video, *options):
         bytearray(frames.MEMORY)
     if name.startswith("odd"):
         raise KeyError("not an error one would expect")
+    if name.startswith("torn"):
+        os.write(int(sys.argv[1]), frames.FRAME_BYTES.to_bytes(4, "big") + bytes(1000))  # the beginning of a message
+        os.kill(os.getpid(), signal.SIGKILL)
     if name.startswith("ends"):
         os._exit(5)
 
@@ -540,7 +657,7 @@ def first_channel(images):
 
 
 def test_a_video_that_hangs_or_crashes_its_decoder_is_named_and_the_others_go_on(tmp_path, saboteur):
-    names = ["hangs", "crashes", "a", "greedy", "odd", "b", "crashes too", "c"]
+    names = ["hangs", "crashes", "a", "greedy", "odd", "torn", "b", "crashes too", "c"]
     for name in names:
         write_video(tmp_path / f"{name}.mkv", numbered(25))
     videos = [frames.Video(name, tmp_path / f"{name}.mkv") for name in names]
@@ -548,6 +665,7 @@ def test_a_video_that_hangs_or_crashes_its_decoder_is_named_and_the_others_go_on
     reasons = {name: video.reason for name, video in done.items()}
     assert reasons["hangs"] == "no frame in 1 seconds of decoding (--time_limit)"
     assert reasons["crashes"] == reasons["crashes too"] == "decoding it crashes FFmpeg (SIGSEGV)"
+    assert reasons["torn"] == "decoding it crashes FFmpeg (SIGKILL)"  # the kernel's, where memory is short
     assert reasons["greedy"] == "MemoryError" and "not an error" in reasons["odd"]
     assert all(not reasons[name] and np.concatenate(done[name].rows).tolist() == [0, 10, 20] for name in "abc")
 
@@ -561,6 +679,13 @@ def test_waiting_for_the_backbone_is_no_hanging(tmp_path):
 
     (video,) = ex.extract([frames.Video("v", tmp_path / "v.mkv")], slow, time_limit=0.4, batch_sz=1, streams=1)
     assert len(video.rows) == 8 and not video.reason
+
+
+def test_broken_videos_are_told_before_a_batch_of_frames_is_full():
+    waiting = queue.Queue()
+    for name in range(16):
+        waiting.put((name, None))
+    assert len(next(ex.cut_batches(SimpleNamespace(get=waiting.get_nowait), 1, 4))) == 16
 
 
 def test_a_decoder_that_cannot_work_at_all_stops_the_run(tmp_path, saboteur):
@@ -584,6 +709,18 @@ def test_breaking_off_ends_the_decoders(tmp_path, monkeypatch):
     for _ in ex.extract(videos, first_channel, fps=Fraction(10), workers=2):
         break
     assert made and all(process.poll() is not None for process in made)
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmarks_clips_are_as_long_as_asked_also_of_a_short_film(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from extract import make_clips
+
+    write_video(tmp_path / "film.mkv", numbered(30))
+    clips = make_clips(tmp_path / "clips", tmp_path / "film.mkv", 2, 2, (64, 48))
+    assert [len(indices(clip, fps=Fraction(25))) for clip in clips] == [50, 50]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -621,6 +758,7 @@ BAD = [
     (["videos", "--pca", "narrow.npz"], "width 1752.*width 4"),
     (["videos", "--shard", "2/2"], "--shard 2/2 must be I/N"),
     (["videos", "--time_limit", "0"], "--time_limit must be positive"),
+    (["videos", "--fps", "1/0"], "--fps 1/0 must be a number"),
     (["videos", "--output", "f.txt"], "suffix .hdf5"),
 ]
 

@@ -340,3 +340,14 @@ def test_augmented_items_are_the_same_on_a_resumed_run_and_others_in_another_epo
         first.set_epoch(epoch)
         positives.add(tuple(first[0][2].ravel().tolist()))
     assert len(positives) > 3
+
+
+def test_negatives_given_as_a_set_have_one_order_whatever_the_hash_seed(tmp_path, store):
+    annotation = ANNOTATION | {"negs": set(ANNOTATION["negs"])}
+    assert dataset(tmp_path, store, annotation, neg_num=4).negatives == sorted({f"n{i}" for i in range(30)})
+
+
+def test_segments_of_an_anchor_that_are_no_segments_are_refused_at_once(tmp_path, store):
+    annotation = ANNOTATION | {"segments": {"n0": [["film", 0, 1]], "a4": [["film", "soon", 1]]}}
+    with pytest.raises(InputError, match="segments are not"):
+        dataset(tmp_path, store, annotation, neg_num=4).shares([0])

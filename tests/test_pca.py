@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 from clips import textured, write_video
@@ -15,6 +16,7 @@ import extract_features  # noqa: E402
 import pca  # noqa: E402
 
 from data import FeatureStore, StoreWriter  # noqa: E402
+from descriptors import resident  # noqa: E402
 from utils import InputError  # noqa: E402
 
 SCRIPT = "pre-processing/pca.py"
@@ -102,6 +104,14 @@ def test_memory_does_not_follow_the_number_of_frames():
     code = MEMORY.format(root=str(ROOT), pre=str(ROOT / "pre-processing"), chunks=60)
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 < 60e6
+
+
+def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
+    """64 MiB of features, read through a map; a process that goes through them holds a few chunks of them at a time."""
+    store = FeatureStore(write_store(tmp_path / "x.hdf5", *(np.ones((1024, 1024), np.float32) for _ in range(16))))
+    before = resident()
+    held = [resident() - before for _ in pca._draw([store], 10, np.random.default_rng(0), chunk=20)]
+    assert len(held) == 8 and max(held) < 24 * 2**20
 
 
 def test_so_many_frames_of_each_video_are_drawn_and_the_same_for_a_seed(features):
@@ -226,3 +236,28 @@ def test_a_killed_apply_goes_on_only_with_the_same_features(tmp_path, features):
     write_store(path, x[:100], x[100:130], x[130:])
     pca.main(apply)
     assert np.array_equal(rows_of(tmp_path / "y.hdf5"), projection(x).astype(np.float16))
+
+
+def test_rows_that_have_changed_since_they_were_written_are_not_projected(tmp_path, features):
+    path, _ = features
+    pca.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
+    with h5py.File(path, "r+") as file:
+        file["frames"][110, 3] += 1
+    with pytest.raises(InputError, match="'v1' are not those that were written"):
+        pca.main(["apply", str(path), "--pca", str(tmp_path / "p.npz"), "--output", str(tmp_path / "y.hdf5")])
+    assert not (tmp_path / "y.hdf5").exists()
+
+
+def test_an_unfinished_apply_of_another_pca_is_refused_and_stays(tmp_path, features):
+    path, _ = features
+    for components in (5, 4):
+        pca.main(["fit", str(path), "--components", str(components), "--output", str(tmp_path / f"{components}.npz")])
+    meta = {**FeatureStore(path).meta, "pca": pca.load(tmp_path / "5.npz").label}
+    sources = {"v0": FeatureStore(path).fingerprint()}
+    with pytest.raises(ZeroDivisionError), StoreWriter(tmp_path / "y.hdf5", "float16", meta, sources) as part:
+        part.add("v0", np.ones((3, 5)))
+        raise ZeroDivisionError
+    before = (tmp_path / "y.hdf5.part").read_bytes()
+    with pytest.raises(InputError, match="1 videos of pca 5.npz.*not 4.npz.*remove '.*y.hdf5.part.jsonl'"):
+        pca.main(["apply", str(path), "--pca", str(tmp_path / "4.npz"), "--output", str(tmp_path / "y.hdf5")])
+    assert before and (tmp_path / "y.hdf5.part").read_bytes() == before

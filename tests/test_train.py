@@ -702,3 +702,48 @@ def test_every_encoder_trains_resumes_and_is_evaluated(world, encoder, tmp_path)
     assert killed.fit() == 0 and same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     figures = figures_of(world, load_encoder(tmp_path / "whole")[1])
     assert all(0 < value <= 1 for value in figures.values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(world, tmp_path):
+    """The loss of the one step is finite; what it leaves is not."""
+    flags = ["--epochs", 1, "--batch_sz", len(world.annotation["video_pairs"]), "--optimizer", "sgd", "--learning_rate", 1e38]
+    line = error_after_progress(cli(*command(world, tmp_path / "run", *flags)))
+    assert "weights are not finite" in line and "another --model_path" in line
+    assert not (tmp_path / "run" / "model.pth").exists() and not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_another_held_out_annotation_under_the_same_name_is_no_resumed_run(world, tmp_path):
+    first = trainer(world, tmp_path / "run", *held_out(world), "--epochs", 2)
+    first.save()
+    shutil.copytree(world.annotations, tmp_path / "annotations")
+    labels = json.loads((tmp_path / "annotations" / "demo_val.json").read_text())
+    labels.pop(next(iter(labels)))
+    (tmp_path / "annotations" / "demo_val.json").write_text(json.dumps(labels))
+    again = [*held_out(world), "--annotation_dir", tmp_path / "annotations", "--epochs", 2]
+    with pytest.raises(InputError, match="held_out"):
+        trainer(world, tmp_path / "run", *again).restore()
+
+
+def test_a_measure_that_the_encoder_cannot_give_is_refused_before_training(world, tmp_path):
+    flags = [*held_out(world), "--encoder", "netvlad", "--num_clusters", 4, "--output_dim", 16, "--val_metric", "chamfer"]
+    with pytest.raises(InputError, match="whole videos only"):
+        trainer(world, tmp_path / "run", *flags)
+
+
+def test_sigterm_to_the_loading_processes_too_still_leaves_a_checkpoint(world, tmp_path):
+    """As launchers and terminals send it: to the whole group."""
+    flags = command(world, tmp_path / "run", "--num_workers", 1, "--epochs", 500, "--save_every", 100000)
+    process = start(*flags, start_new_session=True)
+    while not read_log(tmp_path / "run"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, process.stderr.read()
+    assert (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_a_figure_that_is_no_number_is_null_in_the_log(tmp_path):
+    log = watch.Log(tmp_path, 0)
+    log.write(1, 0, held_out={"mAP": 0.5, "event": math.nan})
+    log.close()
+    assert read_log(tmp_path) == [{"step": 1, "epoch": 0, "held_out": {"mAP": 0.5, "event": None}}]
