@@ -59,6 +59,7 @@ class Row:
     status: str = "quoted"  # quoted, finished, not run: ..., failed: ...
     measured: list = field(default_factory=list)  # {figure: value}, one a seed
     missing: str = ""  # what the figures lack of the set
+    revision: str = ""  # of the code that measured
 
 
 # --- from the data file to commands ----------------------------------------------------------------------------------------
@@ -86,6 +87,8 @@ def _row(tables, table, name, entry, setting, args):
     )  # fmt: skip
     if "evaluate" not in entry:
         return row
+    other = [f"here with {entry[key]}" for key in (f"{setting}_train", f"{setting}_evaluate") if key in entry]
+    row.note = "; ".join([*filter(None, [row.note]), *other])
     kind, chosen = entry.get("features", "l3_imac"), args.set or table["set"]
     width = tables["settings"][setting].get("widths", {}).get(kind, tables["kinds"][kind]["width"])
     features = _features(args.data / kind, chosen)
@@ -190,6 +193,7 @@ def _kept(row):
     if found.get("command") != " ".join(row.evaluate) or newest > row.results.stat().st_mtime:
         return False
     row.status, row.measured, row.missing = "finished", _figures(found), missing_note(found["coverage"])
+    row.revision = found["revision"]
     return True
 
 
@@ -289,7 +293,8 @@ def write(name, table, rows, args):
     chosen = args.set or table["set"]
     text = markdown(table["title"], table["set"], chosen, rows, table.get("column"))
     facts = provenance()
-    text += f"\n{args.seeds} seeds; revision {facts['revision']}; {facts['machine']}.\n\n"
+    revisions = ", ".join(sorted({row.revision for row in rows if row.revision})) or "none"
+    text += f"\n{args.seeds} seeds; measured at revision {revisions}; {facts['machine']}.\n\n"
     text += "".join(
         f"    python {shlex.join(command)}\n" for row in rows for command in [*row.train[:1], row.evaluate] if command
     )
@@ -322,7 +327,8 @@ def _as_json(row):
     commands = [shlex.join(command) for command in [*row.train, row.evaluate] if command]
     return {
         "name": row.name, "status": row.status, "published": row.published, "unverified": row.unverified,
-        "source": row.source, "note": row.note, "missing": row.missing, "measured": row.measured, "commands": commands,
+        "source": row.source, "note": row.note, "missing": row.missing, "revision": row.revision, "measured": row.measured,
+        "commands": commands,
     }  # fmt: skip
 
 
