@@ -87,6 +87,16 @@ def contents(index):
     return found
 
 
+class about:  # noqa: N801 - reads as pytest.approx does
+    """Equal to stored frame descriptors that differ in the last bits: those depend on what else was described with them."""
+
+    def __init__(self, data):
+        self.values = np.frombuffer(data, np.float16).astype(float)
+
+    def __eq__(self, data):
+        return np.frombuffer(data, np.float16).astype(float) == pytest.approx(self.values, abs=2e-3)
+
+
 # --- what is found ---------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +234,7 @@ def test_a_changed_file_replaces_its_entry_and_no_other(copy, library, tmp_path)
     changes = copy.add([target])
     assert (changes.added, changes.replaced) == (0, 1)
     after = contents(copy)
-    assert after.pop(str(target))[0] == before[str(library.videos / "folder" / "d.mp4")][0]
+    assert after.pop(str(target))[0] == about(before[str(library.videos / "folder" / "d.mp4")][0])
     before.pop(str(target))
     assert after == before and not list(copy.store.damage())
 
@@ -273,8 +283,7 @@ def test_a_killed_run_leaves_a_good_index_and_the_next_ends_as_an_unbroken_one(l
     whole, again = contents(VideoIndex(library.index)), contents(stopped)
     assert whole.keys() == again.keys() and not list(stopped.store.damage())
     for path, (frames, *_) in whole.items():
-        a, b = (np.frombuffer(data, np.float16).astype(float) for data in (frames, again[path][0]))
-        assert a == pytest.approx(b, abs=2e-3)
+        assert again[path][0] == about(frames)
 
 
 def test_bytes_that_no_transaction_vouches_for_are_overwritten(copy, library, tmp_path):
