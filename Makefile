@@ -113,6 +113,7 @@ search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
 	$(RUN) pre-processing/pca.py fit $< --components 512 --frames_per_video 100 --output $(DEMO)/search/pca.npz
 	for part in train val; do $(RUN) pre-processing/pca.py apply $(DEMO)/raw-$$part.hdf5 --pca $(DEMO)/search/pca.npz \
 	  --output $(DEMO)/search/$$part.hdf5 || exit 1; done
+	rm -rf $(DEMO)/search/tca
 	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/search/train.hdf5 \
 	  --model_path $(DEMO)/search/tca --seed 0 --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
 	  --batch_sz 32 --epochs 4 --loss infonce --moco_t 0.015 --learning_rate 1e-4 \

@@ -37,7 +37,7 @@ import torch
 from data import FeatureStore
 from descriptors import Describer
 from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set, missing_note, read_similarities
-from model import ENCODERS, build_encoder, load_comparator
+from model import ENCODERS, load_comparator, load_encoder
 from report import draw_trade_off, summarise, write_report
 from similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
 from streaming import MEMORY, Comparison, check_width, shortlist, tables, two_stage
@@ -48,8 +48,6 @@ from utils import (
     check_ranges,
     checked_device,
     default_device,
-    existing,
-    load_torch,
     provenance,
     run,
     start_processes,
@@ -88,19 +86,6 @@ class Result(NamedTuple):
 
 
 # --- read ------------------------------------------------------------------------------------------------------------------
-
-
-def load_encoder(path, nhead=8):
-    """The encoder in `path`: a run's folder (its model.pth), a file in it, or a bare state dict.
-
-    Returns (name, encoder, what the file says of the features it was trained on).
-    """
-    path = existing(path, "model path")
-    file = path / "model.pth" if path.is_dir() else path
-    state = load_torch(file)
-    encoder = build_encoder(state, f"model file {str(file)!r}", nhead)
-    name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
-    return name, encoder, state.get("features") or {}  # a bare state dict says nothing
 
 
 def with_features(chosen, store):

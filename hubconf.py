@@ -18,13 +18,12 @@ def tca(pretrained=True, nhead=8, **arguments):
     """
     from pathlib import Path
 
-    from model import TCA, build_encoder
-    from utils import InputError, existing, load_torch
+    from model import TCA, load_encoder
+    from utils import InputError
 
     if not pretrained:
         return TCA(nhead=nhead, **arguments).eval()
     if arguments:
         raise InputError(f"{', '.join(arguments)}: a pretrained model has its own arguments; leave them out")
-    path = Path(__file__).resolve().parent / "models" / "demo" if pretrained is True else existing(pretrained, "model path")
-    file = path / "model.pth" if path.is_dir() else path
-    return build_encoder(load_torch(file), f"model file {str(file)!r}", nhead)
+    shipped = Path(__file__).resolve().parent / "models" / "demo"
+    return load_encoder(shipped if pretrained is True else pretrained, nhead)[1]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import InputError, load_torch
+from utils import InputError, existing, load_torch
 
 
 def frame_mask(num_frames, T):
@@ -156,7 +156,8 @@ def over_real(function, x, real):
 
 
 class VLAD(Encoder):
-    """Base of the VLAD encoders: a subclass gives `residuals`, the cluster sums (N, K clusters, D').
+    """Base of the VLAD encoders: a subclass gives `residuals(x, real)`, which turns x (N, T, C), zero at padding, and real
+    (N, T) bool into the cluster sums (N, K clusters, D').
 
     Then, as the released code: L2 per cluster, batch norm and dropout over all of them, a linear layer to `output_dim`, and a
     gate on each of its outputs (context gating with a bottleneck, as NeXtVLAD section 3.3). No frame descriptors: the released
@@ -183,10 +184,6 @@ class VLAD(Encoder):
     @property
     def descriptor_size(self):
         return self.output_dim
-
-    def residuals(self, x, real):
-        """x (N, T, C), zero at padding, real (N, T) bool -> (N, K clusters, D')."""
-        raise NotImplementedError
 
     def forward(self, x, num_frames):
         """One L2-normalised descriptor a video (N, output_dim)."""
@@ -303,6 +300,24 @@ class GRU(Recurrent):
 
 
 ENCODERS = {"tca": TCA, "netvlad": NetVLAD, "nextvlad": NeXtVLAD, "lstm": LSTM, "gru": GRU, "mean": Mean}
+
+
+def model_file(path):
+    """The file that a model path names: model.pth of a run's folder, or the file itself."""
+    path = existing(path, "model path")
+    return path / "model.pth" if path.is_dir() else path
+
+
+def load_encoder(path, nhead=8):
+    """The encoder in `path`: a run's folder (its model.pth), a file in it, or a bare state dict.
+
+    Returns (name, encoder in eval mode, what the file says of the features it was trained on).
+    """
+    file = model_file(path)
+    state = load_torch(file)
+    encoder = build_encoder(state, f"model file {str(file)!r}", nhead)
+    name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
+    return name, encoder, state.get("features") or {}  # a bare state dict says nothing
 
 
 def build_encoder(state, source, nhead=8):

@@ -15,6 +15,12 @@ from utils import InputError, Parser, check_ranges, checked_device, default_devi
 def parse(description, argv=None):
     """The command line as it was given; `settle` makes of it what a run needs."""
     parser = Parser(description)
+    for group in (_data, _encoder, _contrast, _optimisation, _held_out, _run):
+        group(parser)
+    return parser.parse_args(argv)
+
+
+def _data(parser):
     add = parser.add_argument_group("data").add_argument
     add("-ap", "--annotation_path", help="pickle in VCDB's form: pairs, and background videos as negatives; with --pairs"
         " augment it may be a text file with an id a line, or left out")  # fmt: skip
@@ -36,6 +42,8 @@ def parse(description, argv=None):
         " raise it when the log's data_wait is not small)")  # fmt: skip
     add("-nr", "--num_readers", type=int, default=1, help="threads of each loader that read files; for slow file systems")
 
+
+def _encoder(parser):
     add = parser.add_argument_group("encoder (a default in brackets is of the encoders named)").add_argument
     add("--encoder", default="tca", choices=[name for name in ENCODERS if name != "mean"], help="(default tca)")
     add("-nl", "--num_layers", type=int, help="(tca 1, the paper's; lstm, gru 2)")
@@ -48,6 +56,8 @@ def parse(description, argv=None):
     add("-od", "--output_dim", type=int, help="descriptor size (netvlad, nextvlad, lstm, gru 1024); tca's is its features'")
     add("-ni", "--normalize_input", action="store_true", default=None, help="L2-normalise every frame (netvlad, nextvlad)")
 
+
+def _contrast(parser):
     add = parser.add_argument_group("contrastive learning").add_argument
     add("--loss", default="circle", choices=LOSSES, help="circle-released is the released code's form of it (default circle)")
     add("-nn", "--neg_num", type=int, default=16, help="new background videos a pair brings to the bank (default 16)")
@@ -58,6 +68,8 @@ def parse(description, argv=None):
     add("--moco_m", type=float, default=0.0, help="momentum of the key encoder; 0 copies the query encoder (default 0)")
     add("--moco_t", type=float, default=1.0, help="temperature; keep 1 for circle, try .07 to 1 for infonce (default 1)")
 
+
+def _optimisation(parser):
     add = parser.add_argument_group("optimisation").add_argument
     add("-e", "--epochs", type=int, default=40, help="passes over the pairs (default 40)")
     add("-bs", "--batch_sz", type=int, default=64, help="pairs a step of each process; lower it if memory runs out"
@@ -74,6 +86,8 @@ def parse(description, argv=None):
     add("--fp16-allreduce", action="store_true", help="gradients travel between processes in half precision; for networks")
     add("--seed", type=int, default=0, help="the same seed gives the same weights, bit for bit, on one machine (default 0)")
 
+
+def _held_out(parser):
     add = parser.add_argument_group("held-out videos: keep the best epoch, stop when it is past").add_argument
     add("--val_set", choices=EVALUATION_SETS, help="evaluation set scored after every epoch (default: none, keep the last)")
     add("--val_feature_path", help="its features; never those you report on")
@@ -82,13 +96,14 @@ def parse(description, argv=None):
         help="its first figure by this measure, one of evaluation.py's but comparator, decides (default cosine)")  # fmt: skip
     add("--patience", type=int, default=0, help="stop after so many epochs without a better figure (default 0: never)")
 
+
+def _run(parser):
     add = parser.add_argument_group("the run").add_argument
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default %(default)s; each process of a machine"
         " takes its own GPU)")  # fmt: skip
     add("-p", "--print-freq", type=int, default=10, help="steps between lines of log.jsonl (default 10)")
     add("--save_every", type=int, default=200, help="steps between checkpoints; one is also written at the end of every epoch"
         " and at SIGTERM (default 200)")  # fmt: skip
-    return parser.parse_args(argv)
 
 
 RANGES = {

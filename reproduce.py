@@ -66,7 +66,7 @@ class Row:
 
 
 def load(path=TABLES):
-    """{table: ...}, and the settings and kinds of features, of the data file."""
+    """The data file: `tables` {name: table} and `settings` {paper, demo}."""
     try:
         return tomllib.loads(existing(path, "tables file").read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -90,7 +90,7 @@ def _row(tables, table, name, entry, setting, args):
     other = [f"here with {entry[key]}" for key in (f"{setting}_train", f"{setting}_evaluate") if key in entry]
     row.note = "; ".join([*filter(None, [row.note]), *other])
     kind, chosen = entry.get("features", "l3_imac"), args.set or table["set"]
-    width = tables["settings"][setting].get("widths", {}).get(kind, tables["kinds"][kind]["width"])
+    width = tables["settings"][setting]["widths"][kind]
     features = _features(args.data / kind, chosen)
     row.needs.append((features, f"{kind} features of {chosen}", width))
     extra = entry.get("needs")

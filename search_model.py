@@ -18,7 +18,7 @@ from PIL import Image
 
 import utils
 from data import pad
-from model import ENCODERS, build_encoder
+from model import ENCODERS, load_encoder, model_file
 from utils import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "pre-processing"))
@@ -113,9 +113,7 @@ class Model:
         path, wanted = self.options["model_path"], self.options["encoder"]
         if path is None:
             return ENCODERS["mean"](channels), "mean"
-        file = Path(path) / "model.pth" if Path(path).is_dir() else Path(path)
-        encoder = build_encoder(utils.load_torch(file), f"model file {str(file)!r}", self.options["nhead"])
-        name = next(name for name, kind in ENCODERS.items() if type(encoder) is kind)
+        name, encoder, _ = load_encoder(path, self.options["nhead"])
         if wanted and wanted != name:
             raise InputError(f"{str(path)!r} holds a {name!r} encoder, not {wanted!r}; leave --encoder out")
         if encoder.feature_size != channels:
@@ -123,11 +121,11 @@ class Model:
                 f"the encoder of {str(path)!r} takes {encoder.feature_size} channels, the features have {channels};"
                 " give the --pca, --components and --backbone that it was trained with"
             )
-        return encoder.to(self.device).eval(), f"{name} sha256 {backbones.digest(file)}"
+        return encoder.to(self.device).eval(), f"{name} sha256 {backbones.digest(model_file(path))}"
 
     def describe(self, paths):
         """Yield a `Described` for each of `paths`, as they are finished (not in order)."""
-        from extract_features import Video, extract, feature_function
+        from extract_features import Video, at_once, extract, feature_function
 
         rows_of = feature_function(self.backbone, self.options["pooling"], None, np.float16)
         thumbnails = {}
@@ -136,13 +134,13 @@ class Model:
             thumbnails.setdefault(video, []).append(thumbnail(frame))
 
         videos = [Video(str(path), Path(path)) for path in paths]
-        on_cpu = torch.device(self.device).type == "cpu"
+        batch_sz, streams = at_once(self.device, self.workers)
         for video in extract(
             *(videos, rows_of),
             fps=Fraction(self.options["fps"]),
             workers=self.workers,
-            batch_sz=4 if on_cpu else 64,
-            streams=self.workers if on_cpu else 1,
+            batch_sz=batch_sz,
+            streams=streams,
             watch=watch,
         ):
             jpegs = thumbnails.pop(video, [])

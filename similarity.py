@@ -143,8 +143,9 @@ def similarity_tables(
 
     The work is cut so that what a chunk allocates stays under `chunk_bytes`, beside the table and the stacked queries: its
     targets' stacked descriptors, their matrix of similarities, the reductions. One pair is not cut: it takes 4 Tq Tt bytes
-    (467 MB for two videos of 3 hours), 3 times that for dp and comparator, 9 times for tn. The cut changes nothing but the
-    last bits. Raises InputError on an unknown metric, metrics of both levels, descriptors of two sizes or not finite.
+    (467 MB for two videos of 3 hours), 3 times that for dp and comparator, 9 times for tn; the comparator's network takes 64
+    MiB beside, or what 32 query frames need. The cut changes nothing but the last bits. Raises InputError on an unknown
+    metric, metrics of both levels, descriptors of two sizes or not finite.
     """
     video_level = {_known(metric) in VIDEO_METRICS for metric in metrics}
     if len(video_level) != 1:

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,16 +27,21 @@ class InputError(Exception):
 
 
 def run(main):
-    """Call a script's `main` and exit: status 2 and one line on bad input, 130 on Ctrl-C, `main`'s own status otherwise.
+    """Call a script's `main` and exit: status 2 and one line on bad input, 130 on Ctrl-C, 141 when nobody reads its output any
+    more, `main`'s own status otherwise.
 
     Of several processes, all but the first say which they are; one that lost the others says only that, status 1.
     """
     try:
         status = main()
+        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as stop:  # argparse's --help; `Processes.together`
         status = stop.code
+    except BrokenPipeError:  # who read our output, `head` say, has enough
+        status = 128 + signal.SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed
     except (InputError, OSError) as error:  # OSError: no permission, a folder where a file should be, a full disk
         status = 2
         _tell(error)

@@ -347,14 +347,17 @@ def part_of(video, n):
     return int(utils.digest(video), 16) % n
 
 
+def at_once(device, cores):
+    """(frames in a batch, batches at once) for a backbone on `device`, where this process may use so many cores."""
+    return (4, cores) if torch.device(device).type == "cpu" else (64, 1)
+
+
 def use_machine(options, processes):
     """Fill in what the machine decides: the device, the batch, how many decoders and how many batches at once."""
     cores = max(1, os.cpu_count() // processes.local_size)
     options.device = utils.checked_device(processes.device(options.device))
-    on_cpu = torch.device(options.device).type == "cpu"
-    options.workers = options.workers or cores
-    options.batch_sz = options.batch_sz or (4 if on_cpu else 64)
-    options.streams = cores if on_cpu else 1
+    batch_sz, options.streams = at_once(options.device, cores)
+    options.workers, options.batch_sz = options.workers or cores, options.batch_sz or batch_sz
 
 
 def describe(options, backbone, projection):

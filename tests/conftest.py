@@ -17,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data import StoreWriter  # noqa: E402
+
 torch.set_num_threads(1)  # as the scripts below: one thread, so that sums have one order
 
 C = 32  # channels of every synthetic feature
@@ -83,6 +85,22 @@ def write_packed(path, features, offsets=None, ids=None, **options):
         file.create_dataset("frames", data=np.concatenate(list(features.values())), **options)
         file["offsets"] = np.cumsum([0] + lengths) if offsets is None else np.asarray(offsets)
         file["ids"] = np.array(list(features) if ids is None else ids, dtype=h5py.string_dtype())
+    return path
+
+
+IDS = ["plain", "with space", "a/b/c", "ünï/çødé 视频", "-dash", "dot.mp4", "x" * 200]
+
+
+def some_features(ids=IDS, width=8, dtype=np.float16, seed=0):
+    draw = np.random.default_rng(seed)
+    return {video: draw.normal(size=(draw.integers(1, 9), width)).astype(dtype) for video in ids}
+
+
+def write_ours(path, features, dtype="float16", **meta):
+    """The packed layout, by our writer."""
+    with StoreWriter(path, dtype, meta) as writer:
+        for video, frames in features.items():
+            writer.add(video, frames)
     return path
 
 

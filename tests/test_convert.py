@@ -11,30 +11,18 @@ import time
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, cli, clis, one_error, start, write_packed, write_released
+from conftest import ROOT, cli, clis, one_error, some_features, start, write_ours, write_packed, write_released
 
 sys.path[:0] = [str(ROOT), str(ROOT / "pre-processing")]
 import convert  # noqa: E402
 
-from data import FeatureStore, StoreWriter  # noqa: E402
+from data import FeatureStore  # noqa: E402
 from utils import InputError  # noqa: E402
 
 SCRIPT = "pre-processing/convert.py"
 IDS = ["plain", "with space", "a/b/c", "a/b", "ünï/çødé 视频", "-dash", ".hidden", "dot.mp4", "x" * 200]
 META = {"backbone": "lite0", "fps": "1", "number": 7}
 NAMES = {"packed": "x.hdf5", "datasets": "theirs.h5", "npy": "folder"}
-
-
-def some_features(ids, width=8, dtype=np.float16, seed=0):
-    draw = np.random.default_rng(seed)
-    return {video: draw.normal(size=(draw.integers(1, 9), width)).astype(dtype) for video in ids}
-
-
-def write_ours(path, features, dtype="float16", **meta):
-    with StoreWriter(path, dtype, meta) as writer:
-        for video, frames in features.items():
-            writer.add(video, frames)
-    return path
 
 
 def write_npy(path, features):

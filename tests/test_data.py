@@ -14,26 +14,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, write_packed, write_released
+from conftest import IDS, ROOT, environment, some_features, write_ours, write_packed, write_released
 from torch.utils.data import DataLoader
 
 from data import FeatureStore, StoreWriter, pad
 from utils import InputError
-
-IDS = ["plain", "with space", "a/b/c", "ünï/çødé 视频", "-dash", "dot.mp4", "x" * 200]
-
-
-def some_features(ids=IDS, width=8, dtype=np.float16, seed=0):
-    draw = np.random.default_rng(seed)
-    return {video: draw.normal(size=(draw.integers(1, 9), width)).astype(dtype) for video in ids}
-
-
-def write_ours(path, features, dtype="float16", **meta):
-    with StoreWriter(path, dtype, meta) as writer:
-        for video, frames in features.items():
-            writer.add(video, frames)
-    return path
-
 
 LAYOUTS = {"released": write_released, "packed": write_packed, "ours": write_ours}
 

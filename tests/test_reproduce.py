@@ -18,9 +18,8 @@ TABLES = reproduce.load()
 NAMES = list(TABLES["tables"])
 
 SMALL = """
-[kinds]
-l3_imac = {{ width = {width}, how = "made up" }}
 [settings.demo]
+widths = {{ l3_imac = {width} }}
 annotation = "vcdb.pickle"
 train = "--batch_sz 8 --epochs 1 --moco_k 64 --neg_num 4 --dim_feedforward 32 --nhead 4"
 [tables.small]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -179,3 +180,14 @@ def test_importing_leaves_signals_and_generators_alone():
     )
     result = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment())
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
+    """As `script | head -1` does, with more output than a pipe holds."""
+    code = "import utils; utils.run(lambda: [print('x' * 100) for _ in range(10000)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().strip() == "x" * 100
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
