@@ -291,6 +291,7 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr.reconfigure(errors="backslashreplace")
     args = parse()
+    utils.keep_freed_memory()
     return args.run(args)
 
 

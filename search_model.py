@@ -134,14 +134,12 @@ class Model:
             thumbnails.setdefault(video, []).append(thumbnail(frame))
 
         videos = [Video(str(path), Path(path)) for path in paths]
-        batch_sz, streams = at_once(self.device, self.workers)
         for video in extract(
             *(videos, rows_of),
             fps=Fraction(self.options["fps"]),
             workers=self.workers,
-            batch_sz=batch_sz,
-            streams=streams,
             watch=watch,
+            **at_once(self.device, self.workers),
         ):
             jpegs = thumbnails.pop(video, [])
             if video.reason:

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import ctypes
 import glob
 import hashlib
 import json
@@ -229,6 +230,20 @@ def checked_device(name):
 def default_device():
     """A GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keep_freed_memory():
+    """Have the C library (glibc, elsewhere nothing happens) keep up to 1 GiB that was freed, for the next batch.
+
+    By default it gives large blocks back at once, and the kernel clears every page anew: up to a third of the time of a CPU
+    that computes maps of many MB, and now more, now less of it. To be called before threads are started.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_ARENA_MAX, 1)  # the heap of another thread ends at 64 MB
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Extraction against the backbone's own rate, and against decoding everything first.
 
-    python benchmarks/extract.py --output extract.json                # about three minutes on two cores
+    python benchmarks/extract.py --output extract.json                # about four minutes on two cores
     python benchmarks/extract.py --backbones resnet50 --size 1280x720
 
 The clips are cut from the demo's film: 25 frames a second, H.264 as libx264 makes it by default, of which one frame a second is
@@ -15,6 +15,7 @@ The best of `--rounds` is told, the three ways taking turns. Then, what one deco
 R frames a second wants R divided by that many decoders.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -76,12 +77,13 @@ class Ways:
     def alone(self):
         batch = np.random.default_rng(0).integers(0, 256, (self.options.batch_sz, fr.CROP, fr.CROP, 3), np.uint8)
         start = time.perf_counter()
-        with ThreadPoolExecutor(self.options.streams, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        threads = self.options.threads
+        with ThreadPoolExecutor(self.options.streams, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
             rows = sum(pool.map(lambda _: len(self.features(batch)), range(-(-self.kept // len(batch)))))
         return (time.perf_counter() - start) * self.kept / rows
 
     def extract(self):
-        names, start = ("workers", "batch_sz", "streams"), time.perf_counter()
+        names, start = ("workers", "batch_sz", "streams", "threads"), time.perf_counter()
         with StoreWriter(self.folder / "f.hdf5") as writer:
             for video in ex.extract(self.videos(), self.features, **{name: getattr(self.options, name) for name in names}):
                 ex.write(writer, video)
@@ -122,38 +124,42 @@ def parse(argv):
     add("--backbones", nargs="+", choices=backbones.BACKBONES, default=["efficientnet_lite0", "resnet50"])
     add("--types", nargs="+", choices=TYPES, default=list(TYPES))
     add("--size", type=lambda text: tuple(map(int, text.split("x"))), default=(640, 360), help="of the clips, default 640x360")
-    add("--clips", type=int, default=40, help="default 40; ten are made, and each is read so often")
+    add("--clips", type=int, default=100, help="default 100; ten are made, and each is read so often")
     add("--seconds", type=int, default=5, help="of a clip, default 5")
     add("--rounds", type=int, default=2, help="default 2")
     add("--device", default=utils.default_device())
     add("--workers", type=int, help="decoder processes; see extract_features.py")
     add("--batch_sz", type=int, help="see extract_features.py")
+    add("--backbone_cores", type=int, help="keep the backbone to so many cores: is decoding hidden on the others? (CPU only)")
     add("--output", help="also as JSON, into this file")
     args = parser.parse_args(argv)
     utils.check_ranges(args, {"clips": (2, 10**6), "seconds": (1, 40), "rounds": (1, 100)})
-    ex.use_machine(args, utils.start_processes())
     return args
 
 
 def compare(name, kind, files, args, folder):
     """{way: frames kept a second} of a backbone in a type, and extraction's ratios to the two others."""
-    backbone = backbones.build(name, "random", None, args.device, TYPES[kind])
+    options = argparse.Namespace(**vars(args), amp=TYPES[kind])
+    ex.use_machine(options, utils.start_processes())
+    if args.backbone_cores:
+        vars(options).update(ex.at_once(options.device, args.backbone_cores, options.amp))
+    backbone = backbones.build(name, "random", None, options.device, options.amp)
     features = ex.feature_function(backbone, POOLING.get(name, "imac"), None, "float16")
-    features(np.zeros((args.batch_sz, fr.CROP, fr.CROP, 3), np.uint8))  # the first call prepares
+    features(np.zeros((options.batch_sz, fr.CROP, fr.CROP, 3), np.uint8))  # the first call prepares
     kept = len(files) * args.seconds
-    ways = Ways(files, kept, features, args, folder)
+    ways = Ways(files, kept, features, options, folder)
     seconds = {way: [] for way in ("alone", "extract", "two_steps")}
     for _ in range(args.rounds):
         for way, times in seconds.items():
             times.append(getattr(ways, way)())
     rate = {way: kept / min(times) for way, times in seconds.items()}
     of = {f"extract / {way}": rate["extract"] / rate[way] for way in ("alone", "two_steps")}
-    return {**rate, **of, "seconds": seconds}
+    settings = {name: getattr(options, name) for name in ("workers", "batch_sz", "streams", "threads")}
+    return {**rate, **of, "seconds": seconds, **settings}
 
 
 def main(argv=None):
     args, rows = parse(argv), {}
-    torch.set_num_threads(args.streams)  # the two-step way's, as PyTorch would by itself
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         clips = make_clips(folder / "clips", utils.existing(args.film, "film"), min(10, args.clips), args.seconds, args.size)
@@ -168,7 +174,7 @@ def main(argv=None):
     print(f"one decoder process: {kept:.0f} frames/s kept, of {kept * RATE:.0f} decoded")
     print(f"so a device that takes 1000 frames/s wants {1000 / kept:.1f} decoders, each with a core of its own")
     if args.output:
-        names = ("size", "clips", "seconds", "workers", "batch_sz", "streams", "device")
+        names = ("size", "clips", "seconds", "device")
         settings = {"rate": RATE, **{name: getattr(args, name) for name in names}}
         decoder = {"kept": kept, "decoded": kept * RATE}
         utils.write_json(args.output, {**utils.provenance(), "settings": settings, "ways": rows, "decoder": decoder})

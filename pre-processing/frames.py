@@ -7,16 +7,20 @@ this file is that process. It imports no torch, so it starts in a fifth of a sec
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -28,6 +32,7 @@ FRAME_BYTES = CROP * CROP * 3
 MAX_GAP = 600  # seconds: a longer pause between two frames is a break in the clock, not a still
 TIME_LIMIT = 120  # seconds of decoding without a frame, by default: 4K in software may take ten for a second
 MAX_ASPECT = 8  # of a frame longer than this only the middle is resized: a line of 4096 x 1 would become a gigabyte
+AHEAD = 16  # packets: so far a frame of H.264 may be from its turn
 MEMORY = 4 << 30  # bytes that one decoder may take: a frame of 8K is 50 MB, and a codec holds up to 20 of them
 
 
@@ -62,6 +67,11 @@ class Clock:
         self.last = pts
         return self.now
 
+    def expected(self, pts):
+        """When a frame of this timestamp will come, or None where the clock cannot tell."""
+        passed = (pts - self.last) * self.time_base if None not in (pts, self.last) else 0
+        return self.now + passed if 0 < passed <= MAX_GAP else None
+
 
 def at_timestamps(frames, fps, rate):
     """For k = 0, 1, ...: the first frame at or after k/fps seconds.
@@ -91,7 +101,19 @@ def as_released(frames, fps, rate):
         yield last
 
 
-FRAME_RULES = {"timestamp": at_timestamps, "released": as_released}
+def a_row_is_due(since, until, fps):
+    """Whether `at_timestamps` keeps a frame of time `until` that comes after one of time `since`."""
+    return math.floor(since * fps) < math.floor(until * fps)
+
+
+class FrameRule(NamedTuple):
+    """Which frames are kept: `choose` of (seconds, frame) pairs; of which times, where that can be told before decoding."""
+
+    choose: Callable
+    keeps: Callable = lambda since, until, fps: True
+
+
+FRAME_RULES = {"timestamp": FrameRule(at_timestamps, a_row_is_due), "released": FrameRule(as_released)}
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -112,7 +134,8 @@ def read_frames(video, fps=Fraction(1), rule="timestamp"):
         stream = film[0]
         stream.thread_count = 1  # with more, what a damaged file gives is a matter of luck
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        frames = FRAME_RULES[rule](_decode(container, stream, rate, video), fps, rate)
+        rule = FRAME_RULES[rule]
+        frames = rule.choose(_decode(container, stream, rate, video, lambda *times: rule.keeps(*times, fps)), fps, rate)
         kept, prepare = 0, Preparation()
         for kept, frame in enumerate(frames, 1):  # noqa: B007
             yield prepare(frame)
@@ -120,17 +143,20 @@ def read_frames(video, fps=Fraction(1), rule="timestamp"):
         raise ValueError("none of its frames can be decoded")
 
 
-def _decode(container, stream, rate, video):
-    """(seconds since the first frame, av.VideoFrame) of each frame; keeps count in `video`."""
-    clock, packets = Clock(stream.time_base, rate), container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:  # the container is cut short: what came before is good
-            video.corrupt_packets += 1
-            return
-        if packet is None:
-            return
+def _decode(container, stream, rate, video, keeps):
+    """(seconds since the first frame, av.VideoFrame) of each frame; keeps count in `video`.
+
+    Left out are, in H.264, frames that no other refers to and that `keeps(since, until)`, of two times, does not want. With
+    the usual encoders that is a fifth of the work. The others are what they would be without.
+    """
+    clock, context, skips = Clock(stream.time_base, rate), stream.codec_context, False
+    for packet, near in _packets(container, stream, video):
+        spare = _spare(packet, near, clock, keeps) if context.name == "h264" else None
+        if skips != (spare is not None):
+            skips = not skips
+            context.skip_frame = "NONREF" if skips else "DEFAULT"
+        if skips:
+            video.seconds = max(video.seconds, float(spare + clock.step))
         try:
             frames = packet.decode()
         except MemoryError:
@@ -140,8 +166,37 @@ def _decode(container, stream, rate, video):
             continue
         for frame in frames:
             now = clock(frame.pts)
-            video.seconds = float(now + clock.step)
+            video.seconds = max(video.seconds, float(now + clock.step))
             yield now, frame
+
+
+def _packets(container, stream, video):
+    """(packet, timestamps of AHEAD packets on either side and its own), in the file's order, to where it is cut, if it is."""
+    near, waiting = deque(maxlen=2 * AHEAD + 1), deque()
+    try:
+        for packet in container.demux(stream):
+            near.append(packet.pts)
+            waiting.append(packet)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft(), near
+    except av.FFmpegError:
+        video.corrupt_packets += 1
+    for packet in waiting:
+        yield packet, near
+
+
+def _spare(packet, near, clock, keeps):
+    """When the frame of a packet would be shown, if it is surely not kept; else None.
+
+    Surely: nothing is kept of what is shown after the frame before it (or, where `near` lacks that one, after an earlier one)
+    up to it.
+    """
+    until = clock.expected(packet.pts)
+    if until is None:
+        return None
+    before = max((pts for pts in near if pts is not None and clock.last < pts < packet.pts), default=None)
+    since = clock.now if before is None else clock.expected(before)
+    return None if keeps(since, until) else until
 
 
 class Preparation:
@@ -233,6 +288,7 @@ def serve(connection):
     The kernel ends it by SIGALRM: no code here need be alive for that, and it holds when the parent is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
+    os.nice(19)  # where cores are short, frames that nobody waits for yet must not hold up the backbone
     while True:
         task = json.loads(connection.recv_bytes())
         with contextlib.suppress(ValueError):  # a system that knows no such limit, or a lower one

@@ -82,6 +82,43 @@ def test_row_k_is_the_first_frame_at_or_after_its_time_at_a_variable_rate(tmp_pa
     assert indices(tmp_path / "v.mkv", fps=fps) == expected
 
 
+STEADY = [40 * i for i in range(250)]
+UNSTEADY = [t + 400 * (t > 1500) + 3000 * (t > 4000) + 13 * (i % 3) for i, t in enumerate(STEADY)]
+
+
+@pytest.mark.parametrize("fps", [Fraction(1), Fraction(7, 2), Fraction(1, 3)])
+@pytest.mark.parametrize("times", [STEADY, UNSTEADY], ids=["steady", "unsteady"])
+@pytest.mark.parametrize("pyramid", ["none", "normal"])
+@pytest.mark.parametrize("suffix, more", [("mp4", "open-gop=1:keyint=40"), ("ts", "keyint=250"), ("flv", "ref=1")])
+def test_h264_frames_are_those_of_a_full_decode_though_not_all_are_decoded(
+    tmp_path, monkeypatch, suffix, more, pyramid, times, fps
+):
+    path = tmp_path / f"v.{suffix}"
+    options = {"bf": "3", "b-pyramid": pyramid, "preset": "veryfast", "x264-params": more}
+    write_video(path, textured(0, len(times)), 25, times, "libx264", "yuv420p", options=options)
+
+    with av.open(str(path)) as file:
+        every = sorted(file.decode(video=0), key=lambda frame: frame.pts)
+    seconds = [(frame.pts - every[0].pts) * frame.time_base for frame in every]
+    late = [next((i for i, t in enumerate(seconds) if t >= k / fps), None) for k in range(100)]
+    expected = [frames.Preparation()(every[i]) for i in late if i is not None]
+
+    out = []
+    monkeypatch.setattr(frames, "Clock", type("Noted", (frames.Clock,), {"__call__": noting(frames.Clock.__call__, out)}))
+    video = frames.Video("v", path)
+    np.testing.assert_array_equal(list(frames.read_frames(video, fps)), expected)
+    assert 0 < video.seconds - seconds[-1] < 0.1 and not video.corrupt_packets  # < 0.1: a frame's own time
+    assert len(out) < 0.8 * len(every)
+
+
+def noting(function, calls):
+    def noted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return noted
+
+
 def test_times_count_from_the_first_frame_and_survive_breaks_in_the_clock():
     clock = frames.Clock(Fraction(1, 1000), Fraction(10))
     # starts late, goes on, no timestamp, jumps by an hour, goes on, falls back, goes on
