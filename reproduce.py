@@ -257,7 +257,8 @@ def _evaluation_seconds(command, videos=200, asked=3):
     comparison = Comparison(describer, few, some, given.metric or given.baseline, comparator=weights)
     comparison.tables(given.metric or given.baseline)
     described = time.perf_counter() - began - comparison.seconds
-    share = len(few) * len(some) / len(queries) / len(database)
+    compared = min(given.rerank[0], len(database)) if len(given.rerank) == 1 else len(database)  # with each query
+    share = len(few) * len(some) / len(queries) / compared
     return described * (len(queries) + len(database)) / (len(few) + len(some)) + comparison.seconds / share
 
 
