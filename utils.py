@@ -241,9 +241,9 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_ARENA_MAX, 1)  # the heap of another thread ends at 64 MB
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30):  # refused by an old one
+            mallopt(M_TRIM_THRESHOLD, 1 << 30)
+            mallopt(M_ARENA_MAX, 1)  # the heap of another thread ends at 64 MB
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

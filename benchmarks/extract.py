@@ -130,19 +130,20 @@ def parse(argv):
     add("--device", default=utils.default_device())
     add("--workers", type=int, help="decoder processes; see extract_features.py")
     add("--batch_sz", type=int, help="see extract_features.py")
-    add("--backbone_cores", type=int, help="keep the backbone to so many cores: is decoding hidden on the others? (CPU only)")
+    add("--backbone_cores", type=int, default=0, help="of a CPU; the others are left to decoding: is it hidden? (default: all)")
     add("--output", help="also as JSON, into this file")
     args = parser.parse_args(argv)
-    utils.check_ranges(args, {"clips": (2, 10**6), "seconds": (1, 40), "rounds": (1, 100)})
+    utils.check_ranges(args, {"clips": (2, 10**6), "seconds": (1, 40), "rounds": (1, 100), "backbone_cores": (0, 10**4)})
     return args
 
 
 def compare(name, kind, files, args, folder):
-    """{way: frames kept a second} of a backbone in a type, and extraction's ratios to the two others."""
+    """{way: frames kept a second} of a backbone in a type, extraction's ratios to the two others, the seconds and settings."""
     options = argparse.Namespace(**vars(args), amp=TYPES[kind])
     ex.use_machine(options, utils.start_processes())
     if args.backbone_cores:
-        vars(options).update(ex.at_once(options.device, args.backbone_cores, options.amp))
+        at_once = ex.at_once(options.device, args.backbone_cores, options.amp)
+        options.streams, options.threads = at_once["streams"], at_once["threads"]
     backbone = backbones.build(name, "random", None, options.device, options.amp)
     features = ex.feature_function(backbone, POOLING.get(name, "imac"), None, "float16")
     features(np.zeros((options.batch_sz, fr.CROP, fr.CROP, 3), np.uint8))  # the first call prepares
@@ -168,13 +169,14 @@ def main(argv=None):
         for name in args.backbones:
             for kind in args.types:
                 row = rows[f"{name} {kind}"] = compare(name, kind, files, args, folder)
-                rates, alone, two = "".join(f"{row[w]:12.1f}" for w in row["seconds"]), *list(row.values())[3:5]
+                rates = "".join(f"{row[way]:12.1f}" for way in row["seconds"])
+                alone, two = row["extract / alone"], row["extract / two_steps"]
                 print(f"{name + ' ' + kind:28}{rates}{alone:18.2f}{two:20.2f}", flush=True)
         kept = statistics.median(decoder_rate(files) for _ in range(3))
     print(f"one decoder process: {kept:.0f} frames/s kept, of {kept * RATE:.0f} decoded")
     print(f"so a device that takes 1000 frames/s wants {1000 / kept:.1f} decoders, each with a core of its own")
     if args.output:
-        names = ("size", "clips", "seconds", "device")
+        names = ("size", "clips", "seconds", "device", "backbone_cores")
         settings = {"rate": RATE, **{name: getattr(args, name) for name in names}}
         decoder = {"kept": kept, "decoded": kept * RATE}
         utils.write_json(args.output, {**utils.provenance(), "settings": settings, "ways": rows, "decoder": decoder})

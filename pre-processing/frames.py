@@ -32,7 +32,7 @@ FRAME_BYTES = CROP * CROP * 3
 MAX_GAP = 600  # seconds: a longer pause between two frames is a break in the clock, not a still
 TIME_LIMIT = 120  # seconds of decoding without a frame, by default: 4K in software may take ten for a second
 MAX_ASPECT = 8  # of a frame longer than this only the middle is resized: a line of 4096 x 1 would become a gigabyte
-AHEAD = 16  # packets: so far a frame of H.264 may be from its turn
+NEAR = 16  # packets on either side in which the frames shown just before and after one are looked for
 MEMORY = 4 << 30  # bytes that one decoder may take: a frame of 8K is 50 MB, and a codec holds up to 20 of them
 
 
@@ -122,7 +122,8 @@ FRAME_RULES = {"timestamp": FrameRule(at_timestamps, a_row_is_due), "released": 
 def read_frames(video, fps=Fraction(1), rule="timestamp"):
     """Decode `video` (a Video) and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
 
-    Packets that do not decode are counted and passed over, as players do. Raises av.FFmpegError, OSError or ValueError when
+    Packets that do not decode are counted and passed over, as players do; frames that are neither kept nor referred to are not
+    looked at. Raises av.FFmpegError, OSError or ValueError when
     there is nothing to read.
     """
     video.seconds = 0.0
@@ -134,8 +135,8 @@ def read_frames(video, fps=Fraction(1), rule="timestamp"):
         stream = film[0]
         stream.thread_count = 1  # with more, what a damaged file gives is a matter of luck
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        rule = FRAME_RULES[rule]
-        frames = rule.choose(_decode(container, stream, rate, video, lambda *times: rule.keeps(*times, fps)), fps, rate)
+        choose, keeps = FRAME_RULES[rule]
+        frames = choose(_decode(container, stream, rate, video, lambda *times: keeps(*times, fps)), fps, rate)
         kept, prepare = 0, Preparation()
         for kept, frame in enumerate(frames, 1):  # noqa: B007
             yield prepare(frame)
@@ -144,14 +145,15 @@ def read_frames(video, fps=Fraction(1), rule="timestamp"):
 
 
 def _decode(container, stream, rate, video, keeps):
-    """(seconds since the first frame, av.VideoFrame) of each frame; keeps count in `video`.
+    """(seconds since the first frame, av.VideoFrame) of frames in the order shown; keeps count in `video`.
 
     Left out are, in H.264, frames that no other refers to and that `keeps(since, until)`, of two times, does not want. With
-    the usual encoders that is a fifth of the work. The others are what they would be without.
+    the usual encoders that is a fifth of the work. Of an intact file the others are what they would be without.
     """
     clock, context, skips = Clock(stream.time_base, rate), stream.codec_context, False
+    may_skip = context.name == "h264" and context.field_order <= 1  # 1: progressive; fields may come in packets of their own
     for packet, near in _packets(container, stream, video):
-        spare = _spare(packet, near, clock, keeps) if context.name == "h264" else None
+        spare = _spare(packet, near, clock, keeps) if may_skip else None
         if skips != (spare is not None):
             skips = not skips
             context.skip_frame = "NONREF" if skips else "DEFAULT"
@@ -165,19 +167,23 @@ def _decode(container, stream, rate, video, keeps):
             video.corrupt_packets += 1
             continue
         for frame in frames:
-            now = clock(frame.pts)
+            now, may_skip = clock(frame.pts), may_skip and not frame.interlaced_frame
             video.seconds = max(video.seconds, float(now + clock.step))
             yield now, frame
 
 
 def _packets(container, stream, video):
-    """(packet, timestamps of AHEAD packets on either side and its own), in the file's order, to where it is cut, if it is."""
-    near, waiting = deque(maxlen=2 * AHEAD + 1), deque()
+    """(packet, timestamps of NEAR packets on either side and its own), in the file's order, to where it is cut, if it is.
+
+    The timestamp is None of a packet that has none, or whose frame is not shown (before the start of an edited MP4, say).
+    """
+    near, waiting = deque(maxlen=2 * NEAR + 1), deque()
     try:
         for packet in container.demux(stream):
-            near.append(packet.pts)
+            if packet.size:  # the last has none: it asks for what the decoder still holds
+                near.append(None if packet.is_discard else packet.pts)
             waiting.append(packet)
-            if len(waiting) > AHEAD:
+            if len(waiting) > NEAR:
                 yield waiting.popleft(), near
     except av.FFmpegError:
         video.corrupt_packets += 1
@@ -189,14 +195,15 @@ def _spare(packet, near, clock, keeps):
     """When the frame of a packet would be shown, if it is surely not kept; else None.
 
     Surely: nothing is kept of what is shown after the frame before it (or, where `near` lacks that one, after an earlier one)
-    up to it.
+    up to it. And the clock goes the same way without it: timestamps are complete, and the next is no break.
     """
     until = clock.expected(packet.pts)
-    if until is None:
+    if until is None or None in near:
         return None
-    before = max((pts for pts in near if pts is not None and clock.last < pts < packet.pts), default=None)
+    before = max((pts for pts in near if clock.last < pts < packet.pts), default=None)
+    after = min((pts for pts in near if pts > packet.pts), default=None)
     since = clock.now if before is None else clock.expected(before)
-    return None if keeps(since, until) else until
+    return None if clock.expected(after) is None or keeps(since, until) else until
 
 
 class Preparation:
@@ -288,7 +295,7 @@ def serve(connection):
     The kernel ends it by SIGALRM: no code here need be alive for that, and it holds when the parent is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
-    os.nice(19)  # where cores are short, frames that nobody waits for yet must not hold up the backbone
+    os.nice(10)  # where cores are short, frames that nobody waits for yet must not hold up the backbone
     while True:
         task = json.loads(connection.recv_bytes())
         with contextlib.suppress(ValueError):  # a system that knows no such limit, or a lower one

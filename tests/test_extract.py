@@ -119,6 +119,49 @@ def noting(function, calls):
     return noted
 
 
+def trimmed(path, milliseconds):
+    """Let an MP4's edit list end so early: the packets after it stay in the file, and are not shown."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # of its first entry, the duration
+    data[at : at + 4] = milliseconds.to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def three_in_a_packet(path):
+    """An MPEG-TS whose packets hold three frames each, so that only every third has a timestamp."""
+    whole = path.with_suffix(".mp4.ts")
+    with av.open(str(path)) as source, av.open(str(whole), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for i in range(0, len(packets), 3):
+            joined = av.Packet(b"".join(map(bytes, packets[i : i + 3])))
+            joined.pts, joined.dts, joined.time_base = packets[i].pts, packets[i].dts, packets[i].time_base
+            joined.stream, joined.is_keyframe = stream, packets[i].is_keyframe
+            out.mux_one(joined)
+    whole.replace(path)
+
+
+@pytest.mark.parametrize("kind", ["trimmed", "three in a packet", "interlaced", "a slide show"])
+def test_h264_of_odd_timing_gives_the_frames_of_a_full_decode(tmp_path, monkeypatch, kind):
+    path, times, params = tmp_path / ("v.ts" if kind == "three in a packet" else "v.mp4"), STEADY, "b-adapt=0:scenecut=0"
+    if kind == "a slide show":
+        times = [400_000 * i for i in range(24)]
+    if kind == "interlaced":
+        params += ":interlaced=1"
+    write_video(path, textured(0, len(times)), 25, times, "libx264", "yuv420p", options={"bf": "3", "x264-params": params})
+    if kind == "trimmed":
+        trimmed(path, 3080)
+    if kind == "three in a packet":
+        three_in_a_packet(path)
+    for fps in (Fraction(1, 700), Fraction(1, 90)) if kind == "a slide show" else (Fraction(1), Fraction(25, 4)):
+        ours, full = frames.Video("ours", path), frames.Video("full", path)
+        rows = list(frames.read_frames(ours, fps))
+        with monkeypatch.context() as patch:
+            patch.setitem(frames.FRAME_RULES, "timestamp", frames.FrameRule(frames.at_timestamps))  # knows nothing beforehand
+            np.testing.assert_array_equal(rows, list(frames.read_frames(full, fps)))
+        assert ours.seconds == full.seconds > 1
+
+
 def test_times_count_from_the_first_frame_and_survive_breaks_in_the_clock():
     clock = frames.Clock(Fraction(1, 1000), Fraction(10))
     # starts late, goes on, no timestamp, jumps by an hour, goes on, falls back, goes on
