@@ -351,7 +351,7 @@ def at_once(device, cores, amp=None):
     """{batch_sz, streams, threads} for a backbone on `device` in `amp`, where this process may use so many cores.
 
     That is frames in a batch, batches at once, and threads of each. On a CPU two threads share a batch in float32, and one
-    has a batch to itself in bfloat16: with ResNet-50 on two cores 1.4 and 1.1 times as fast as the other way round. An odd
+    has a batch to itself in bfloat16: with ResNet-50 on two cores 1.3 and 1.1 times as fast as the other way round. An odd
     core is left to decoding.
     """
     if torch.device(device).type != "cpu":
