@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import StoreWriter  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, here and in scripts
 torch.set_num_threads(1)  # as the scripts below: one thread, so that sums have one order
 
 C = 32  # channels of every synthetic feature
@@ -126,9 +128,9 @@ def make_videos(draw, names, signals, noise, T=(3, 12)):
     """
     signal_size = C // 4
     videos = {}
-    for name, signal in zip(names, signals, strict=True):
+    for name, own in zip(names, signals, strict=True):
         frames = draw.normal(0, 0.1, (draw.integers(*T), C))
-        frames[:, :signal_size] += signal
+        frames[:, :signal_size] += own
         frames[:, signal_size:] += noise * draw.normal(size=C - signal_size)
         videos[name] = (frames / np.linalg.norm(frames, axis=1, keepdims=True)).astype(np.float32)
     return videos
