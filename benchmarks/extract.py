@@ -1,6 +1,7 @@
 """Extraction against the backbone's own rate, and against decoding everything first.
 
     python benchmarks/extract.py --output extract.json                # about four minutes on two cores
+    python benchmarks/extract.py --backbone_cores 1                   # is decoding hidden where it has a core?
     python benchmarks/extract.py --backbones resnet50 --size 1280x720
 
 The clips are cut from the demo's film: 25 frames a second, H.264 as libx264 makes it by default, of which one frame a second is
@@ -40,6 +41,7 @@ from data import StoreWriter  # noqa: E402
 RATE = 25
 POOLING = {"resnet50": "l3_imac"}  # the paper's; imac for others
 TYPES = {"float32": None, "bfloat16": "bfloat16"}
+SETTINGS = ("workers", "batch_sz", "streams", "threads")  # of `extract_features.extract`
 
 
 def endless(film):
@@ -83,9 +85,9 @@ class Ways:
         return (time.perf_counter() - start) * self.kept / rows
 
     def extract(self):
-        names, start = ("workers", "batch_sz", "streams", "threads"), time.perf_counter()
+        settings, start = {name: getattr(self.options, name) for name in SETTINGS}, time.perf_counter()
         with StoreWriter(self.folder / "f.hdf5") as writer:
-            for video in ex.extract(self.videos(), self.features, **{name: getattr(self.options, name) for name in names}):
+            for video in ex.extract(self.videos(), self.features, **settings):
                 ex.write(writer, video)
                 if video.reason:
                     raise RuntimeError(f"{video.path}: {video.reason}")
@@ -155,8 +157,7 @@ def compare(name, kind, files, args, folder):
             times.append(getattr(ways, way)())
     rate = {way: kept / min(times) for way, times in seconds.items()}
     of = {f"extract / {way}": rate["extract"] / rate[way] for way in ("alone", "two_steps")}
-    settings = {name: getattr(options, name) for name in ("workers", "batch_sz", "streams", "threads")}
-    return {**rate, **of, "seconds": seconds, **settings}
+    return {**rate, **of, "seconds": seconds, **{name: getattr(options, name) for name in SETTINGS}}
 
 
 def main(argv=None):

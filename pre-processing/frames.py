@@ -123,8 +123,7 @@ def read_frames(video, fps=Fraction(1), rule="timestamp"):
     """Decode `video` (a Video) and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
 
     Packets that do not decode are counted and passed over, as players do; frames that are neither kept nor referred to are not
-    looked at. Raises av.FFmpegError, OSError or ValueError when
-    there is nothing to read.
+    looked at. Raises av.FFmpegError, OSError or ValueError when there is nothing to read.
     """
     video.seconds = 0.0
     # Only files: a playlist that calls itself a video must not make us fetch what it names, nor 12:30.mp4 be a protocol's.

@@ -51,6 +51,11 @@ def numbered(n):
     return [np.full((32, 48, 3), (i % 256, i // 256, 77), np.uint8) for i in range(n)]
 
 
+def index_of(image):
+    """Which of `numbered` frames it is, from its (224, 224, 3) crop."""
+    return int(image[112, 112, 0]) + 256 * int(image[112, 112, 1])
+
+
 def write_audio(path, cover=False):
     with av.open(str(path), "w") as out:
         sound = out.add_stream("aac", rate=44100)
