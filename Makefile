@@ -80,9 +80,9 @@ PROJECTED := $(foreach kind,$(KINDS),$(TABLES)/$(kind)/train.hdf5 $(TABLES)/$(ki
 tables: $(PROJECTED)
 	OMP_NUM_THREADS=1 $(RUN) reproduce.py --table all --data $(TABLES) --set DEMO --annotation_dir $(DEMO)/annotations \
 	  --output results/demo --seeds 3 --jobs 2
-	$(RUN) draw.py attention test_q05_in0 --model_path results/demo/runs/l3_imac/seed0 --feature_path $(TABLES)/l3_imac/DEMO.hdf5 \
+	$(RUN) visualize.py attention test_q05_in0 --model_path results/demo/runs/l3_imac/seed0 --feature_path $(TABLES)/l3_imac/DEMO.hdf5 \
 	  --videos $(DEMO)/videos/test --output results/demo/attention.png
-	$(RUN) draw.py similarity test_q05 test_q05_copy3 --model_path results/demo/runs/l3_imac/seed0 \
+	$(RUN) visualize.py similarity test_q05 test_q05_copy3 --model_path results/demo/runs/l3_imac/seed0 \
 	  --feature_path $(TABLES)/l3_imac/DEMO.hdf5 --videos $(DEMO)/videos/test --output results/demo/similarity.png
 
 $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
@@ -118,8 +118,8 @@ search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
 	  --model_path $(DEMO)/search/tca --seed 0 --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
 	  --batch_sz 32 --epochs 4 --loss infonce --moco_t 0.015 --learning_rate 1e-4 \
 	  --val_set DEMO-VAL --val_feature_path $(DEMO)/search/val.hdf5 --annotation_dir $(DEMO)/annotations
-	$(RUN) datasets/demo/calibrate.py pack --pca $(DEMO)/search/pca.npz --model_path $(DEMO)/search/tca --output models/demo
-	$(RUN) datasets/demo/calibrate.py measure --demo $(DEMO) --model models/demo
+	$(RUN) -m videoindex.calibrate pack --pca $(DEMO)/search/pca.npz --model_path $(DEMO)/search/tca --output models/demo
+	$(RUN) -m videoindex.calibrate measure --demo $(DEMO) --model models/demo
 
 # --- what is fast, measured against the plain way: benchmarks/README.md ----------------------------------------------------------
 

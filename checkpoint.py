@@ -49,16 +49,23 @@ def load(folder, keys):
             state = load_torch(path, "checkpoint")
             lacking = set(keys) - set(state) if isinstance(state, dict) else keys
             if lacking:
-                raise InputError(f"checkpoint {str(path)!r} is not of this program (no {', '.join(sorted(lacking)[:3])})")
+                raise InputError(
+                    f"checkpoint {str(path)!r} is not of this program (no {', '.join(sorted(lacking)[:3])})"
+                )
         except InputError as error:
             reasons.append(str(error))
             continue
         if reasons:
             os.replace(folder / NEWEST, folder / REFUSED)  # lest it become the one before
-            print(f"warning: {reasons[0]}; it is now {REFUSED}; going on from {BEFORE}, step {state['step']}", file=sys.stderr)
+            print(
+                f"warning: {reasons[0]}; it is now {REFUSED}; going on from {BEFORE}, step {state['step']}",
+                file=sys.stderr,
+            )
         return state
     if reasons:
-        raise InputError(f"{'; '.join(reasons)}; choose another --model_path, or remove it to start anew")
+        raise InputError(
+            f"{'; '.join(reasons)}; choose another --model_path, or remove it to start anew"
+        )
     return None
 
 
@@ -78,13 +85,13 @@ def check(state, args, inputs, folder):
         raise InputError(f"{where} from other {' and '.join(other)} files; {other_run}")
 
 
-def told_changes(state, batch_sz, processes, pairs):
+def told_changes(state, batch_sz, world_size, pairs):
     """What a resumed run does otherwise than before, as lines to print: a step of another size."""
     before = state["processes"], state["args"]["batch_sz"]
-    if before == (processes, batch_sz):
+    if before == (world_size, batch_sz):
         return []
     return [
         f"note: the checkpoint was made by {before[0]} x {before[1]} pairs a step (processes x --batch_sz), this run takes"
-        f" {processes} x {batch_sz}; it goes on after the {state['seen']} of {pairs} pairs that epoch {state['epoch'] + 1}"
+        f" {world_size} x {batch_sz}; it goes on after the {state['seen']} of {pairs} pairs that epoch {state['epoch'] + 1}"
         " has seen, with the learning rate of this run's processes"
     ]

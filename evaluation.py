@@ -34,31 +34,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import FeatureStore
-from descriptors import Describer
-from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set, missing_note, read_similarities
-from model import ENCODERS, load_comparator, load_encoder
-from report import draw_trade_off, summarise, write_report
-from similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
-from streaming import MEMORY, Comparison, check_width, shortlist, tables, two_stage
-from utils import (
-    InputError,
-    Parser,
-    atomic,
-    check_ranges,
-    checked_device,
-    default_device,
-    provenance,
-    run,
-    start_processes,
-    write_json,
+from datasets.evaluation_set import missing_note, read_similarities, videos_with_features
+from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
+from distributed import check_device, default_device, init_distributed, run_main
+from features.store import FeatureStore, warn_if_features_differ
+from model import ENCODERS, load_encoder
+from retrieval.comparator import load_comparator
+from retrieval.compare import MEMORY, Comparison, check_feature_size, shortlist, two_stage
+from retrieval.encode import VideoEncoder
+from retrieval.report import (
+    draw_trade_off,
+    summarise,
+    table_lines,
+    trade_off,
+    trade_off_lines,
+    write_report,
 )
-
-__all__ = ["check_width", "load_encoder", "tables", "warn_of_other_features", "with_features"]  # what other scripts use
+from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
+from utils import InputError, Parser, atomic, check_ranges, provenance, write_json
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
 AMP = {None: None, "bfloat16": torch.bfloat16}
-WIDE = 8  # figures a set; more of them are printed one a line
 
 
 class Stage(NamedTuple):
@@ -88,24 +84,6 @@ class Result(NamedTuple):
 # --- read ------------------------------------------------------------------------------------------------------------------
 
 
-def with_features(chosen, store):
-    """The queries and the database videos of an evaluation set that have features: two lists of ids."""
-    sides = [[video for video in side if video in store] for side in (chosen.queries, chosen.database)]
-    if not all(sides):
-        raise InputError(f"{str(store.path)!r} has features of no query or no video of the {chosen.source}; wrong file?")
-    return sides
-
-
-def warn_of_other_features(features, store, model):
-    """Say so on stderr when features were made otherwise than those that a model was trained on."""
-    here = {key: store.meta.get(key, value) for key, value in features.items()}
-    other = [f"{key} {value!r}, here {here[key]!r}" for key, value in features.items() if here[key] != value]
-    if other:
-        print(
-            f"warning: {model}: not trained on such features as {str(store.path)!r} holds: {'; '.join(other)}", file=sys.stderr
-        )
-
-
 # --- compare -----------------------------------------------------------------------------------------------------------
 
 
@@ -116,34 +94,44 @@ def row_name(encoder, metric):
     return TCA_ROWS.get(metric, f"tca, {metric}") if encoder == "tca" else f"{encoder}, {metric}"
 
 
-def results(args, store, queries, database, processes):
+def results(args, store, queries, database, dist):
     """Yield a Result for every encoder and measure asked for."""
     sides = store, queries, database
     if args.baseline or not args.model_path:
         rerank = [] if args.model_path else args.rerank
-        yield from of_encoder("mean", ENCODERS["mean"](store.channels), *sides, args.baseline, rerank, args, processes)
+        yield from of_encoder(
+            "mean", ENCODERS["mean"](store.channels), *sides, args.baseline, rerank, args, dist
+        )
     for path in args.model_path:
         name, encoder, features = load_encoder(path, args.nhead)
-        if not processes.rank:
-            warn_of_other_features(features, store, path)
+        if dist.is_main:
+            warn_if_features_differ(features, store, path)
         if args.encoder and args.encoder != name:
-            raise InputError(f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out")
-        yield from of_encoder(name, encoder, *sides, args.metric, args.rerank, args, processes)
+            raise InputError(
+                f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out"
+            )
+        yield from of_encoder(name, encoder, *sides, args.metric, args.rerank, args, dist)
 
 
-def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, processes):
+def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, dist):
     """Yield a Result for each of the metrics of one encoder, from one encoding pass.
 
     With `rerank`, cosine ranks and the frame-level metrics (by default chamfer) re-rank its first R videos, for each R. One R
     compares no more than its shortlists by frames; several need the exhaustive table too, which then has its row.
     """
-    check_width(encoder, store)
+    check_feature_size(encoder, store)
     amp = AMP[args.amp]
-    kept = args.cache if next(encoder.parameters(), None) is not None else None  # features themselves need no cache
+    kept = (
+        args.cache if next(encoder.parameters(), None) is not None else None
+    )  # features themselves need no cache
     frame = [metric for metric in metrics if metric in FRAME_METRICS] or ["chamfer"] * bool(rerank)
-    video = list(dict.fromkeys([*["cosine"] * bool(rerank), *(metric for metric in metrics if metric in VIDEO_METRICS)]))
+    video = list(
+        dict.fromkeys(
+            [*["cosine"] * bool(rerank), *(metric for metric in metrics if metric in VIDEO_METRICS)]
+        )
+    )
     comparison = Comparison(
-        Describer(encoder, store, args.padding_size, args.device, amp), queries, database, [*video, *frame], processes,
+        VideoEncoder(encoder, store, args.padding_size, args.device, amp), queries, database, [*video, *frame], dist,
         args.memory, kept, indexed=bool(rerank), progress=True, comparator=args.comparator, dtype=amp or torch.float32,
     )  # fmt: skip
     whole = [*video, *(frame if len(rerank) != 1 else [])]
@@ -159,72 +147,16 @@ def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, p
         for metric in frame:
             row = f"{row_name(name, 'cosine')}, first {R} by {row_name(name, metric)}"
             stage = Stage(metric, R, comparison.cost(short))
-            yield Result(row, two_stage(found["cosine"], second[metric], short), comparison.seconds, stage, short)
+            yield Result(
+                row,
+                two_stage(found["cosine"], second[metric], short),
+                comparison.seconds,
+                stage,
+                short,
+            )
 
 
 # --- score and print ---------------------------------------------------------------------------------------------------
-
-
-def table_lines(figures):
-    """The lines of a table of {row: [{figure: value}, ...]}, one dict a model; several print as mean ± sample deviation.
-
-    A row a measure and a column a figure; the other way round where there are more than WIDE figures, as with EVVE's events.
-    """
-    names = list(next(iter(figures.values()))[0])
-    cells = [["", *names]]
-    cells += [[row, *(cell([one[name] for one in values]) for name in names)] for row, values in figures.items()]
-    return aligned([list(line) for line in zip(*cells, strict=True)] if len(names) > WIDE else cells)
-
-
-def aligned(cells):
-    """Lines of a table [[text]], its first column to the left and the others to the right."""
-    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
-    lines = []
-    for name, *line in cells:
-        lines.append("  ".join([f"{name:{first}}", *(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))]))
-    return lines
-
-
-def cell(values):
-    """The mean of a figure's values, with their sample standard deviation where there are several."""
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
-
-
-def trade_off(summaries, stages):
-    """What two stages cost and reach: {frame-level metric: [{row, R, cost, recall, share, figures}]}, by cost.
-
-    summaries {row: [Summary]}, stages {row: [Stage]}, one a model, of which these are means. cost: share of the exhaustive
-    row's pairs of frames; recall: as a Stage's; share: of the exhaustive row's first figure, None where there is no such row.
-    """
-    curves = {}
-    for metric in dict.fromkeys(of[0].metric for of in stages.values() if of[0].metric):
-        rows = [row for row, of in stages.items() if of[0].metric in (metric, None)]
-        lines = [_trade_off_line(row, summaries[row], stages[row]) for row in rows]
-        lines.sort(key=lambda line: (line["cost"], line["R"]))
-        first = next(iter(lines[0]["figures"]))
-        whole = lines[-1]["figures"][first] if lines[-1]["cost"] == 1 else None
-        curves[metric] = [line | {"share": whole and line["figures"][first] / whole} for line in lines]
-    return curves
-
-
-def _trade_off_line(row, summaries, stages):
-    R, cost = stages[0].R, float(np.mean([stage.cost for stage in stages]))
-    recall = None if stages[0].recall is None else float(np.mean([stage.recall for stage in stages]))
-    names = summaries[0].figures
-    figures = {name: float(np.mean([summary.figures[name] for summary in summaries])) for name in names}
-    return {"row": row, "R": R, "cost": cost, "recall": recall, "figures": figures}
-
-
-def trade_off_lines(curve):
-    """The lines of one of `trade_off`'s curves as a table."""
-    names = list(curve[0]["figures"])[:WIDE]
-    cells = [["two stages", "first R", "cost", "recall", *names, f"of exhaustive {names[0]}"]]
-    for line in curve:
-        recall, share = ("" if line[key] is None else f"{line[key]:.1%}" for key in ("recall", "share"))
-        figures = [cell([line["figures"][name]]) for name in names]
-        cells.append([line["row"], str(line["R"]), f"{line['cost']:.2%}", recall, *figures, share])
-    return aligned(cells)
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -233,21 +165,45 @@ def trade_off_lines(curve):
 def parse(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what is scored").add_argument
-    add("-d", "--dataset", required=True, choices=EVALUATION_SETS, metavar="SET", help=", ".join(EVALUATION_SETS))
+    add(
+        "-d",
+        "--dataset",
+        required=True,
+        choices=EVALUATION_SETS,
+        metavar="SET",
+        help=", ".join(EVALUATION_SETS),
+    )
     add("-fp", "--feature_path", "--features", help="HDF5 file with the features of the set's videos: ours, or one dataset a"
         " video as other groups have them, region features (T, R, C) too")  # fmt: skip
     add("-mp", "--model_path", nargs="+", default=[], help="a run's folder, a model file, or a released state dict; several"
         " (the seeds of one setting) give mean ± spread")  # fmt: skip
-    add("--encoder", choices=ENCODERS, help="check that the model is of this kind; `mean` alone needs no model")
+    add(
+        "--encoder",
+        choices=ENCODERS,
+        help="check that the model is of this kind; `mean` alone needs no model",
+    )
     add("-m", "--metric", nargs="+", choices=METRICS, metavar="METRIC", help=f"one or more of {', '.join(METRICS)} (default"
         " cosine, which the paper calls TCA_c; chamfer is TCA_f, far slower and better)")  # fmt: skip
     add(
-        "--baseline", nargs="+", choices=METRICS, default=[], metavar="METRIC", help="score the untrained features by these too"
+        "--baseline",
+        nargs="+",
+        choices=METRICS,
+        default=[],
+        metavar="METRIC",
+        help="score the untrained features by these too",
     )
     add("--similarities", metavar="FILE", help="score this JSON table {query: {video: similarity}} of any system; no model or"
         " features are needed")  # fmt: skip
-    add("--annotation_dir", default=ANNOTATION_DIR, help="folder of the annotation files (default %(default)s)")
-    add("--comparator", metavar="FILE", help="weights of ViSiL's video comparator, for --metric comparator")
+    add(
+        "--annotation_dir",
+        default=ANNOTATION_DIR,
+        help="folder of the annotation files (default %(default)s)",
+    )
+    add(
+        "--comparator",
+        metavar="FILE",
+        help="weights of ViSiL's video comparator, for --metric comparator",
+    )
     add("--rerank", nargs="+", type=int, default=[], metavar="R", help="rank by video descriptors, re-rank the first R by the"
         " frame-level --metric (default chamfer); several R give the trade-off against the exhaustive measure")  # fmt: skip
     add("-ps", "--padding_size", type=int, default=300, help="frames of a video that count, from its middle; 0 takes all"
@@ -261,16 +217,43 @@ def parse(argv=None):
     add("--amp", choices=[name for name in AMP if name], help="encode and compare in bfloat16: faster where the processor has"
         " it; figures change in the third or fourth digit (default: float32)")  # fmt: skip
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default %(default)s)")
-    add("-pc", "--pca_components", type=int, help="width the features must have (default: whatever the file has)")
-    add("--nhead", type=int, default=8, help="attention heads of a bare state dict, which does not tell (default 8)")
+    add(
+        "-pc",
+        "--pca_components",
+        type=int,
+        help="width the features must have (default: whatever the file has)",
+    )
+    add(
+        "--nhead",
+        type=int,
+        default=8,
+        help="attention heads of a bare state dict, which does not tell (default 8)",
+    )
     for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
-        add(short, f"--{name}", type=int, help="read from the model file; accepted for the released command's sake")
+        add(
+            short,
+            f"--{name}",
+            type=int,
+            help="read from the model file; accepted for the released command's sake",
+        )
 
     add = parser.add_argument_group("what is written").add_argument
-    add("--output", metavar="FILE", help="figures, command, revision, versions and counts of what was missing, as JSON")
-    add("--report", metavar="DIR", help="a page with tables, curves, and the best and worst queries: DIR/index.html")
+    add(
+        "--output",
+        metavar="FILE",
+        help="figures, command, revision, versions and counts of what was missing, as JSON",
+    )
+    add(
+        "--report",
+        metavar="DIR",
+        help="a page with tables, curves, and the best and worst queries: DIR/index.html",
+    )
     add("--plot", metavar="FILE.png", help="the trade-off of several --rerank as a picture")
-    add("--save_similarities", metavar="FILE", help="{query: {video: similarity}} of the one row, as JSON")
+    add(
+        "--save_similarities",
+        metavar="FILE",
+        help="{query: {video: similarity}} of the one row, as JSON",
+    )
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -278,7 +261,9 @@ def parse(argv=None):
 
 def check(args):
     """Raise InputError where flags do not fit together; settle the defaults that depend on others."""
-    check_ranges(args, {"padding_size": (0, math.inf), "nhead": (1, math.inf), "memory": (0.1, math.inf)})
+    check_ranges(
+        args, {"padding_size": (0, math.inf), "nhead": (1, math.inf), "memory": (0.1, math.inf)}
+    )
     if any(R < 1 for R in args.rerank):
         raise InputError(f"--rerank {min(args.rerank)} is out of range; it must be 1 or more")
     for path in (args.output, args.save_similarities, args.plot):
@@ -287,59 +272,91 @@ def check(args):
     for path in (args.report, args.cache):
         if path and Path(path).is_file():
             raise InputError(f"{path!r} is a file; name a folder")
-    args.rerank, args.device = sorted(set(args.rerank)), checked_device(args.device)
+    args.rerank, args.device = sorted(set(args.rerank)), check_device(args.device)
     if args.plot and len(args.rerank) < 2:
         raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
     if args.similarities:
-        idle = ("feature_path", "model_path", "encoder", "metric", "baseline", "rerank", "cache", "comparator", "amp")
+        idle = (
+            "feature_path",
+            "model_path",
+            "encoder",
+            "metric",
+            "baseline",
+            "rerank",
+            "cache",
+            "comparator",
+            "amp",
+        )
         given = [flag for flag in (*idle, "save_similarities") if getattr(args, flag)]
         if given:
-            raise InputError(f"--similarities scores a finished table; leave out --{', --'.join(given)}")
+            raise InputError(
+                f"--similarities scores a finished table; leave out --{', --'.join(given)}"
+            )
         return
     if not args.feature_path:
-        raise InputError("--feature_path is missing; give the set's features, or --similarities FILE")
+        raise InputError(
+            "--feature_path is missing; give the set's features, or --similarities FILE"
+        )
     args.metric = list(dict.fromkeys(args.metric or ([] if args.rerank else ["cosine"])))
     args.baseline = list(dict.fromkeys(args.baseline))
     if not args.model_path and args.encoder != "mean":
-        raise InputError("--model_path is missing; give a trained model, or --encoder mean for the untrained features")
+        raise InputError(
+            "--model_path is missing; give a trained model, or --encoder mean for the untrained features"
+        )
     if not args.model_path:  # the untrained features are all there is to score
         args.metric, args.baseline = [], list(dict.fromkeys([*args.metric, *args.baseline]))
-    if args.save_similarities and (args.rerank or len(args.model_path) * len(args.metric) + len(args.baseline) > 1):
-        raise InputError("--save_similarities writes one table; give one model and one --metric with it, and no --rerank")
+    if args.save_similarities and (
+        args.rerank or len(args.model_path) * len(args.metric) + len(args.baseline) > 1
+    ):
+        raise InputError(
+            "--save_similarities writes one table; give one model and one --metric with it, and no --rerank"
+        )
     if "comparator" in (*args.metric, *args.baseline) and not args.comparator:
         raise InputError("--metric comparator needs its weights; give --comparator FILE")
 
 
 def main():
     args = parse()
-    processes = start_processes()
-    args.device = processes.device(args.device)
-    given = [f"--{name}" for name in ("num_clusters", "num_layers", "output_dim") if getattr(args, name) is not None]
-    if given and not processes.rank:
-        print(f"note: {', '.join(given)} changes nothing: the model file says what it holds", file=sys.stderr)
+    dist = init_distributed()
+    args.device = dist.local_device(args.device)
+    given = [
+        f"--{name}"
+        for name in ("num_clusters", "num_layers", "output_dim")
+        if getattr(args, name) is not None
+    ]
+    if given and dist.is_main:
+        print(
+            f"note: {', '.join(given)} changes nothing: the model file says what it holds",
+            file=sys.stderr,
+        )
     if args.similarities:
-        return score_file(args) if not processes.rank else 0
-    with processes.together():
+        return score_file(args) if dist.is_main else 0
+    with dist.exit_together_on_error():
         args.comparator = args.comparator and load_comparator(args.comparator)
         store = FeatureStore(args.feature_path, args.pca_components)
-        chosen = evaluation_set(args.dataset, args.annotation_dir, store)
-        queries, database = with_features(chosen, store)
-    if not processes.rank:
+        chosen = load_evaluation_set(args.dataset, args.annotation_dir, store)
+        queries, database = videos_with_features(chosen, store)
+    if dist.is_main:
         print(f"{heading(args.dataset, chosen, store)}; {store.channels} channels")
     summaries, stages, seconds = {}, {}, {}
-    for row, table, spent, stage, short in results(args, store, queries, database, processes):
-        with processes.together():
-            if not processes.rank:
+    for row, table, spent, stage, short in results(args, store, queries, database, dist):
+        with dist.exit_together_on_error():
+            if dist.is_main:
                 seconds.setdefault(row, []).append(round(spent, 6))
                 summary = summarise(chosen, chosen.rankings(queries, database, table))
                 summaries.setdefault(row, []).append(summary)
                 if stage:
                     recall = None if short is None else summary.recall(queries, database, short)
                     stages.setdefault(row, []).append(stage._replace(recall=recall))
-    if not processes.rank:
+    if dist.is_main:
         features = {"path": str(store.path), "meta": store.meta}
-        how = {"models": args.model_path, "features": features, "padding_size": args.padding_size, "amp": args.amp}
-        how |= {"processes": processes.size, "compare_seconds": seconds}
+        how = {
+            "models": args.model_path,
+            "features": features,
+            "padding_size": args.padding_size,
+            "amp": args.amp,
+        }
+        how |= {"processes": dist.world_size, "compare_seconds": seconds}
         write(args, chosen, chosen.coverage(store), summaries, stages, how)
         if args.save_similarities:
             save_similarities(args.save_similarities, queries, database, table)
@@ -349,14 +366,18 @@ def score_file(args):
     """Score --similarities: a table of any system, of the ids it holds."""
     similarities = read_similarities(args.similarities)
     available = set(similarities).union(*similarities.values())
-    chosen = evaluation_set(args.dataset, args.annotation_dir, available)
+    chosen = load_evaluation_set(args.dataset, args.annotation_dir, available)
     print(heading(args.dataset, chosen, available))
     unknown = chosen.unknown(similarities, available - set(similarities))
     if any(unknown.values()):
-        print(f"left aside: {unknown['queries']} queries and {unknown['videos']} videos that the set does not know")
+        print(
+            f"left aside: {unknown['queries']} queries and {unknown['videos']} videos that the set does not know"
+        )
     summary = summarise(chosen, chosen.rankings_of(similarities))
     how = {"similarities": args.similarities, "unknown": unknown}
-    write(args, chosen, chosen.coverage(available), {Path(args.similarities).stem: [summary]}, {}, how)
+    write(
+        args, chosen, chosen.coverage(available), {Path(args.similarities).stem: [summary]}, {}, how
+    )
 
 
 def heading(dataset, chosen, available):
@@ -380,7 +401,12 @@ def write(args, chosen, coverage, summaries, stages, how):
         notes.append(f"queries skipped because no relevant video has features: {skipped}")
     notes = list(filter(None, notes))
     print("".join(f"{note}\n" for note in notes), end="")
-    found = {"dataset": args.dataset, "annotation": chosen.source, "figures": figures, "coverage": coverage}
+    found = {
+        "dataset": args.dataset,
+        "annotation": chosen.source,
+        "figures": figures,
+        "coverage": coverage,
+    }
     found |= how | ({"trade_off": curves} if curves else {}) | provenance()
     if args.output:
         write_json(args.output, found)
@@ -394,10 +420,12 @@ def save_similarities(path, queries, database, table):
     """The field's form {query: {video: similarity}}, written a query at a time."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i, (query, row) in enumerate(zip(queries, table, strict=True)):
-            line = json.dumps(dict(zip(database, (float(f"{value:.6g}") for value in row), strict=True)))
+            line = json.dumps(
+                dict(zip(database, (float(f"{value:.6g}") for value in row), strict=True))
+            )
             file.write(("{" if not i else ",\n") + f"{json.dumps(query)}: {line}")
         file.write("}\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -24,6 +24,8 @@ def tca(pretrained=True, nhead=8, **arguments):
     if not pretrained:
         return TCA(nhead=nhead, **arguments).eval()
     if arguments:
-        raise InputError(f"{', '.join(arguments)}: a pretrained model has its own arguments; leave them out")
+        raise InputError(
+            f"{', '.join(arguments)}: a pretrained model has its own arguments; leave them out"
+        )
     shipped = Path(__file__).resolve().parent / "models" / "demo"
     return load_encoder(shipped if pretrained is True else pretrained, nhead)[1]

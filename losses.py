@@ -22,7 +22,11 @@ def _read(logits):
 def _split(logits, labels):
     """Positive scores (N,), all scores (N, 1+K), and a mask (N, 1+K), true where a column is no negative."""
     scores, left_out = _read(logits)
-    return scores.gather(1, labels[:, None]).squeeze(1), scores, left_out.scatter(1, labels[:, None], True)
+    return (
+        scores.gather(1, labels[:, None]).squeeze(1),
+        scores,
+        left_out.scatter(1, labels[:, None], True),
+    )
 
 
 def _mean(rows, no_negative):
@@ -77,4 +81,9 @@ def triplet(logits, labels, margin=0.2):
     return _mean(F.relu(hardest - positive + margin), no_negative)
 
 
-LOSSES = {"circle": circle, "circle-released": circle_released, "infonce": infonce, "triplet": triplet}
+LOSSES = {
+    "circle": circle,
+    "circle-released": circle_released,
+    "infonce": infonce,
+    "triplet": triplet,
+}

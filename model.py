@@ -7,11 +7,12 @@ with `num_frames (N,) int64`; frames at or past `num_frames[i]` are padding and 
 import copy
 import inspect
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import InputError, existing, load_torch
+from utils import InputError, load_torch, require_path
 
 
 def frame_mask(num_frames, T):
@@ -34,9 +35,15 @@ class Encoder(nn.Module):
 
         Where a flag is None, or `args` lacks it, the constructor's own default stands.
         """
-        defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+        defaults = {
+            name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()
+        }
         given = {argument: getattr(args, flag, None) for argument, flag in cls.flags.items()}
-        return defaults | {"feature_size": feature_size} | {name: value for name, value in given.items() if value is not None}
+        return (
+            defaults
+            | {"feature_size": feature_size}
+            | {name: value for name, value in given.items() if value is not None}
+        )
 
     @property
     def descriptor_size(self):
@@ -44,13 +51,17 @@ class Encoder(nn.Module):
 
     def frames(self, x, real):
         """x (N, T, C), zero at padding, real (N, T) bool -> (N, T, D), anything at padding."""
-        raise InputError(f"{type(self).__name__} gives no frame descriptors; use a video-level metric (cosine, euclidean)")
+        raise InputError(
+            f"{type(self).__name__} gives no frame descriptors; use a video-level metric (cosine, euclidean)"
+        )
 
     def _trim(self, x, num_frames):
         """x and its mask `real` without the batch's needless padding: (N, T', C), zero at padding, and (N, T') bool."""
         longest = int(num_frames.max())
         real = frame_mask(num_frames, longest)
-        return x[:, :longest].masked_fill(~real[..., None], 0.0), real  # a weight of 0 times NaN would be NaN
+        return x[:, :longest].masked_fill(
+            ~real[..., None], 0.0
+        ), real  # a weight of 0 times NaN would be NaN
 
     def _outputs(self, x, num_frames):
         """Encoder outputs without the batch's needless padding: (N, max num_frames, D), zero at padding."""
@@ -65,7 +76,7 @@ class Encoder(nn.Module):
         """L2-normalised frame descriptors (N, T, D), zero past `num_frames`."""
         return self._each(self._outputs(x, num_frames), x.shape[1])
 
-    def both(self, x, num_frames):
+    def encode_video_and_frames(self, x, num_frames):
         """What `forward` and `encode` give, (N, D) and (N, T, D), from one pass."""
         out = self._outputs(x, num_frames)
         return self._video(out, num_frames), self._each(out, x.shape[1])
@@ -98,10 +109,14 @@ class Layer(nn.TransformerEncoderLayer):
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
         attention = self.self_attn
         qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (N, T, 3D)
-        q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (N, heads, T, D/heads)
+        q, k, v = (
+            qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        )  # (N, heads, T, D/heads)
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None].to(q.dtype)
         mask = None if mask is None else mask.expand(-1, -1, x.shape[1], -1)
-        out = F.scaled_dot_product_attention(q, k, v, mask, attention.dropout if self.training else 0.0)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, attention.dropout if self.training else 0.0
+        )
         return self.dropout1(attention.out_proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -120,7 +135,9 @@ class TCA(Encoder):
         "init": "init",
     }
 
-    def __init__(self, feature_size=1024, nhead=8, nlayers=1, dim_feedforward=2048, dropout=0.2, init="paper"):
+    def __init__(
+        self, feature_size=1024, nhead=8, nlayers=1, dim_feedforward=2048, dropout=0.2, init="paper"
+    ):
         super().__init__()
         if feature_size % nhead:
             raise InputError(
@@ -143,11 +160,13 @@ class TCA(Encoder):
 def batch_norm(norm, x):
     """`norm(x)` of x (S, C), whose rows are all real: padding enters no statistics."""
     if norm.training and len(x) < 2:
-        raise InputError("this encoder's batch norm cannot train on one video a step; raise --batch_sz, or choose tca")
+        raise InputError(
+            "this encoder's batch norm cannot train on one video a step; raise --batch_sz, or choose tca"
+        )
     return norm(x)
 
 
-def over_real(function, x, real):
+def apply_to_valid_frames(function, x, real):
     """`function` of the real frames (S, C) alone, put back where they stood: (N, T, C'), zero at padding."""
     values = function(x[real])
     out = values.new_zeros(*real.shape, values.shape[1])
@@ -166,11 +185,26 @@ class VLAD(Encoder):
 
     flags = {name: name for name in ("num_clusters", "output_dim", "normalize_input", "dropout")}
 
-    def __init__(self, width, feature_size, num_clusters, output_dim, normalize_input, dropout, gating_reduction):
+    def __init__(
+        self,
+        width,
+        feature_size,
+        num_clusters,
+        output_dim,
+        normalize_input,
+        dropout,
+        gating_reduction,
+    ):
         super().__init__()
         if output_dim < gating_reduction:
-            raise InputError(f"--output_dim {output_dim} is too small to gate; choose {gating_reduction} or more")
-        self.feature_size, self.num_clusters, self.output_dim = feature_size, num_clusters, output_dim
+            raise InputError(
+                f"--output_dim {output_dim} is too small to gate; choose {gating_reduction} or more"
+            )
+        self.feature_size, self.num_clusters, self.output_dim = (
+            feature_size,
+            num_clusters,
+            output_dim,
+        )
         self.normalize_input = normalize_input
         self.centroids = nn.Parameter(torch.rand(num_clusters, width))
         self.bn2 = nn.BatchNorm1d(num_clusters * width)
@@ -187,7 +221,9 @@ class VLAD(Encoder):
 
     def forward(self, x, num_frames):
         """One L2-normalised descriptor a video (N, output_dim)."""
-        vlad = F.normalize(self.residuals(*self._trim(x, num_frames)), dim=2).flatten(1)  # (N, K*D')
+        vlad = F.normalize(self.residuals(*self._trim(x, num_frames)), dim=2).flatten(
+            1
+        )  # (N, K*D')
         out = batch_norm(self.bn3, self.fc1(self.drop(batch_norm(self.bn2, vlad))))
         gates = torch.sigmoid(self.fc3(F.relu(batch_norm(self.bn4, self.fc2(out)))))
         return F.normalize(out * gates, dim=1)
@@ -204,7 +240,15 @@ class NetVLAD(VLAD):
         self, feature_size=1024, num_clusters=256, output_dim=1024, normalize_input=False, dropout=0.5, alpha=1.0,
         gating_reduction=8,
     ):  # fmt: skip
-        super().__init__(feature_size, feature_size, num_clusters, output_dim, normalize_input, dropout, gating_reduction)
+        super().__init__(
+            feature_size,
+            feature_size,
+            num_clusters,
+            output_dim,
+            normalize_input,
+            dropout,
+            gating_reduction,
+        )
         self.bn1 = nn.BatchNorm1d(feature_size)
         self.conv = nn.Conv1d(feature_size, num_clusters, 1)
         with torch.no_grad():
@@ -213,10 +257,13 @@ class NetVLAD(VLAD):
             self.conv.bias.copy_(-alpha * self.centroids.norm(dim=1))
 
     def residuals(self, x, real):
-        x = over_real(lambda frames: batch_norm(self.bn1, frames), x, real)
+        x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, real)
         if self.normalize_input:
             x = F.normalize(x, dim=2)
-        assigned = F.softmax(F.linear(x, self.conv.weight[..., 0], self.conv.bias), dim=2) * real[..., None]  # (N, T, K)
+        assigned = (
+            F.softmax(F.linear(x, self.conv.weight[..., 0], self.conv.bias), dim=2)
+            * real[..., None]
+        )  # (N, T, K)
         return assigned.mT @ x - self.centroids * assigned.sum(1)[..., None]  # (N, K, C)
 
 
@@ -234,8 +281,18 @@ class NeXtVLAD(VLAD):
     ):  # fmt: skip
         wide = feature_size * expansion
         if wide % groups:
-            raise InputError(f"{feature_size} channels, widened to {wide}, cannot be split into {groups} groups; choose tca")
-        super().__init__(wide // groups, feature_size, num_clusters, output_dim, normalize_input, dropout, gating_reduction)
+            raise InputError(
+                f"{feature_size} channels, widened to {wide}, cannot be split into {groups} groups; choose tca"
+            )
+        super().__init__(
+            wide // groups,
+            feature_size,
+            num_clusters,
+            output_dim,
+            normalize_input,
+            dropout,
+            gating_reduction,
+        )
         self.groups = groups
         self.conv1 = nn.Conv1d(feature_size, wide, 1)
         self.conv2 = nn.Conv1d(wide, groups, 1)
@@ -246,9 +303,13 @@ class NeXtVLAD(VLAD):
         if self.normalize_input:
             x = F.normalize(x, dim=2)
         x = F.linear(x, self.conv1.weight[..., 0], self.conv1.bias)  # (N, T, wide)
-        attention = torch.sigmoid(F.linear(x, self.conv2.weight[..., 0], self.conv2.bias)) * real[..., None]  # (N, T, G)
-        activation = over_real(
-            lambda frames: batch_norm(self.bn1, F.linear(frames, self.conv3.weight[..., 0])), x, real
+        attention = (
+            torch.sigmoid(F.linear(x, self.conv2.weight[..., 0], self.conv2.bias)) * real[..., None]
+        )  # (N, T, G)
+        activation = apply_to_valid_frames(
+            lambda frames: batch_norm(self.bn1, F.linear(frames, self.conv3.weight[..., 0])),
+            x,
+            real,
         ).unflatten(2, (self.num_clusters, self.groups))  # (N, T, K, G)
         assigned = F.softmax(activation, dim=2) * attention[:, :, None]  # (N, T, K, G)
         assigned = assigned.transpose(2, 3).flatten(1, 2)  # (N, T*G, K)
@@ -273,7 +334,8 @@ class Recurrent(Encoder):
         between = dropout if nlayers > 1 else 0.0
         # Registered under its own name, LSTM or GRU, as in the released code.
         self.add_module(
-            self.network.__name__, self.network(feature_size, output_dim, nlayers, batch_first=True, dropout=between)
+            self.network.__name__,
+            self.network(feature_size, output_dim, nlayers, batch_first=True, dropout=between),
         )
 
     @property
@@ -281,8 +343,10 @@ class Recurrent(Encoder):
         return self.output_dim
 
     def frames(self, x, real):
-        x = over_real(lambda frames: batch_norm(self.bn1, frames), x, real)
-        packed = nn.utils.rnn.pack_padded_sequence(x, real.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, real)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, real.sum(1).cpu(), batch_first=True, enforce_sorted=False
+        )
         out, _ = getattr(self, self.network.__name__)(packed)
         return nn.utils.rnn.pad_packed_sequence(out, batch_first=True)[0]  # (N, T, D)
 
@@ -299,12 +363,19 @@ class GRU(Recurrent):
     network = nn.GRU
 
 
-ENCODERS = {"tca": TCA, "netvlad": NetVLAD, "nextvlad": NeXtVLAD, "lstm": LSTM, "gru": GRU, "mean": Mean}
+ENCODERS = {
+    "tca": TCA,
+    "netvlad": NetVLAD,
+    "nextvlad": NeXtVLAD,
+    "lstm": LSTM,
+    "gru": GRU,
+    "mean": Mean,
+}
 
 
 def model_file(path):
     """The file that a model path names: model.pth of a run's folder, or the file itself."""
-    path = existing(path, "model path")
+    path = require_path(path, "model path")
     return path / "model.pth" if path.is_dir() else path
 
 
@@ -327,15 +398,23 @@ def build_encoder(state, source, nhead=8):
     `nhead` does. Raises InputError when the file is of another kind or its weights do not fit.
     """
     if not isinstance(state, dict) or not state:
-        raise InputError(f"{source} holds no model; pass a run's folder, its model.pth, or a saved state dict")
+        raise InputError(
+            f"{source} holds no model; pass a run's folder, its model.pth, or a saved state dict"
+        )
     if isinstance(state.get("encoder"), str) and state["encoder"] in ENCODERS:
         try:
             encoder = ENCODERS[state["encoder"]](**state["arguments"])
-            weights = state["state_dict"] if "state_dict" in state else _query_encoder(state["moco"])
+            weights = (
+                state["state_dict"] if "state_dict" in state else _query_encoder(state["moco"])
+            )
         except (KeyError, TypeError) as error:
-            raise InputError(f"{source} lacks what rebuilds its encoder: {error!r}; save it again") from None
+            raise InputError(
+                f"{source} lacks what rebuilds its encoder: {error!r}; save it again"
+            ) from None
     else:
-        weights = _query_encoder({str(key).removeprefix("module."): value for key, value in state.items()})
+        weights = _query_encoder(
+            {str(key).removeprefix("module."): value for key, value in state.items()}
+        )
         encoder = _tca_of(weights, source, nhead)
     try:
         encoder.load_state_dict(weights)
@@ -348,7 +427,9 @@ def build_encoder(state, source, nhead=8):
 def _query_encoder(state):
     """The weights of `encoder_q` where a MoCo state dict is given; any other state dict as it is."""
     prefix = "encoder_q."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    } or state
 
 
 def _tca_of(weights, source, nhead):
@@ -359,8 +440,12 @@ def _tca_of(weights, source, nhead):
         dim_feedforward = weights[f"{prefix}0.linear1.weight"].shape[0]
     except (KeyError, AttributeError, IndexError):
         some = ", ".join(map(str, list(weights)[:3]))
-        raise InputError(f"{source} is no TCA model (its first keys: {some}); pass the encoder's state dict") from None
-    nlayers = len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
+        raise InputError(
+            f"{source} is no TCA model (its first keys: {some}); pass the encoder's state dict"
+        ) from None
+    nlayers = len(
+        {key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)}
+    )
     return TCA(feature_size, nhead, nlayers, dim_feedforward)
 
 
@@ -369,14 +454,16 @@ class MoCo(nn.Module):
 
     q = encoder_q(anchor); keys p = encoder_k(positive), n = encoder_k(negative), without gradient;
     logits = [q.p, q.queue] / T; afterwards the n of all processes enter the queue, a ring that keeps the newest K.
-    `K=0` keeps no bank: the negatives of the step itself take its place. `gather` joins tensors (n, ...) over processes.
+    `K=0` keeps no bank: the negatives of the step itself take its place. `gather` joins tensors (n, ...) over dist.
     `amp`: the type that the encoders run in under autocast (torch.bfloat16); similarities are float32 all the same.
 
     Buffers: `queue (D, K)`, `queue_ids (K,)` (the negatives' numbers, -1 for the random start), `queue_age (K,)` (steps since
     an entry came), `queue_ptr (1,)`.
     """
 
-    def __init__(self, encoder, dim=1024, K=4096, m=0.0, T=1.0, gather=lambda tensor: tensor, amp=None):
+    def __init__(
+        self, encoder, dim=1024, K=4096, m=0.0, T=1.0, gather=lambda tensor: tensor, amp=None
+    ):
         super().__init__()
         self.K, self.m, self.T, self.gather, self.amp = K, m, T, gather, amp
         self.encoder_q = encoder
@@ -428,7 +515,9 @@ class MoCo(nn.Module):
             if negative_ids is None:
                 negative_ids = torch.full((len(negatives[1]),), -1, device=n.device)
             ids = self.gather(negative_ids)
-        bank, bank_ids = (self.queue.clone(), self.queue_ids.clone()) if self.K else (n.T, ids)  # (D, K), (K,)
+        bank, bank_ids = (
+            (self.queue.clone(), self.queue_ids.clone()) if self.K else (n.T, ids)
+        )  # (D, K), (K,)
         positive = (q * p).sum(1, keepdim=True)  # (N, 1)
         negative = q @ bank.to(q.dtype)  # (N, K)
         if shares is not None:
@@ -439,7 +528,7 @@ class MoCo(nn.Module):
         return logits, torch.zeros(len(q), dtype=torch.long, device=q.device)
 
 
-def length_batches(lengths, frames=8192, slack=1.25):
+def bucket_by_length(lengths, frames=8192, slack=1.25):
     """Split videos into batches of like length: lists of indices, longest first.
 
     A batch holds at most `frames` frames with its padding (or one video), and its longest video is at most `slack` times its
@@ -457,75 +546,41 @@ def length_batches(lengths, frames=8192, slack=1.25):
 
 
 def encode_by_length(encoder, x, num_frames):
-    """`encoder(x, num_frames)` (N, D), computed in `length_batches`, so that little is padded; with gradient where wanted.
+    """`encoder(x, num_frames)` (N, D), computed in `bucket_by_length`, so that little is padded; with gradient where wanted.
 
     x: padded (N, T, C), or packed (sum T, C), the videos' frames end to end in any floating type. An encoder that takes
     statistics of its batch (BatchNorm in training) gets the whole batch at once: parts of it would have others.
     """
     starts = (num_frames.cumsum(0) - num_frames).tolist()
     lengths = num_frames.tolist()
-    whole = encoder.training and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
-    batches = [list(range(len(lengths)))] if whole else list(length_batches(lengths))
+    whole = encoder.training and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()
+    )
+    batches = [list(range(len(lengths)))] if whole else list(bucket_by_length(lengths))
     parts = []
     for batch in batches:
-        videos = x[batch] if x.ndim == 3 else [x[starts[i] : starts[i] + lengths[i]].float() for i in batch]
-        padded = videos if x.ndim == 3 else nn.utils.rnn.pad_sequence(videos, batch_first=True)  # (n, T, C)
+        videos = (
+            x[batch]
+            if x.ndim == 3
+            else [x[starts[i] : starts[i] + lengths[i]].float() for i in batch]
+        )
+        padded = (
+            videos if x.ndim == 3 else nn.utils.rnn.pad_sequence(videos, batch_first=True)
+        )  # (n, T, C)
         parts.append(encoder(padded, num_frames[batch]))
     back = torch.tensor([i for batch in batches for i in batch], device=x.device).argsort()
     return torch.cat(parts)[back]
 
 
-class VideoComparator(nn.Module):
-    """ViSiL's video comparator (Kordopatis-Zilos et al., ICCV 2019, section 3.4): learns which patterns of a frame similarity
-    matrix show a copy. Parameters are named as in the ViSiL and TCA releases, so their checkpoints load.
-    """
-
-    CELL_BYTES = 480  # what the first layers' maps take a cell of the matrix
-
-    def __init__(self, tile_bytes=64 << 20):
-        super().__init__()
-        self.tile_bytes = tile_bytes
-        self.conv1 = nn.Conv2d(1, 32, 3)
-        self.conv2 = nn.Conv2d(32, 64, 3)
-        self.conv3 = nn.Conv2d(64, 128, 3)
-        self.fconv = nn.Conv2d(128, 1, 1)
-
-    def forward(self, matrix):
-        """matrix (Tq, Tt) of frame similarities -> (Tq // 4, Tt // 4), at least (1, 1), not yet clamped to -1..1.
-
-        Videos of fewer than 4 frames are lengthened by their last. Without gradient a long query is worked on in tiles of its
-        frames that take about `tile_bytes` (or 16 frames); the tiles overlap, which makes the result the same.
-        """
-        Tq, Tt = matrix.shape
-        x = F.pad(matrix[None], (0, max(4 - Tt, 0), 0, max(4 - Tq, 0)), mode="replicate")  # (1, Tq, Tt)
-        frames = max(self.tile_bytes // (self.CELL_BYTES * x.shape[2]) // 4 * 4 - 16, 16)
-        if torch.is_grad_enabled() or x.shape[1] <= frames + 16:
-            return self._layers(x)[0]
-        # A tile's cut edge reaches 2 rows of its result: it takes 8 frames more on that side, and its result loses 2 rows.
-        parts = []
-        for start in range(0, x.shape[1] // 4 * 4, frames):
-            above = min(start, 8)
-            part = self._layers(x[:, start - above : start + frames + 8])[0, above // 4 :]
-            parts.append(part[: frames // 4])
-        return torch.cat(parts)
-
-    def _layers(self, x):
-        """One channel (1, Tq, Tt) -> (1, Tq // 4, Tt // 4)."""
-        for conv in (self.conv1, self.conv2):
-            x = F.max_pool2d(F.relu(conv(F.pad(x, (1, 1, 1, 1), mode="replicate"))), 2)
-        return self.fconv(F.relu(self.conv3(F.pad(x, (1, 1, 1, 1), mode="replicate"))))
+def pad(videos):
+    """A list of (T, C) arrays -> x (N, longest T, C) float32, num_frames (N,) int64."""
+    num_frames = torch.tensor([len(video) for video in videos])
+    x = np.zeros((len(videos), int(num_frames.max()), videos[0].shape[1]), np.float32)
+    for row, video in zip(x, videos, strict=True):
+        row[: len(video)] = video
+    return torch.from_numpy(x), num_frames
 
 
-def load_comparator(path):
-    """The VideoComparator of a saved state dict, in eval mode, whether it lies there alone or under a prefix beside others
-    (`video_comperator.` in ViSiL's). Raises InputError when there is none or its tensors do not fit.
-    """
-    state, comparator = load_torch(path, "comparator file"), VideoComparator()
-    state = state if isinstance(state, dict) else {}
-    prefix = next((key.removesuffix("fconv.weight") for key in map(str, state) if key.endswith("fconv.weight")), "")
-    fits = {key: getattr(state.get(prefix + key), "shape", None) == own.shape for key, own in comparator.state_dict().items()}
-    if not all(fits.values()):
-        wrong = ", ".join(prefix + key for key, fit in fits.items() if not fit)
-        raise InputError(f"comparator file {str(path)!r} lacks, or has in another shape: {wrong}; is it a video comparator's?")
-    comparator.load_state_dict({key: state[prefix + key] for key in fits})
-    return comparator.eval()
+def pack(videos):
+    """A list of (T, C) arrays -> x (sum T, C) in their type, end to end without padding; num_frames (N,) int64."""
+    return torch.from_numpy(np.concatenate(videos)), torch.tensor([len(video) for video in videos])

@@ -26,20 +26,34 @@ from pathlib import Path
 from tqdm import tqdm
 
 import evaluation
-import options
-import plot_log
-from data import FeatureStore
-from descriptors import Describer
-from evaluation_sets import ANNOTATION_DIR, EVALUATION_SETS, evaluation_set, missing_note
-from model import ENCODERS, load_comparator
-from streaming import Comparison
+import train
+import training_log
+from datasets.evaluation_set import missing_note, videos_with_features
+from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
+from distributed import Distributed, run_main
+from features.store import FeatureStore
+from model import ENCODERS
+from retrieval.comparator import load_comparator
+from retrieval.compare import Comparison
+from retrieval.encode import VideoEncoder
+from retrieval.report import cell
 from train import Trainer
-from utils import InputError, Parser, Processes, atomic, check_ranges, existing, provenance, run, write_json
+from utils import (
+    InputError,
+    Parser,
+    atomic,
+    check_ranges,
+    provenance,
+    require_path,
+    write_json,
+)
 
 HERE = Path(__file__).resolve().parent
 TABLES = HERE / "datasets" / "paper_tables.toml"
 SPEED = "ms_per_query"  # comparing, descriptors at hand
-DAGGER = "† unverified transcription: believed to stand in the paper, not seen in a stored copy of it."
+DAGGER = (
+    "† unverified transcription: believed to stand in the paper, not seen in a stored copy of it."
+)
 
 
 @dataclass
@@ -68,7 +82,7 @@ class Row:
 def load(path=TABLES):
     """The data file: `tables` {name: table} and `settings` {paper, demo}."""
     try:
-        return tomllib.loads(existing(path, "tables file").read_text(encoding="utf-8"))
+        return tomllib.loads(require_path(path, "tables file").read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"tables file {str(path)!r}: {error}") from None
 
@@ -87,7 +101,11 @@ def _row(tables, table, name, entry, setting, args):
     )  # fmt: skip
     if "evaluate" not in entry:
         return row
-    other = [f"here with {entry[key]}" for key in (f"{setting}_train", f"{setting}_evaluate") if key in entry]
+    other = [
+        f"here with {entry[key]}"
+        for key in (f"{setting}_train", f"{setting}_evaluate")
+        if key in entry
+    ]
     row.note = "; ".join([*filter(None, [row.note]), *other])
     kind, chosen = entry.get("features", "l3_imac"), args.set or table["set"]
     width = tables["settings"][setting]["widths"][kind]
@@ -114,8 +132,13 @@ def _training(tables, row, entry, kind, width, setting, args):
     own = _flags(entry, "train", setting)
     annotation = Path(args.annotation_dir) / tables["settings"][setting]["annotation"]
     features = args.data / kind / "train.hdf5"
-    row.needs += [(annotation, "the training pairs", None), (features, f"{kind} features of the training videos", width)]
-    row.runs = [args.output / "runs" / _slug(f"{kind} {own}") / f"seed{seed}" for seed in range(args.seeds)]
+    row.needs += [
+        (annotation, "the training pairs", None),
+        (features, f"{kind} features of the training videos", width),
+    ]
+    row.runs = [
+        args.output / "runs" / _slug(f"{kind} {own}") / f"seed{seed}" for seed in range(args.seeds)
+    ]
     for seed, folder in enumerate(row.runs):
         command = ["train.py", "--annotation_path", annotation, "--feature_path", features, "--model_path", folder,
                    "--seed", seed, "--device", args.device]  # fmt: skip
@@ -147,7 +170,11 @@ def check(rows):
         for path, what, width in row.needs:
             if problem := _problem(path, what, width):
                 problems.setdefault(problem, []).append(row.name)
-                row.status = f"{row.status}; {problem}" if row.status.startswith("not run") else f"not run: {problem}"
+                row.status = (
+                    f"{row.status}; {problem}"
+                    if row.status.startswith("not run")
+                    else f"not run: {problem}"
+                )
     return problems
 
 
@@ -166,18 +193,28 @@ def _problem(path, what, width):
 
 def execute(rows, jobs=1):
     """Train and evaluate the rows that can run, `jobs` commands at a time; each Row's status and figures are filled in."""
-    todo = [row for row in rows if row.evaluate and not row.status.startswith("not run") and not _kept(row)]
-    trainings = {tuple(command): None for row in todo for command in row.train}  # rows of equal flags train once
+    todo = [
+        row
+        for row in rows
+        if row.evaluate and not row.status.startswith("not run") and not _kept(row)
+    ]
+    trainings = {
+        tuple(command): None for row in todo for command in row.train
+    }  # rows of equal flags train once
     with ThreadPoolExecutor(jobs) as pool:
         with tqdm(total=len(trainings), desc="train", unit="run") as bar:
-            for command, error in zip(trainings, pool.map(lambda command: _call(command, bar), trainings), strict=True):
+            for command, error in zip(
+                trainings, pool.map(lambda command: _call(command, bar), trainings), strict=True
+            ):
                 trainings[command] = error
         for row in todo:
             errors = list(filter(None, (trainings[tuple(command)] for command in row.train)))
             row.status = f"failed: {errors[0]}" if errors else ""
         todo = [row for row in todo if not row.status]
         with tqdm(total=len(todo), desc="evaluate", unit="row") as bar:
-            for row, error in zip(todo, pool.map(lambda row: _call(row.evaluate, bar), todo), strict=True):
+            for row, error in zip(
+                todo, pool.map(lambda row: _call(row.evaluate, bar), todo), strict=True
+            ):
                 row.status = f"failed: {error}" if error else ""
                 if not error:
                     _kept(row)
@@ -192,7 +229,11 @@ def _kept(row):
     newest = max(Path(path).stat().st_mtime for path, _, _ in row.needs)
     if found.get("command") != " ".join(row.evaluate) or newest > row.results.stat().st_mtime:
         return False
-    row.status, row.measured, row.missing = "finished", _figures(found), missing_note(found["coverage"])
+    row.status, row.measured, row.missing = (
+        "finished",
+        _figures(found),
+        missing_note(found["coverage"]),
+    )
     row.revision = found["revision"]
     return True
 
@@ -202,12 +243,17 @@ def _figures(found):
     row = list(found["figures"])[-1]
     queries = found["coverage"]["queries"]
     milliseconds = [1000 * spent / queries for spent in found["compare_seconds"][row]]
-    return [figures | {SPEED: spent} for figures, spent in zip(found["figures"][row], milliseconds, strict=True)]
+    return [
+        figures | {SPEED: spent}
+        for figures, spent in zip(found["figures"][row], milliseconds, strict=True)
+    ]
 
 
 def _call(command, bar):
     """Run a script of ours; its error line, or None. Its own bars are kept out of ours."""
-    done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True
+    )
     bar.update()
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -220,7 +266,11 @@ def _call(command, bar):
 
 def estimate(rows):
     """{what: seconds} of each training (all seeds) and each row's evaluation, from a few measured steps on --device."""
-    able = [row for row in rows if row.evaluate and not row.status.startswith("not run") and not _kept(row)]
+    able = [
+        row
+        for row in rows
+        if row.evaluate and not row.status.startswith("not run") and not _kept(row)
+    ]
     found = {}
     for row in able:
         if row.train and (training := f"train {row.runs[0].parent.name}") not in found:
@@ -230,8 +280,8 @@ def estimate(rows):
 
 
 def _training_seconds(command, steps=3):
-    given = options.parse("", command[1:])
-    options.settle(given, Processes())
+    given = train.parse("", command[1:])
+    train.settle(given, Distributed())
     trainer = Trainer(given)
     batches = iter(trainer.batches())
     trainer.train_step(next(batches))  # the first is slower
@@ -247,19 +297,28 @@ def _evaluation_seconds(command, videos=200, asked=3):
     """By an encoder without training: of one model, describing and comparing `asked` queries and `videos` videos, scaled up."""
     given = evaluation.parse(command[1:])
     store = FeatureStore(given.feature_path)
-    queries, database = evaluation.with_features(evaluation_set(given.dataset, given.annotation_dir, store), store)
+    queries, database = videos_with_features(
+        load_evaluation_set(given.dataset, given.annotation_dir, store), store
+    )
     kind = given.encoder or "tca"
     encoder = ENCODERS[kind](**ENCODERS[kind].arguments(store.channels, given))
-    describer = Describer(encoder, store, given.padding_size, given.device)
+    video_encoder = VideoEncoder(encoder, store, given.padding_size, given.device)
     few, some = queries[:asked], database[:: max(len(database) // videos, 1)]
     began = time.perf_counter()
     weights = given.comparator and load_comparator(given.comparator)
-    comparison = Comparison(describer, few, some, given.metric or given.baseline, comparator=weights)
+    comparison = Comparison(
+        video_encoder, few, some, given.metric or given.baseline, comparator=weights
+    )
     comparison.tables(given.metric or given.baseline)
     described = time.perf_counter() - began - comparison.seconds
-    compared = min(given.rerank[0], len(database)) if len(given.rerank) == 1 else len(database)  # with each query
+    compared = (
+        min(given.rerank[0], len(database)) if len(given.rerank) == 1 else len(database)
+    )  # with each query
     share = len(few) * len(some) / len(queries) / compared
-    return described * (len(queries) + len(database)) / (len(few) + len(some)) + comparison.seconds / share
+    return (
+        described * (len(queries) + len(database)) / (len(few) + len(some))
+        + comparison.seconds / share
+    )
 
 
 # --- the tables --------------------------------------------------------------------------------------------------------------
@@ -269,15 +328,27 @@ def markdown(title, published_on, measured_on, rows, column=None):
     """The table as Markdown: published figures in one cell, measured ones (mean ± sample standard deviation) in another."""
     published = list(dict.fromkeys(key for row in rows for key in row.published))
     measured = (
-        [column] if column else list(dict.fromkeys(key for row in rows for one in row.measured for key in one if key != SPEED))
+        [column]
+        if column
+        else list(
+            dict.fromkeys(
+                key for row in rows for one in row.measured for key in one if key != SPEED
+            )
+        )
     )
     lines = [f"### {title}", "", f"| | published, {published_on}: {' / '.join(published) or 'none'} |"
              f" measured, {measured_on}: {' / '.join(measured) or 'none'} | |", "|---|---|---|---|"]  # fmt: skip
     notes = []
     for row in rows:
         dagger = "†" if row.unverified else ""
-        old = " / ".join(f"{row.published[key]:.3f}".lstrip("0") for key in published if key in row.published)
-        new = " / ".join(evaluation.cell([one[key] for one in row.measured]) for key in measured) if row.measured else ""
+        old = " / ".join(
+            f"{row.published[key]:.3f}".lstrip("0") for key in published if key in row.published
+        )
+        new = (
+            " / ".join(cell([one[key] for one in row.measured]) for key in measured)
+            if row.measured
+            else ""
+        )
         if row.note:
             notes.append(row.note)
         mark = f" [{len(notes)}]" if row.note else ""
@@ -297,12 +368,15 @@ def write(name, table, rows, args):
     revisions = ", ".join(sorted({row.revision for row in rows if row.revision})) or "none"
     text += f"\n{args.seeds} seeds; measured at revision {revisions}; {facts['machine']}.\n\n"
     text += "".join(
-        f"    python {shlex.join(command)}\n" for row in rows for command in [*row.train[:1], row.evaluate] if command
+        f"    python {shlex.join(command)}\n"
+        for row in rows
+        for command in [*row.train[:1], row.evaluate]
+        if command
     )
     if logs := _logs(rows):
         text += f"\n![curves]({name}.png)\n"
         with atomic(args.output / f"{name}.png") as temporary:
-            plot_log.draw(logs).savefig(temporary, dpi=100)
+            training_log.draw_curves(logs).savefig(temporary, dpi=100)
     with atomic(args.output / f"{name}.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(
@@ -319,8 +393,10 @@ def _logs(rows):
     found = {}
     for row in rows:
         if row.runs and row.measured:
-            with contextlib.suppress(InputError):  # a run of fewer steps than its log is written for
-                found[row.name] = plot_log.series(plot_log.read_log(row.runs[0]))
+            with contextlib.suppress(
+                InputError
+            ):  # a run of fewer steps than its log is written for
+                found[row.name] = training_log.series(training_log.read_log(row.runs[0]))
     return found
 
 
@@ -339,23 +415,71 @@ def _as_json(row):
 def parse(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--table", nargs="+", default=["all"], metavar="TABLE", help="one or more of the tables file's, or all (default all)")
-    add("--tables", default=TABLES, help="file of rows, flags and published figures (default datasets/paper_tables.toml)")
-    add("--data", type=Path, required=True, help="folder of the features, a folder for each kind in it")
-    add("--set", choices=EVALUATION_SETS, help="evaluate on this set; FIVR-5K is a day on one GPU (default: each table's own)")
-    add("--seeds", type=int, default=3, help="runs of each training; the mean and spread are printed (default 3)")
-    add("--annotation_dir", default=ANNOTATION_DIR, help="folder of the annotation files (default %(default)s)")
-    add("--output", type=Path, default=Path("results/paper"), help="folder of runs, results and tables (default %(default)s)")
+    add(
+        "--table",
+        nargs="+",
+        default=["all"],
+        metavar="TABLE",
+        help="one or more of the tables file's, or all (default all)",
+    )
+    add(
+        "--tables",
+        default=TABLES,
+        help="file of rows, flags and published figures (default datasets/paper_tables.toml)",
+    )
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of the features, a folder for each kind in it",
+    )
+    add(
+        "--set",
+        choices=EVALUATION_SETS,
+        help="evaluate on this set; FIVR-5K is a day on one GPU (default: each table's own)",
+    )
+    add(
+        "--seeds",
+        type=int,
+        default=3,
+        help="runs of each training; the mean and spread are printed (default 3)",
+    )
+    add(
+        "--annotation_dir",
+        default=ANNOTATION_DIR,
+        help="folder of the annotation files (default %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/paper"),
+        help="folder of runs, results and tables (default %(default)s)",
+    )
     add("--device", default="cpu", help="for the commands' --device (default cpu)")
-    add("--jobs", type=int, default=1, help="commands at a time; with several, set OMP_NUM_THREADS (default 1)")
-    add("--estimate", action="store_true", help="measure a few steps of what is to be run, and say how long all will take")
-    add("--dry_run", action="store_true", help="print every command of every row, and what is missing; run nothing")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        help="commands at a time; with several, set OMP_NUM_THREADS (default 1)",
+    )
+    add(
+        "--estimate",
+        action="store_true",
+        help="measure a few steps of what is to be run, and say how long all will take",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print every command of every row, and what is missing; run nothing",
+    )
     args = parser.parse_args(argv)
     check_ranges(args, {"seeds": (1, 1000), "jobs": (1, 1000)})
     tables = load(args.tables)
     known = list(tables["tables"])
     if unknown := set(args.table) - {*known, "all"}:
-        raise InputError(f"table {', '.join(sorted(unknown))!r} is not known; choose from {', '.join(known)}, all")
+        raise InputError(
+            f"table {', '.join(sorted(unknown))!r} is not known; choose from {', '.join(known)}, all"
+        )
     args.table = known if "all" in args.table else args.table
     return args, tables
 
@@ -370,7 +494,13 @@ def main():
         for name, rows in plans.items():
             for row in rows:
                 print(f"# {name}: {row.name}" + ("" if row.evaluate else " (quoted)"))
-                print("".join(f"python {shlex.join(command)}\n" for command in [*row.train, row.evaluate] if command))
+                print(
+                    "".join(
+                        f"python {shlex.join(command)}\n"
+                        for command in [*row.train, row.evaluate]
+                        if command
+                    )
+                )
         return 0
     every = [row for rows in plans.values() for row in rows]
     if args.estimate:
@@ -386,4 +516,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

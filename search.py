@@ -22,11 +22,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 import utils
+from distributed import run_main
 from model import ENCODERS
-from search_index import METRIC, METRICS, SHORTLIST, Match, VideoIndex
-from search_model import DEFAULTS, WINDOW
-from search_report import clock, printable, span, write_duplicates, write_query
 from utils import InputError
+from videoindex.index import METRIC, METRICS, SHORTLIST, Match, VideoIndex
+from videoindex.pipeline import DEFAULTS, WINDOW
+from videoindex.report import clock, printable, span, write_duplicates, write_query
 
 __all__ = ["Match", "VideoIndex"]
 
@@ -35,7 +36,9 @@ __all__ = ["Match", "VideoIndex"]
 
 
 def run_index(args):
-    index = VideoIndex(args.index, args.index_type, args.device, args.workers, **model_options(args))
+    index = VideoIndex(
+        args.index, args.index_type, args.device, args.workers, **model_options(args)
+    )
     with tqdm(unit="video", disable=None) as bar:
 
         def done(path, reason):
@@ -54,11 +57,18 @@ def run_index(args):
 
 
 def run_query(args):
-    index = VideoIndex.load(args.index, index_type=args.index_type, device=args.device, **model_options(args))
+    index = VideoIndex.load(
+        args.index, index_type=args.index_type, device=args.device, **model_options(args)
+    )
     if args.threshold is None and "threshold" not in index.calibration:
-        print("note: this model is not calibrated; no --threshold is applied, judge the scores yourself", file=sys.stderr)
+        print(
+            "note: this model is not calibrated; no --threshold is applied, judge the scores yourself",
+            file=sys.stderr,
+        )
     found = {}
-    for described in tqdm(index.describe(args.clips), total=len(args.clips), unit="clip", disable=None, leave=False):
+    for described in tqdm(
+        index.describe(args.clips), total=len(args.clips), unit="clip", disable=None, leave=False
+    ):
         matches = []
         if not described.reason:
             matches = index.query(described, args.top, args.threshold, args.shortlist, args.metric)
@@ -110,7 +120,11 @@ def run_info(args):
         print(json.dumps(facts, indent=1))
     else:
         for name, value in facts.items():
-            value = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            value = (
+                ", ".join(f"{k} {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else value
+            )
             print(f"{name:12}{value}")
 
 
@@ -125,8 +139,12 @@ def run_verify(args):
             if (facts.st_size, facts.st_mtime_ns) != (size, mtime):
                 print(f"note: {printable(path)} has changed since; index it again")
         except OSError as error:
-            print(f"note: {printable(path)}: {error.strerror}; `index --prune` of its folder, or `remove`, forgets it")
-    print(f"{args.index}: {len(index)} videos, " + (f"{len(damage)} damaged" if damage else "sound"))
+            print(
+                f"note: {printable(path)}: {error.strerror}; `index --prune` of its folder, or `remove`, forgets it"
+            )
+    print(
+        f"{args.index}: {len(index)} videos, " + (f"{len(damage)} damaged" if damage else "sound")
+    )
     return 3 if damage else 0
 
 
@@ -147,7 +165,9 @@ def print_matches(described, matches):
     if not matches:
         print("  nothing found")
     for match in matches:
-        places = [f"{span(*place[:2])} = {span(*place[2:4])}" for place in match.stretches] or ["no single stretch"]
+        places = [f"{span(*place[:2])} = {span(*place[2:4])}" for place in match.stretches] or [
+            "no single stretch"
+        ]
         print(f"  {match.score:.3f}  {printable(match.path)} ({clock(match.seconds)})  {places[0]}")
         for place in places[1:]:
             print(f"{'':9}and {place}")
@@ -160,10 +180,17 @@ def print_groups(groups):
         print(f"group {i}: {len(group.paths)} videos")
         for number, paths in group.files.items():
             for path in paths:
-                print(f"  {printable(path)} ({clock(group.seconds[number])})" + (" same content" if len(paths) > 1 else ""))
+                print(
+                    f"  {printable(path)} ({clock(group.seconds[number])})"
+                    + (" same content" if len(paths) > 1 else "")
+                )
         for link in group.links:
-            a, b = (printable(os.path.basename(group.files[number][0])) for number in (link.a, link.b))
-            places = ", ".join(f"{span(*place[:2])} = {span(*place[2:4])}" for place in link.stretches)
+            a, b = (
+                printable(os.path.basename(group.files[number][0])) for number in (link.a, link.b)
+            )
+            places = ", ".join(
+                f"{span(*place[:2])} = {span(*place[2:4])}" for place in link.stretches
+            )
             print(f"    {link.score:.3f}  {a} ~ {b}  {places}")
     print(f"{len(groups)} groups, {sum(len(group.paths) for group in groups)} videos")
 
@@ -196,7 +223,10 @@ def query_json(described, matches):
 
 
 def group_json(group):
-    videos = [{"paths": paths, "seconds": round(group.seconds[number], 3)} for number, paths in group.files.items()]
+    videos = [
+        {"paths": paths, "seconds": round(group.seconds[number], 3)}
+        for number, paths in group.files.items()
+    ]
     links = [
         {
             "a": group.files[link.a][0],
@@ -222,33 +252,70 @@ def model_options(args):
 
 def add_model(command, making):
     """The options that choose a model; `making`: they decide, otherwise they must agree with the index."""
-    group = command.add_argument_group("the model", "default: the one in models/demo" if making else "default: the index's own")
+    group = command.add_argument_group(
+        "the model", "default: the one in models/demo" if making else "default: the index's own"
+    )
     add = group.add_argument
     add("--model_path", help="the encoder: a run's folder, its model.pth, or a released state dict")
     add("--encoder", choices=ENCODERS, help="`mean` needs no --model_path: the untrained features")
     add("--pca", help="the projection the encoder was trained with, a file of pca.py")
     add("--components", type=int, help="keep only the first so many components of --pca")
-    add("--backbone", help="efficientnet_lite0 (default), resnet50, or a torchvision classifier with --stages")
-    add("--weights", help="the backbone's state dict instead of the usual weights, or `random` for tests")
-    add("--stages", type=lambda names: names.split(","), help="modules of the backbone whose outputs to pool")
+    add(
+        "--backbone",
+        help="efficientnet_lite0 (default), resnet50, or a torchvision classifier with --stages",
+    )
+    add(
+        "--weights",
+        help="the backbone's state dict instead of the usual weights, or `random` for tests",
+    )
+    add(
+        "--stages",
+        type=lambda names: names.split(","),
+        help="modules of the backbone whose outputs to pool",
+    )
     add("--pooling", help="imac (default), l3_imac, ...: see extract_features.py")
-    add("--fps", help="frames a second (default 1, the paper's; 2 places stretches more finely, at twice the work and bytes)")
-    add("--window", type=int, help=f"frames encoded together, one video descriptor each (default {WINDOW})")
-    add("--nhead", type=int, help="attention heads of a bare state dict, which does not tell (default 8)")
+    add(
+        "--fps",
+        help="frames a second (default 1, the paper's; 2 places stretches more finely, at twice the work and bytes)",
+    )
+    add(
+        "--window",
+        type=int,
+        help=f"frames encoded together, one video descriptor each (default {WINDOW})",
+    )
+    add(
+        "--nhead",
+        type=int,
+        help="attention heads of a bare state dict, which does not tell (default 8)",
+    )
     add("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
 def add_answer(command):
     add = command.add_argument
-    add("--threshold", type=float, help="least score to show (default: the calibrated one, 99 %% precision on the demo)")
-    add("--metric", choices=METRICS, help=f"frame-level score (default: the calibrated one, else {METRIC})")
+    add(
+        "--threshold",
+        type=float,
+        help="least score to show (default: the calibrated one, 99 %% precision on the demo)",
+    )
+    add(
+        "--metric",
+        choices=METRICS,
+        help=f"frame-level score (default: the calibrated one, else {METRIC})",
+    )
     add("--json", action="store_true", help="print JSON instead of the table")
-    add("--report", metavar="FILE.html", help="also write a page to look at: thumbnails, timelines, similarity matrices")
+    add(
+        "--report",
+        metavar="FILE.html",
+        help="also write a page to look at: thumbnails, timelines, similarity matrices",
+    )
 
 
 def parse(argv=None):
     parser = utils.Parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="index | query | duplicates | info | verify | remove")
+    commands = parser.add_subparsers(
+        required=True, metavar="index | query | duplicates | info | verify | remove"
+    )
 
     def command(name, run, help):
         one = commands.add_parser(name, help=help, description=help)
@@ -261,21 +328,45 @@ def parse(argv=None):
 
     one = command("index", run_index, "add new files, replace changed ones, pass over the rest")
     one.add_argument("videos", nargs="+", help="files and folders")
-    one.add_argument("--prune", action="store_true", help="forget files in these folders that are no longer there")
-    one.add_argument("--workers", type=int, default=os.cpu_count(), help="decoder threads (default: the cores, %(default)s)")
+    one.add_argument(
+        "--prune",
+        action="store_true",
+        help="forget files in these folders that are no longer there",
+    )
+    one.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="decoder threads (default: the cores, %(default)s)",
+    )
     add_model(one, making=True)
     one = command("query", run_query, "which videos show a clip, and where")
     one.add_argument("clips", nargs="+", help="video files; they need not be in the index")
-    one.add_argument("--top", type=int, default=10, help="most videos to show for a clip (default %(default)s)")
-    one.add_argument("--shortlist", type=int, default=SHORTLIST, help="videos compared frame by frame (default %(default)s)")
+    one.add_argument(
+        "--top", type=int, default=10, help="most videos to show for a clip (default %(default)s)"
+    )
+    one.add_argument(
+        "--shortlist",
+        type=int,
+        default=SHORTLIST,
+        help="videos compared frame by frame (default %(default)s)",
+    )
     add_answer(one)
     add_model(one, making=False)
     one = command("duplicates", run_duplicates, "groups of videos that share material")
-    one.add_argument("--radius", type=float, help="least similarity of video descriptors to go on (default: calibrated)")
+    one.add_argument(
+        "--radius",
+        type=float,
+        help="least similarity of video descriptors to go on (default: calibrated)",
+    )
     add_answer(one)
     one = command("info", run_info, "what the index holds and what made it")
     one.add_argument("--json", action="store_true", help="print JSON")
-    command("verify", run_verify, "read everything and compare checksums; name files that are gone or have changed")
+    command(
+        "verify",
+        run_verify,
+        "read everything and compare checksums; name files that are gone or have changed",
+    )
     one = command("remove", run_remove, "forget files, or all files in a folder")
     one.add_argument("paths", nargs="+", help="files or folders; they need not exist any more")
     args = parser.parse_args(argv)
@@ -291,9 +382,9 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr.reconfigure(errors="backslashreplace")
     args = parse()
-    utils.keep_freed_memory()
+    utils.tune_malloc()
     return args.run(args)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

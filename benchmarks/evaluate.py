@@ -26,13 +26,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import FeatureStore, write_store
-from descriptors import Describer, crop
-from evaluation_sets import FIVR
+from datasets.fivr import FIVR
+from distributed import run_main
+from features.store import FeatureStore, write_store
 from model import TCA, Mean
-from similarity import similarity_tables, stack
-from streaming import MEMORY, tables
-from utils import Parser, check_ranges, provenance, run, write_json
+from retrieval.compare import MEMORY, tables
+from retrieval.encode import VideoEncoder, crop
+from retrieval.similarity import pack_descriptors, similarity_tables
+from utils import Parser, check_ranges, provenance, write_json
 
 C, PADDING, LONGEST = 1024, 300, 300
 TYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -62,7 +63,7 @@ class MadeUp:
     def __len__(self):
         return len(self.lengths)
 
-    def release(self):
+    def release_pages(self):
         pass
 
 
@@ -105,13 +106,22 @@ def plain_seconds(encoder, store, queries, database, sample):
     some = draw.choice(database, sample, replace=False)
     plain_encode(encoder, store[some[0]])
     encoding, described = timed(lambda: [plain_encode(encoder, store[video]) for video in some])
-    asked = [plain_encode(encoder, store[query])[0] for query in draw.choice(queries, 10, replace=False)]
+    asked = [
+        plain_encode(encoder, store[query])[0] for query in draw.choice(queries, 10, replace=False)
+    ]
     with torch.inference_mode():
-        pairing, _ = timed(lambda: [plain_pair(query, frames) for query in asked for frames, _ in described])
-        dotting, _ = timed(lambda: [float(described[0][1] @ video) for _ in asked for _, video in described])
+        pairing, _ = timed(
+            lambda: [plain_pair(query, frames) for query in asked for frames, _ in described]
+        )
+        dotting, _ = timed(
+            lambda: [float(described[0][1] @ video) for _ in asked for _, video in described]
+        )
     pairs, videos = len(queries) * len(database), len(queries) + len(database)
     encode = encoding / sample * videos
-    return {"TCA_c": encode + dotting / (10 * sample) * pairs, "TCA_f": encode + pairing / (10 * sample) * pairs}
+    return {
+        "TCA_c": encode + dotting / (10 * sample) * pairs,
+        "TCA_f": encode + pairing / (10 * sample) * pairs,
+    }
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -119,22 +129,33 @@ def plain_seconds(encoder, store, queries, database, sample):
 
 def efficiency(encoder, store, queries, database, amp, peak):
     """The shares of the machine's rate that encoding and the chamfer kernel reach, counting real frames only."""
-    describer = Describer(encoder, store, PADDING, amp=amp)
-    batches = list(describer.batches(database))[:: max(len(database) // 200, 1)]
-    describer(batches[0], ["video"])
-    seconds, _ = timed(lambda: [describer(batch, ["video"]) for batch in batches])
+    video_encoder = VideoEncoder(encoder, store, PADDING, amp=amp)
+    batches = list(video_encoder.batches(database))[:: max(len(database) // 200, 1)]
+    video_encoder(batches[0], ["video"])
+    seconds, _ = timed(lambda: [video_encoder(batch, ["video"]) for batch in batches])
     T = np.array([store.lengths[video] for batch in batches for video in batch], float)
     width = encoder.transformer_encoder.layers[0].linear1.out_features
     encode = (T * 2 * (4 * C * C + 2 * C * width) + 4 * T * T * C).sum() / seconds / peak
     dtype = amp or torch.float32
-    held = stack(
-        [F.normalize(torch.from_numpy(store[q].astype(np.float32)), dim=1).numpy() for q in queries], "chamfer", dtype=dtype
+    held = pack_descriptors(
+        [
+            F.normalize(torch.from_numpy(store[q].astype(np.float32)), dim=1).numpy()
+            for q in queries
+        ],
+        "chamfer",
+        dtype=dtype,
     )
-    targets = [F.normalize(torch.from_numpy(store[v].astype(np.float32)), dim=1).numpy() for v in database[:200]]
-    targets = stack(targets, "chamfer", dtype=dtype)
+    targets = [
+        F.normalize(torch.from_numpy(store[v].astype(np.float32)), dim=1).numpy()
+        for v in database[:200]
+    ]
+    targets = pack_descriptors(targets, "chamfer", dtype=dtype)
     similarity_tables(held, targets, ["chamfer"])
     seconds, _ = timed(similarity_tables, held, targets, ["chamfer"])
-    return {"encode": encode, "chamfer": 2 * C * len(held.data) * len(targets.data) / seconds / peak}
+    return {
+        "encode": encode,
+        "chamfer": 2 * C * len(held.data) * len(targets.data) / seconds / peak,
+    }
 
 
 def ratios(args):
@@ -147,12 +168,21 @@ def ratios(args):
         queries, database = list(store)[: args.queries], list(store)[args.queries :]
         peaks = {name: rate(amp or torch.float32) for name, amp in TYPES.items()}
         plain = plain_seconds(encoder, store, queries, database, min(args.sample, len(database)))
-        found = {"rate_gflops": {name: peak / 1e9 for name, peak in peaks.items()}, "plain_seconds": plain, "rows": []}
+        found = {
+            "rate_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
+            "plain_seconds": plain,
+            "rows": [],
+        }
         for name, amp in TYPES.items():
             shares = efficiency(encoder, store, queries, database, amp, peaks[name])
             for row, metric in ROWS.items():
-                seconds, _ = timed(tables, encoder, store, queries, database, [metric], PADDING, amp=amp)
-                found["rows"].append({"row": row, "type": name, "seconds": seconds, "ratio": plain[row] / seconds} | shares)
+                seconds, _ = timed(
+                    tables, encoder, store, queries, database, [metric], PADDING, amp=amp
+                )
+                found["rows"].append(
+                    {"row": row, "type": name, "seconds": seconds, "ratio": plain[row] / seconds}
+                    | shares
+                )
     found["frames"] = sum(made.lengths.values())
     print(f"{args.queries} queries x {args.videos} videos, {found['frames']} frames, {torch.get_num_threads()} threads;"
           f" plain way scaled from {min(args.sample, args.videos)} videos")  # fmt: skip
@@ -187,48 +217,104 @@ def fivr200k(args):
     draw = np.random.default_rng(0)
     store = MadeUp(lengths_of(args.videos, draw), draw)
     database = list(store)
-    queries, options = database[:: args.videos // args.queries][: args.queries], {"memory": args.memory}
+    queries, options = (
+        database[:: args.videos // args.queries][: args.queries],
+        {"memory": args.memory},
+    )
     others = np.array(database)
-    labels = {query: {label: draw.choice(others, 30).tolist() for label in ("ND", "DS", "CS", "IS")} for query in queries}
+    labels = {
+        query: {label: draw.choice(others, 30).tolist() for label in ("ND", "DS", "CS", "IS")}
+        for query in queries
+    }
     chosen = FIVR(queries, database, labels, "made up")
-    seconds, whole = timed(tables, Mean(C), store, queries, database, ["cosine"], PADDING, **options)
+    seconds, whole = timed(
+        tables, Mean(C), store, queries, database, ["cosine"], PADDING, **options
+    )
     scoring, _ = timed(chosen.evaluate_table, queries, database, whole["cosine"])
-    found = {"frames": sum(store.lengths.values()), "memory_bound_gib": args.memory, "scoring_seconds": scoring}
-    found["rows"] = [{"row": "mean, video level", "seconds": seconds, "videos": len(database), "peak_gib": peak_gib()}]
+    found = {
+        "frames": sum(store.lengths.values()),
+        "memory_bound_gib": args.memory,
+        "scoring_seconds": scoring,
+    }
+    found["rows"] = [
+        {
+            "row": "mean, video level",
+            "seconds": seconds,
+            "videos": len(database),
+            "peak_gib": peak_gib(),
+        }
+    ]
     for name in args.amp:
         for row, metric in ROWS.items():
             seconds, amount = within(
-                args.minutes, TCA(C).eval(), store, queries, database, metric, options | {"amp": TYPES[name]}
+                args.minutes,
+                TCA(C).eval(),
+                store,
+                queries,
+                database,
+                metric,
+                options | {"amp": TYPES[name]},
             )
-            line = {"row": f"{row}, {name}", "seconds": seconds, "videos": amount, "peak_gib": peak_gib()}
+            line = {
+                "row": f"{row}, {name}",
+                "seconds": seconds,
+                "videos": amount,
+                "peak_gib": peak_gib(),
+            }
             found["rows"].append(line)
     print(f"{len(queries)} queries x {len(database)} videos, {found['frames']} frames; --memory {args.memory:g};"
           f" scoring the table: {scoring:.1f} s")  # fmt: skip
     print("row                  measured videos  seconds of the whole  peak GiB so far")
     for line in found["rows"]:
         scaled = "" if line["videos"] == len(database) else " (scaled)"
-        print(f"{line['row']:20}  {line['videos']:14}  {line['seconds']:11.0f}{scaled:9}  {line['peak_gib']:15.2f}")
+        print(
+            f"{line['row']:20}  {line['videos']:14}  {line['seconds']:11.0f}{scaled:9}  {line['peak_gib']:15.2f}"
+        )
     return found
 
 
 def parse():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--fivr200k", action="store_true", help="the run at FIVR-200K's size in place of the ratios")
+    add(
+        "--fivr200k", action="store_true", help="the run at FIVR-200K's size in place of the ratios"
+    )
     add("--queries", type=int, help="(default 50; 100 with --fivr200k)")
     add("--videos", type=int, help="(default 1000; 225960 with --fivr200k)")
-    add("--sample", type=int, default=40, help="videos that the plain way is measured on (default 40)")
-    add("--minutes", type=float, default=10.0, help="time for each row of TCA at FIVR-200K's size (default 10)")
+    add(
+        "--sample",
+        type=int,
+        default=40,
+        help="videos that the plain way is measured on (default 40)",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="time for each row of TCA at FIVR-200K's size (default 10)",
+    )
     add("--memory", type=float, default=MEMORY, help="GiB (default %(default)s)")
     add(
-        "--amp", nargs="+", choices=TYPES, default=["float32"], help="types of TCA's rows at FIVR-200K's size (default float32)"
+        "--amp",
+        nargs="+",
+        choices=TYPES,
+        default=["float32"],
+        help="types of TCA's rows at FIVR-200K's size (default float32)",
     )
     add("--folder", help="where the features are written (default: the system's temporary folder)")
     add("--output", help="JSON file of the figures")
     args = parser.parse_args()
     args.queries = args.queries or (100 if args.fivr200k else 50)
     args.videos = args.videos or (225960 if args.fivr200k else 1000)
-    check_ranges(args, {"queries": (10, args.videos), "videos": (20, 10**7), "sample": (1, 10**6), "minutes": (0.01, 1e6)})
+    check_ranges(
+        args,
+        {
+            "queries": (10, args.videos),
+            "videos": (20, 10**7),
+            "sample": (1, 10**6),
+            "minutes": (0.01, 1e6),
+        },
+    )
     return args
 
 
@@ -238,9 +324,11 @@ def main():
     if args.output:
         write_json(
             args.output,
-            {"queries": args.queries, "videos": args.videos, "threads": torch.get_num_threads()} | found | provenance(),
+            {"queries": args.queries, "videos": args.videos, "threads": torch.get_num_threads()}
+            | found
+            | provenance(),
         )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -30,18 +30,17 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pre-processing")]
-import backbones  # noqa: E402
-import extract_features as ex  # noqa: E402
-import frames as fr  # noqa: E402
-
-import utils  # noqa: E402
-from data import StoreWriter  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import utils
+from distributed import default_device, init_distributed, run_main
+from features import backbones, extraction
+from features import decoding as fr
+from features.store import StoreWriter
 
 RATE = 25
 POOLING = {"resnet50": "l3_imac"}  # the paper's; imac for others
 TYPES = {"float32": None, "bfloat16": "bfloat16"}
-SETTINGS = ("workers", "batch_sz", "streams", "threads")  # of `extract_features.extract`
+SETTINGS = ("workers", "batch_sz", "streams", "threads")  # of `extraction.extract`
 
 
 def endless(film):
@@ -71,24 +70,39 @@ class Ways:
     """The ways to go from `files` to rows; each call returns the seconds it took."""
 
     def __init__(self, files, kept, features, options, folder):
-        self.files, self.kept, self.features, self.options, self.folder = files, kept, features, options, folder
+        self.files, self.kept, self.features, self.options, self.folder = (
+            files,
+            kept,
+            features,
+            options,
+            folder,
+        )
 
     def videos(self):
         return [fr.Video(str(i), path) for i, path in enumerate(self.files)]
 
     def alone(self):
-        batch = np.random.default_rng(0).integers(0, 256, (self.options.batch_sz, fr.CROP, fr.CROP, 3), np.uint8)
+        batch = np.random.default_rng(0).integers(
+            0, 256, (self.options.batch_sz, fr.CROP, fr.CROP, 3), np.uint8
+        )
         start = time.perf_counter()
         threads = self.options.threads
-        with ThreadPoolExecutor(self.options.streams, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            rows = sum(pool.map(lambda _: len(self.features(batch)), range(-(-self.kept // len(batch)))))
+        with ThreadPoolExecutor(
+            self.options.streams, initializer=torch.set_num_threads, initargs=(threads,)
+        ) as pool:
+            rows = sum(
+                pool.map(lambda _: len(self.features(batch)), range(-(-self.kept // len(batch))))
+            )
         return (time.perf_counter() - start) * self.kept / rows
 
     def extract(self):
-        settings, start = {name: getattr(self.options, name) for name in SETTINGS}, time.perf_counter()
+        settings, start = (
+            {name: getattr(self.options, name) for name in SETTINGS},
+            time.perf_counter(),
+        )
         with StoreWriter(self.folder / "f.hdf5") as writer:
-            for video in ex.extract(self.videos(), self.features, **settings):
-                ex.write(writer, video)
+            for video in extraction.extract(self.videos(), self.features, **settings):
+                extraction.write(writer, video)
                 if video.reason:
                     raise RuntimeError(f"{video.path}: {video.reason}")
         return time.perf_counter() - start
@@ -123,31 +137,54 @@ def parse(argv):
     parser = utils.Parser(__doc__)
     add = parser.add_argument
     add("--film", default=ROOT / "datasets/demo/film.mp4", help="default: the demo's")
-    add("--backbones", nargs="+", choices=backbones.BACKBONES, default=["efficientnet_lite0", "resnet50"])
+    add(
+        "--backbones",
+        nargs="+",
+        choices=backbones.BACKBONES,
+        default=["efficientnet_lite0", "resnet50"],
+    )
     add("--types", nargs="+", choices=TYPES, default=list(TYPES))
-    add("--size", type=lambda text: tuple(map(int, text.split("x"))), default=(640, 360), help="of the clips, default 640x360")
-    add("--clips", type=int, default=100, help="default 100; ten are made, and each is read so often")
+    add(
+        "--size",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        default=(640, 360),
+        help="of the clips, default 640x360",
+    )
+    add(
+        "--clips",
+        type=int,
+        default=100,
+        help="default 100; ten are made, and each is read so often",
+    )
     add("--seconds", type=int, default=5, help="of a clip, default 5")
     add("--rounds", type=int, default=2, help="default 2")
-    add("--device", default=utils.default_device())
+    add("--device", default=default_device())
     add("--workers", type=int, help="decoder processes; see extract_features.py")
     add("--batch_sz", type=int, help="see extract_features.py")
-    add("--backbone_cores", type=int, default=0, help="of a CPU; the others are left to decoding: is it hidden? (default: all)")
+    add(
+        "--backbone_cores",
+        type=int,
+        default=0,
+        help="of a CPU; the others are left to decoding: is it hidden? (default: all)",
+    )
     add("--output", help="also as JSON, into this file")
     args = parser.parse_args(argv)
-    utils.check_ranges(args, {"clips": (2, 10**6), "seconds": (1, 40), "rounds": (1, 100), "backbone_cores": (0, 10**4)})
+    utils.check_ranges(
+        args,
+        {"clips": (2, 10**6), "seconds": (1, 40), "rounds": (1, 100), "backbone_cores": (0, 10**4)},
+    )
     return args
 
 
 def compare(name, kind, files, args, folder):
     """{way: frames kept a second} of a backbone in a type, extraction's ratios to the two others, the seconds and settings."""
     options = argparse.Namespace(**vars(args), amp=TYPES[kind])
-    ex.use_machine(options, utils.start_processes())
+    extraction.resolve_resources(options, init_distributed())
     if args.backbone_cores:
-        at_once = ex.at_once(options.device, args.backbone_cores, options.amp)
+        at_once = extraction.default_parallelism(options.device, args.backbone_cores, options.amp)
         options.streams, options.threads = at_once["streams"], at_once["threads"]
-    backbone = backbones.build(name, "random", None, options.device, options.amp)
-    features = ex.feature_function(backbone, POOLING.get(name, "imac"), None, "float16")
+    backbone = backbones.build_backbone(name, "random", None, options.device, options.amp)
+    features = extraction.feature_function(backbone, POOLING.get(name, "imac"), None, "float16")
     features(np.zeros((options.batch_sz, fr.CROP, fr.CROP, 3), np.uint8))  # the first call prepares
     kept = len(files) * args.seconds
     ways = Ways(files, kept, features, options, folder)
@@ -164,9 +201,17 @@ def main(argv=None):
     args, rows = parse(argv), {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        clips = make_clips(folder / "clips", utils.existing(args.film, "film"), min(10, args.clips), args.seconds, args.size)
+        clips = make_clips(
+            folder / "clips",
+            utils.require_path(args.film, "film"),
+            min(10, args.clips),
+            args.seconds,
+            args.size,
+        )
         files = [clips[i % len(clips)] for i in range(args.clips)]
-        print(f"{'frames/s':28}{'alone':>12}{'extract':>12}{'two steps':>12}{'extract/alone':>18}{'extract/two steps':>20}")
+        print(
+            f"{'frames/s':28}{'alone':>12}{'extract':>12}{'two steps':>12}{'extract/alone':>18}{'extract/two steps':>20}"
+        )
         for name in args.backbones:
             for kind in args.types:
                 row = rows[f"{name} {kind}"] = compare(name, kind, files, args, folder)
@@ -175,13 +220,18 @@ def main(argv=None):
                 print(f"{name + ' ' + kind:28}{rates}{alone:18.2f}{two:20.2f}", flush=True)
         kept = statistics.median(decoder_rate(files) for _ in range(3))
     print(f"one decoder process: {kept:.0f} frames/s kept, of {kept * RATE:.0f} decoded")
-    print(f"so a device that takes 1000 frames/s wants {1000 / kept:.1f} decoders, each with a core of its own")
+    print(
+        f"so a device that takes 1000 frames/s wants {1000 / kept:.1f} decoders, each with a core of its own"
+    )
     if args.output:
         names = ("size", "clips", "seconds", "device", "backbone_cores")
         settings = {"rate": RATE, **{name: getattr(args, name) for name in names}}
         decoder = {"kept": kept, "decoded": kept * RATE}
-        utils.write_json(args.output, {**utils.provenance(), "settings": settings, "ways": rows, "decoder": decoder})
+        utils.write_json(
+            args.output,
+            {**utils.provenance(), "settings": settings, "ways": rows, "decoder": decoder},
+        )
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

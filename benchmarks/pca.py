@@ -17,10 +17,10 @@ import numpy as np
 from sklearn.decomposition import PCA, IncrementalPCA
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pre-processing")]
-import pca  # noqa: E402
-
-import utils  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import utils
+from distributed import run_main
+from features import pca
 
 
 def make(frames, channels):
@@ -32,8 +32,10 @@ def make(frames, channels):
 
 
 def ours(x, components):
-    store = {i: x[i : i + 100] for i in range(0, len(x), 100)}  # all that `fit` asks of a store: a mapping to rows
-    return pca.fit([store], components, frames_per_video=100)[:3]
+    store = {
+        i: x[i : i + 100] for i in range(0, len(x), 100)
+    }  # all that `fit` asks of a store: a mapping to rows
+    return pca.fit_pca([store], components, frames_per_video=100)[:3]
 
 
 def scikit_learn(model, x):
@@ -43,7 +45,9 @@ def scikit_learn(model, x):
 
 WAYS = {
     "pca.py": ours,
-    "PCA, covariance": lambda x, components: scikit_learn(PCA(components, svd_solver="covariance_eigh", copy=False), x),
+    "PCA, covariance": lambda x, components: scikit_learn(
+        PCA(components, svd_solver="covariance_eigh", copy=False), x
+    ),
     "IncrementalPCA": lambda x, components: scikit_learn(IncrementalPCA(components), x),
 }
 
@@ -56,7 +60,9 @@ def compare(found, exact, x):
     """How far a fit is from the exact one: the columns that the docstring tells of."""
     a, b = whitened(x, *found), whitened(x, *exact)
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    overlap = np.linalg.norm(found[1] @ exact[1].T) ** 2 / len(exact[1])  # the mean squared cosine of the principal angles
+    overlap = np.linalg.norm(found[1] @ exact[1].T) ** 2 / len(
+        exact[1]
+    )  # the mean squared cosine of the principal angles
     return {
         "subspace": float(overlap),
         "cosine": float(cosines.mean()),
@@ -80,11 +86,13 @@ def main(argv=None):
         start = time.perf_counter()
         found = way(x, args.components)
         rows[name] = {"seconds": time.perf_counter() - start, **compare(found, exact, x[:2000])}
-        print(f"{name:18}" + "".join(f"{what:>16} {value:9.3g}" for what, value in rows[name].items()))
+        print(
+            f"{name:18}" + "".join(f"{what:>16} {value:9.3g}" for what, value in rows[name].items())
+        )
     if args.output:
         sizes = {"frames": args.frames, "channels": args.channels, "components": args.components}
         utils.write_json(args.output, {**utils.provenance(), **sizes, "ways": rows})
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

@@ -24,11 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils  # noqa: E402
-from search_index import METRIC, unit  # noqa: E402
-from search_model import Described  # noqa: E402
-from search_store import Store, trained  # noqa: E402
-from similarity import similarity_table  # noqa: E402
+import utils
+from distributed import run_main
+from retrieval.similarity import similarity_table
+from videoindex.index import METRIC, unit
+from videoindex.nearest import trained
+from videoindex.pipeline import EncodedVideo
+from videoindex.store import Store
 
 SIZE, FOUND, BLOCK = 512, 100, 16384
 QUERIES, ALONE = 500, 50  # for recall, all at once; for the time of one
@@ -38,7 +40,9 @@ COPY = 0.5  # length of the noise that a copy adds to a work's unit descriptor: 
 def directions(draw, n):
     """(n, SIZE) float32 of about unit length, with the spectrum of PCA's outputs."""
     scale = 1 / np.sqrt(np.arange(1, SIZE + 1))
-    return draw.standard_normal((n, SIZE), np.float32) * (scale / np.linalg.norm(scale)).astype(np.float32)
+    return draw.standard_normal((n, SIZE), np.float32) * (scale / np.linalg.norm(scale)).astype(
+        np.float32
+    )
 
 
 def make(videos, seed=0):
@@ -95,7 +99,9 @@ def measure(kind, data, work, queries, asked, seconds):
     n = index.ntotal
     truth = nearest(data[:n], queries)
     rows = index.search(queries, FOUND)[1]
-    recall = np.mean([len(np.intersect1d(a, b)) for a, b in zip(rows, truth, strict=True)]) / min(FOUND, n)
+    recall = np.mean([len(np.intersect1d(a, b)) for a, b in zip(rows, truth, strict=True)]) / min(
+        FOUND, n
+    )
     copies = [np.flatnonzero(work[:n] == one) for one in asked]
     found = [np.isin(own, row).mean() for own, row in zip(copies, rows, strict=True) if len(own)]
     begin = time.perf_counter()
@@ -137,7 +143,9 @@ def growth(videos=2000, frames=20):
         with store.writing():
             for i in range(videos):
                 rows = unit(directions(draw, frames)).astype(np.float16)
-                made = Described(Path(), "", frames, rows, rows[:1].astype(np.float32), [bytes(2700)] * frames)
+                made = EncodedVideo(
+                    Path(), "", frames, rows, rows[:1].astype(np.float32), [bytes(2700)] * frames
+                )
                 begin = time.perf_counter()
                 store.put(f"{i:064}", made, [(f"/videos/{i}.mp4", 1, 1)])
                 times.append(time.perf_counter() - begin)
@@ -156,10 +164,30 @@ def main():
     parser = utils.Parser(__doc__)
     add = parser.add_argument
     add("--videos", type=int, default=1_000_000, help="how many (default %(default)s)")
-    add("--types", nargs="+", default=["Flat", "HNSW32", "IVF1024,PQ64", "IVF1024,SQ8"], help="FAISS factory strings")
-    add("--seconds", type=float, default=90, help="longest time to fill an index (default %(default)s)")
-    add("--frames", type=int, default=60, help="frames of a video in the re-ranking (default %(default)s)")
-    add("--metrics", nargs="+", default=list(dict.fromkeys(["chamfer", METRIC])), help="of the re-ranking")
+    add(
+        "--types",
+        nargs="+",
+        default=["Flat", "HNSW32", "IVF1024,PQ64", "IVF1024,SQ8"],
+        help="FAISS factory strings",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=90,
+        help="longest time to fill an index (default %(default)s)",
+    )
+    add(
+        "--frames",
+        type=int,
+        default=60,
+        help="frames of a video in the re-ranking (default %(default)s)",
+    )
+    add(
+        "--metrics",
+        nargs="+",
+        default=list(dict.fromkeys(["chamfer", METRIC])),
+        help="of the re-ranking",
+    )
     add("--output", help="write the figures to this JSON file")
     args = parser.parse_args()
     utils.check_ranges(args, {"videos": (1000, 10**9), "frames": (1, 10**5)})
@@ -167,7 +195,9 @@ def main():
     faiss.omp_set_num_threads(threads)
     torch.set_num_threads(threads)
     data, work, queries, asked = make(args.videos)
-    print(f"{args.videos} made-up videos of {SIZE} channels, {len(queries)} queries, {threads} threads")
+    print(
+        f"{args.videos} made-up videos of {SIZE} channels, {len(queries)} queries, {threads} threads"
+    )
     rows = []
     for kind in args.types:
         rows.append(measure(kind, data, work, queries, asked, args.seconds))
@@ -178,7 +208,9 @@ def main():
     timings = {}
     for metric in args.metrics:
         for candidates in (100, 1000):
-            timings[f"{metric}, {candidates}"] = round(1000 * rerank(candidates, args.frames, metric), 1)
+            timings[f"{metric}, {candidates}"] = round(
+                1000 * rerank(candidates, args.frames, metric), 1
+            )
             print(
                 f"re-ranking {candidates} videos of {args.frames} frames by {metric}: {timings[f'{metric}, {candidates}']} ms"
             )
@@ -188,9 +220,15 @@ def main():
         f" {grown['last_quarter_ms']} ms in the last; {grown['bytes_a_frame']} bytes a frame, thumbnails of 2,700 included"
     )
     if args.output:
-        figures = {"growth": grown, "indexes": rows, "rerank_ms": timings, "frames": args.frames, "threads": threads}
+        figures = {
+            "growth": grown,
+            "indexes": rows,
+            "rerank_ms": timings,
+            "frames": args.frames,
+            "threads": threads,
+        }
         utils.write_json(args.output, figures | utils.provenance())
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

@@ -27,11 +27,11 @@ import h5py
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pre-processing")]
-import convert  # noqa: E402
-
-import utils  # noqa: E402
-from data import FeatureStore  # noqa: E402
+sys.path.insert(0, str(ROOT))
+import utils
+from distributed import run_main
+from features import layouts
+from features.store import FeatureStore
 
 FRAMES, SEED = 300, 0
 
@@ -41,10 +41,14 @@ def make(folder, videos, channels):
     draw = utils.rng(SEED)
     lengths = np.exp(draw.normal(np.log(90), 0.8, videos)).clip(5, 1200).astype(int)
     lengths = {f"video{i:06}": int(T) for i, T in enumerate(lengths)}
-    pool = draw.normal(size=(2000, channels)).astype(np.float16)  # videos are cut from it: values do not matter here
+    pool = draw.normal(size=(2000, channels)).astype(
+        np.float16
+    )  # videos are cut from it: values do not matter here
     paths = {layout: folder / f"{layout}.hdf5" for layout in ("datasets", "packed")}
     for layout, path in paths.items():
-        convert.LAYOUTS[layout](path, lengths, lambda video: pool[: lengths[video]], np.dtype("float16"), channels, {})
+        layouts.LAYOUTS[layout](
+            path, lengths, lambda video: pool[: lengths[video]], np.dtype("float16"), channels, {}
+        )
     return paths, lengths
 
 
@@ -95,20 +99,30 @@ def measure(way, path, reads):
     from_disk = 512 * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - blocks)
     one_pass(read, reads)
     warm = statistics.median(one_pass(read, reads) for _ in range(3))
-    return {"open cold": opened, "read cold": cold, "read warm": warm, "bytes from disk, cold": from_disk}
+    return {
+        "open cold": opened,
+        "read cold": cold,
+        "read warm": warm,
+        "bytes from disk, cold": from_disk,
+    }
 
 
 def report(seconds, sizes, reads, size):
     """Print the table; {comparison: ratio}."""
-    print(f"{reads} reads, {size / 1e9:.2f} GB, of files of {sizes['datasets'] / 1e9:.2f} GB (seconds)")
+    print(
+        f"{reads} reads, {size / 1e9:.2f} GB, of files of {sizes['datasets'] / 1e9:.2f} GB (seconds)"
+    )
     print(f"{'':20}{'':>12}{'one a video':>14}{'packed':>10}{'ratio':>8}")
     ratios = {}
-    for name, layouts in seconds.items():
+    for name, by_layout in seconds.items():
         for kind in ("open cold", "read cold", "read warm"):
-            plain, packed = (layouts[layout][kind] for layout in ("datasets", "packed"))
+            plain, packed = (by_layout[layout][kind] for layout in ("datasets", "packed"))
             ratios[f"{name}, {kind}"] = plain / packed
             print(f"{name:20}{kind:>12}{plain:14.3f}{packed:10.3f}{plain / packed:8.1f}")
-        disk = [f"{layout} {found['bytes from disk, cold'] / 1e9:.2f}" for layout, found in layouts.items()]
+        disk = [
+            f"{layout} {found['bytes from disk, cold'] / 1e9:.2f}"
+            for layout, found in layouts.items()
+        ]
         print(f"{'':20}from disk in the cold pass, GB: {', '.join(disk)}")
     return ratios
 
@@ -118,7 +132,12 @@ def main(argv=None):
     add = parser.add_argument
     add("--videos", type=int, default=8000, help="how many (default 8000: 2 GB a layout)")
     add("--channels", type=int, default=1024, help="default 1024")
-    add("--folder", type=Path, default=ROOT / "runs", help="where to put the files while it runs (default runs)")
+    add(
+        "--folder",
+        type=Path,
+        default=ROOT / "runs",
+        help="where to put the files while it runs (default runs)",
+    )
     add("--output", help="also as JSON, into this file")
     args = parser.parse_args(argv)
     utils.check_ranges(args, {"videos": (1, 10**6), "channels": (1, 10**5)})
@@ -131,16 +150,24 @@ def main(argv=None):
             a = int(draw.integers(max(1, lengths[video] - FRAMES + 1)))
             reads.append((str(video), a, min(a + FRAMES, lengths[video])))
         seconds = {
-            name: {layout: measure(way, paths[layout], reads) for layout, way in ways.items()} for name, ways in WAYS.items()
+            name: {layout: measure(way, paths[layout], reads) for layout, way in ways.items()}
+            for name, ways in WAYS.items()
         }
         sizes = {layout: path.stat().st_size for layout, path in paths.items()}
 
     size = sum(b - a for _, a, b in reads) * args.channels * 2
     ratios = report(seconds, sizes, len(reads), size)
     if args.output:
-        facts = {"videos": args.videos, "channels": args.channels, "bytes read": size, "file sizes": sizes}
-        utils.write_json(args.output, {**utils.provenance(), **facts, "seconds": seconds, "ratios": ratios})
+        facts = {
+            "videos": args.videos,
+            "channels": args.channels,
+            "bytes read": size,
+            "file sizes": sizes,
+        }
+        utils.write_json(
+            args.output, {**utils.provenance(), **facts, "seconds": seconds, "ratios": ratios}
+        )
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

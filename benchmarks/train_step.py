@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import StoreWriter  # noqa: E402
-from losses import circle  # noqa: E402
-from options import parse, settle  # noqa: E402
-from pairs import VCDBPairDataset  # noqa: E402
-from train import Trainer  # noqa: E402
-from utils import Processes, provenance, rng, seed_torch, write_json  # noqa: E402
+from data import VCDBPairDataset
+from distributed import Distributed
+from features.store import StoreWriter
+from losses import circle
+from train import Trainer, parse, settle
+from utils import provenance, seed_torch, seeded_rng, write_json
 
 SIDES = {"plain": [], "ours": [], "ours, bfloat16": ["--amp", "bfloat16"]}
 MEDIAN, LONG, PART = 60, 300, 0.05  # seconds; 5 % of the videos are longer than 300
@@ -48,9 +48,14 @@ def make_videos(folder, channels, videos, pairs):
     sigma = math.log(LONG / MEDIAN) / 1.6449  # the normal distribution's 95th percentile
     lengths = np.clip(draw.lognormal(math.log(MEDIAN), sigma, videos).round(), 2, 1500).astype(int)
     names = [f"v{i:05}" for i in range(videos)]
-    with StoreWriter(folder / "packed.hdf5") as packed, h5py.File(folder / "plain.hdf5", "w") as plain:
+    with (
+        StoreWriter(folder / "packed.hdf5") as packed,
+        h5py.File(folder / "plain.hdf5", "w") as plain,
+    ):
         for name, T in zip(names, lengths, strict=True):
-            frames = draw.standard_normal((T, channels), np.float32) + draw.standard_normal((1, channels), np.float32)
+            frames = draw.standard_normal((T, channels), np.float32) + draw.standard_normal(
+                (1, channels), np.float32
+            )
             frames = (frames / np.linalg.norm(frames, axis=1, keepdims=True)).astype(np.float16)
             packed.add(name, frames)
             plain[name] = frames.astype(np.float32)
@@ -84,7 +89,10 @@ def pad_all(items):
     indices, anchors, positives, _, negatives = zip(*items, strict=True)
     out = [list(indices)]
     for side in (anchors, positives, [video for group in negatives for video in group]):
-        x, mask = torch.zeros(len(side), LONG, side[0].shape[1]), torch.ones(len(side), LONG, dtype=torch.bool)
+        x, mask = (
+            torch.zeros(len(side), LONG, side[0].shape[1]),
+            torch.ones(len(side), LONG, dtype=torch.bool),
+        )
         for i, video in enumerate(side):
             x[i, : len(video)] = torch.from_numpy(video)
             mask[i, : len(video)] = False
@@ -108,11 +116,15 @@ def plain_steps(args):
     """The batches of our first epoch, and the function that takes a step on one; from our weights and bank."""
     query, key = PlainModel(args.channels, args.dropout), PlainModel(args.channels, args.dropout)
     weights, queue = torch.load(args.folder / "start.pt")
-    query.layer.load_state_dict({name.removeprefix("transformer_encoder.layers.0."): w for name, w in weights.items()})
+    query.layer.load_state_dict(
+        {name.removeprefix("transformer_encoder.layers.0."): w for name, w in weights.items()}
+    )
     pointer = 0
     optimizer = torch.optim.Adam(query.parameters(), 1e-5, weight_decay=1e-4)
-    data = VCDBPairDataset(args.folder / "pairs.pickle", PlainStore(args.folder / "plain.hdf5"), LONG, 16)
-    order = rng(0, 0).permutation(len(data)).tolist()
+    data = VCDBPairDataset(
+        args.folder / "pairs.pickle", PlainStore(args.folder / "plain.hdf5"), LONG, 16
+    )
+    order = seeded_rng(0, 0).permutation(len(data)).tolist()
     batches = [order[i : i + args.anchors] for i in range(0, len(order), args.anchors)]
 
     def step(batch, number):
@@ -146,7 +158,7 @@ def trainer(args, dropout, *more):
         "--batch_sz", args.anchors, "--moco_k", args.bank, "--dropout", dropout, "--num_workers", 1, "--device", "cpu",
     ]  # fmt: skip
     parsed = parse("", list(map(str, [*flags, *more])))
-    settle(parsed, Processes())
+    settle(parsed, Distributed())
     return Trainer(parsed)
 
 
@@ -182,7 +194,16 @@ def run_side(args):
 
 
 def measure(args, side, dropout):
-    command = [sys.executable, __file__, "--side", side, "--dropout", dropout, "--folder", args.folder]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--dropout",
+        dropout,
+        "--folder",
+        args.folder,
+    ]
     for name in ("channels", "videos", "anchors", "bank", "steps"):
         command += [f"--{name}", getattr(args, name)]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
@@ -192,13 +213,19 @@ def measure(args, side, dropout):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default, note in (
         ("channels", 1024, "of a frame feature"), ("videos", 600, "in the files"), ("anchors", 4, "of a step"),
         ("bank", 4096, "entries"), ("steps", 3, "timed, after one that is not"),
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{note} (default %(default)s)")
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.2], help="(default 0 and .2)")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{note} (default %(default)s)"
+        )
+    parser.add_argument(
+        "--dropout", type=float, nargs="+", default=[0.0, 0.2], help="(default 0 and .2)"
+    )
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -208,10 +235,18 @@ def main():
         return run_side(args)
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        make_videos(args.folder, args.channels, args.videos, max(2 * args.anchors, (args.steps + 4) * args.anchors))
+        make_videos(
+            args.folder,
+            args.channels,
+            args.videos,
+            max(2 * args.anchors, (args.steps + 4) * args.anchors),
+        )
         model = trainer(args, 0).model
         torch.save((model.encoder_q.state_dict(), model.queue), args.folder / "start.pt")
-        rows = {dropout: {side: measure(args, side, dropout) for side in SIDES} for dropout in args.dropout}
+        rows = {
+            dropout: {side: measure(args, side, dropout) for side in SIDES}
+            for dropout in args.dropout
+        }
     print(
         f"{'dropout':>7}  {'side':14}  {'s a step':>8}  {'ratio':>5}  {'memory MB':>9}  {'loader MB':>9}  {'waiting':>7}"
         "  loss differs by"
@@ -222,16 +257,22 @@ def main():
             found["seconds_median"] = float(np.median(found["seconds"]))
             found["ratio"] = plain["seconds_median"] / found["seconds_median"]
             pairs = zip(found["losses"], plain["losses"], strict=True)
-            found["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs) if not dropout else None
+            found["loss_difference"] = (
+                max(abs(a - b) / abs(b) for a, b in pairs) if not dropout else None
+            )
             differs = f"{found['loss_difference']:.1e}" if not dropout else "(other draws)"
             print(
                 f"{dropout:7}  {side:14}  {found['seconds_median']:8.2f}  {found['ratio']:5.1f}  {found['memory_mb']:9}"
                 f"  {found['loader_memory_mb']:9}  {found['waiting']:7.1%}  {differs}"
             )
     if args.output:
-        settings = {name: getattr(args, name) for name in ("channels", "videos", "anchors", "bank", "steps")}
+        settings = {
+            name: getattr(args, name) for name in ("channels", "videos", "anchors", "bank", "steps")
+        }
         threads = {"threads": torch.get_num_threads()}
-        write_json(args.output, {"settings": settings | threads, "by_dropout": rows, **provenance()})
+        write_json(
+            args.output, {"settings": settings | threads, "by_dropout": rows, **provenance()}
+        )
     equal = rows.get(0.0, {}).get("ours", {}).get("loss_difference", 0.0)
     return int(equal > 1e-4)
 

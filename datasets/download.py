@@ -22,7 +22,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from utils import InputError, Parser, atomic, existing, remove_leftovers, run  # noqa: E402
+from distributed import run_main
+from utils import InputError, Parser, atomic, file_sha256, remove_leftovers, require_path
 
 PUBLIC = "https://raw.githubusercontent.com"
 TIMEOUT = 30  # seconds without a byte
@@ -44,22 +45,44 @@ _S2VS = ("gkordo/s2vs", "03eb0c9a9a7455d132c4210b797fa6ef563b52ea")
 
 FILES = {
     "fivr_annotation.json": Source(
-        *_FIVR, "dataset/annotation.json", "ccd343bd1c442142da3b2ef9e571ae888d44ac039fd02de708b0be820385a3ea"
+        *_FIVR,
+        "dataset/annotation.json",
+        "ccd343bd1c442142da3b2ef9e571ae888d44ac039fd02de708b0be820385a3ea",
     ),
     "fivr_youtube_ids.txt": Source(
-        *_FIVR, "dataset/youtube_ids.txt", "6fa192644eb84f4a3b88839d850de9d38ac25de90622ccb8cf4a111a75829c06"
+        *_FIVR,
+        "dataset/youtube_ids.txt",
+        "6fa192644eb84f4a3b88839d850de9d38ac25de90622ccb8cf4a111a75829c06",
     ),
-    "fivr.pickle": Source(*_DNS, "datasets/fivr.pickle", "dce327ab664dfaade878a3fb474f7a598141a513c484572f95629dcbf1c020f3"),
+    "fivr.pickle": Source(
+        *_DNS,
+        "datasets/fivr.pickle",
+        "dce327ab664dfaade878a3fb474f7a598141a513c484572f95629dcbf1c020f3",
+    ),
     "cc_web_video.pickle": Source(
-        *_DNS, "datasets/cc_web_video.pickle", "6c33932cfa6ed08eb02fb47189b38bcef124c07794e99adf5c04163dcf4c52fe"
+        *_DNS,
+        "datasets/cc_web_video.pickle",
+        "6c33932cfa6ed08eb02fb47189b38bcef124c07794e99adf5c04163dcf4c52fe",
     ),
     "cc_web_video_tca.pickle": Source(
-        *_TCA, "datasets/cc_web_video.pickle", "6166e6d9090f93a10dc4af5827a864e65ee77f8a0992576ab1a0849af47fe20b"
+        *_TCA,
+        "datasets/cc_web_video.pickle",
+        "6166e6d9090f93a10dc4af5827a864e65ee77f8a0992576ab1a0849af47fe20b",
     ),
-    "evve.pickle": Source(*_TCA, "datasets/evve.pickle", "0898fafc817b9457be25cafeefa996d78d1021fb4816a9e3c1a14b7493023410"),
-    "vcdb.pickle": Source(*_TCA, "datasets/vcdb.pickle", "6cec73506f401c4dc6d0af2757b2927307cff1dcb6f1c5d9d6775e358fefe4bf"),
+    "evve.pickle": Source(
+        *_TCA,
+        "datasets/evve.pickle",
+        "0898fafc817b9457be25cafeefa996d78d1021fb4816a9e3c1a14b7493023410",
+    ),
+    "vcdb.pickle": Source(
+        *_TCA,
+        "datasets/vcdb.pickle",
+        "6cec73506f401c4dc6d0af2757b2927307cff1dcb6f1c5d9d6775e358fefe4bf",
+    ),
     "fivr_easy_duplicates.txt": Source(
-        *_S2VS, "data/fivr_easy_duplicates.txt", "b50b7135d68d686c9a09f16196e134cab36d16007377c53f54c49ba83bc7efdb"
+        *_S2VS,
+        "data/fivr_easy_duplicates.txt",
+        "b50b7135d68d686c9a09f16196e134cab36d16007377c53f54c49ba83bc7efdb",
     ),
 }
 
@@ -76,8 +99,7 @@ def is_right(path, sha256):
     """Whether the file is there and is the pinned one."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return file_sha256(path) == sha256
 
 
 def fetch(source, target, location):
@@ -87,13 +109,22 @@ def fetch(source, target, location):
     """
     try:
         if isinstance(location, Path):
-            stream, size = open(existing(location, "annotation file"), "rb"), location.stat().st_size
+            stream, size = (
+                open(require_path(location, "annotation file"), "rb"),
+                location.stat().st_size,
+            )
         else:
             stream = urllib.request.urlopen(location, timeout=TIMEOUT)
             size = int(stream.headers.get("Content-Length") or 0) or None
         with stream:
             copy_checked(stream, size, location, source.sha256, target)
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ValueError,
+    ) as error:
         raise InputError(
             f"{target.name} cannot be fetched from {location} ({str(error) or type(error).__name__}); check the network, or"
             " give --from a folder that has it"
@@ -105,7 +136,9 @@ def copy_checked(stream, size, location, sha256, target):
     remove_leftovers(target)
     digest = hashlib.sha256()
     with atomic(target) as temporary, open(temporary, "wb") as file:
-        with tqdm(total=size, desc=target.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        with tqdm(
+            total=size, desc=target.name, unit="B", unit_scale=True, leave=False, disable=None
+        ) as bar:
             while block := stream.read(1 << 18):
                 digest.update(block)
                 file.write(block)
@@ -122,14 +155,24 @@ def chosen(names):
     """The files that sets and file names stand for, each once; all of them for no name."""
     unknown = [name for name in names if name not in SETS and name not in FILES]
     if unknown:
-        raise InputError(f"--only {unknown[0]!r} is not known; choose from {', '.join([*SETS, *FILES])}")
-    return list(dict.fromkeys(file for name in names for file in SETS.get(name, [name]))) or list(FILES)
+        raise InputError(
+            f"--only {unknown[0]!r} is not known; choose from {', '.join([*SETS, *FILES])}"
+        )
+    return list(dict.fromkeys(file for name in names for file in SETS.get(name, [name]))) or list(
+        FILES
+    )
 
 
 def parse(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", default=[], metavar="NAME", help=f"sets ({', '.join(SETS)}) or files; default all files")
+    add(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"sets ({', '.join(SETS)}) or files; default all files",
+    )
     add(
         "--from",
         dest="folder",
@@ -137,11 +180,18 @@ def parse(argv=None):
         type=Path,
         help="copy from this folder, where the files have the names used here",
     )
-    add("--mirror", default=PUBLIC, metavar="URL", help="server to fetch from (default %(default)s)")
-    add("--annotation_dir", default=HERE / "annotations", type=Path, help="folder to fill (default datasets/annotations)")
+    add(
+        "--mirror", default=PUBLIC, metavar="URL", help="server to fetch from (default %(default)s)"
+    )
+    add(
+        "--annotation_dir",
+        default=HERE / "annotations",
+        type=Path,
+        help="folder to fill (default datasets/annotations)",
+    )
     args = parser.parse_args(argv)
     if args.folder:
-        existing(args.folder, "--from folder")
+        require_path(args.folder, "--from folder")
     if not args.mirror.startswith(("http://", "https://")):
         raise InputError(f"--mirror {args.mirror!r} is no http address; for a folder use --from")
     return args
@@ -162,4 +212,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -17,105 +17,27 @@ and so does the checksum, which is of the content and not of the layout. What is
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # noqa: E402
-from data import FeatureStore, checked, rows_checksum, store_checksum, write_store  # noqa: E402
-from utils import InputError  # noqa: E402
-
-DESCRIPTION = "store.json"  # in a folder of .npy: what HDF5 files hold as attributes
-
-
-# --- layouts ---------------------------------------------------------------------------------------------------------
-
-
-class NpyFolder(FeatureStore):
-    """A folder of .npy as a FeatureStore: a video's id is its path in the folder, without suffix."""
-
-    def _scan(self):
-        found = {}
-        for file in sorted(self.path.rglob("*.npy")):
-            video = file.relative_to(self.path).as_posix()[:-4]
-            if video != video.encode(errors="replace").decode():
-                raise InputError(f"{str(file)!r}: its name is not UTF-8, so it cannot be an id; rename it")
-            try:
-                rows = np.load(file, mmap_mode="r", allow_pickle=False)
-                found[video] = rows.shape, rows.dtype
-            except (ValueError, EOFError) as error:
-                reason = str(error).splitlines()[0]
-                found[video] = (), f"lies in {file.name}, which was cut short or is no array of numbers ({reason})"
-        description = self._description()
-        return found, {**description["meta"], "checksum": description["checksum"]}
-
-    def _description(self):
-        file = self.path / DESCRIPTION
-        try:
-            description = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            return {"meta": {}, "checksum": None, "checksums": {}, **description}
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{str(file)!r} is not what convert.py writes ({error}); remove it") from None
-
-    def _read(self, video):
-        return np.load(self.path / f"{video}.npy", mmap_mode="r", allow_pickle=False)
-
-    def checksums(self):
-        return self._description()["checksums"]
-
-
-def open_source(path, **options):
-    """The FeatureStore of an HDF5 file or a folder of .npy."""
-    return (NpyFolder if Path(path).expanduser().is_dir() else FeatureStore)(path, **options)
-
-
-def write_datasets(path, lengths, read, dtype, channels, meta):
-    """One dataset a video, as the released code reads; arguments as those of `write_store`."""
-    folders = {video[:i] for video in lengths for i, letter in enumerate(video) if letter == "/"}
-    if clash := sorted(folders & set(lengths)):
-        raise InputError(f"id {clash[0]!r} is a video and, by its slash, a folder of others: HDF5 allows one of them")
-    sums = {}
-    with utils.atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for video in sorted(lengths):
-            rows = read(video)
-            sums[video] = rows_checksum(rows)
-            file.create_dataset(video, data=rows).attrs["checksum"] = sums[video]
-        file.attrs.update({**meta, "checksum": store_checksum(dtype, channels, lengths, sums)})
-
-
-def write_folder(path, lengths, read, dtype, channels, meta):
-    """A folder of ID.npy and a description, written aside and renamed; arguments as those of `write_store`."""
-    path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{str(path)!r} is there already; name a new folder, or remove it")
-    aside, sums = path.with_name(f".{path.name}.part"), {}
-    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
-    try:
-        for video in sorted(lengths):
-            rows, file = read(video), aside / f"{video}.npy"
-            sums[video] = rows_checksum(rows)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, rows)
-        description = {"meta": meta, "checksum": store_checksum(dtype, channels, lengths, sums), "checksums": sums}
-        utils.write_json(aside / DESCRIPTION, description)
-        aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-LAYOUTS = {"packed": write_store, "datasets": write_datasets, "npy": write_folder}
+import utils
+from distributed import run_main
+from features.layouts import LAYOUTS, open_source
+from features.store import checked, rows_checksum, store_checksum
+from utils import InputError
 
 
 def layout_of(path, layout=None):
     """The layout that is asked for, or what the name says: packed for .hdf5 and .h5, else a folder of .npy."""
     named = Path(path).suffix in (".hdf5", ".h5")
     if layout is not None and named == (layout == "npy"):
-        raise InputError(f"{path!r} with --layout {layout}: a folder has no suffix, a file has .hdf5; correct one of them")
+        raise InputError(
+            f"{path!r} with --layout {layout}: a folder has no suffix, a file has .hdf5; correct one of them"
+        )
     return layout or ("packed" if named else "npy")
 
 
@@ -128,17 +50,21 @@ def write(path, videos, layout=None, dtype=None):
         raise InputError(f"{str(path)!r} is the input; name another output")
     for video in videos:
         if layout != "packed" and any(part in ("", ".", "..") for part in video.split("/")):
-            raise InputError(f"id {video!r} cannot be the name of a dataset or file; only the packed layout holds it")
+            raise InputError(
+                f"id {video!r} cannot be the name of a dataset or file; only the packed layout holds it"
+            )
     utils.remove_leftovers(path)
     with tqdm(total=len(videos), unit="video", disable=len(videos) < 1000) as bar:
 
         def read(video):
             bar.update()
-            return checked(video, videos[video].verified(video), dtype)
+            return checked(video, videos[video].read_verified(video), dtype)
 
         lengths = {video: store.lengths[video] for video, store in videos.items()}
         LAYOUTS[layout](path, lengths, read, dtype, stores[0].channels, stores[0].meta)
-    print(f"{path}: {len(videos)} videos, {sum(lengths.values())} frames of {stores[0].channels}, {dtype.name}, {layout}")
+    print(
+        f"{path}: {len(videos)} videos, {sum(lengths.values())} frames of {stores[0].channels}, {dtype.name}, {layout}"
+    )
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -147,13 +73,18 @@ def write(path, videos, layout=None, dtype=None):
 def read_ids(path, known):
     """The ids of a list that are among `known`, with a notice of the others. One a line; what follows a tab is not read."""
     try:
-        lines = utils.existing(path, "list of ids").read_text(encoding="utf-8").splitlines()
+        lines = utils.require_path(path, "list of ids").read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"list of ids {str(path)!r} is not text in UTF-8; give one id a line") from None
+        raise InputError(
+            f"list of ids {str(path)!r} is not text in UTF-8; give one id a line"
+        ) from None
     ids = list(dict.fromkeys(line.partition("\t")[0].strip() for line in lines if line.strip()))
     if missing := [video for video in ids if video not in known]:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        print(f"notice: {len(missing)} of the {len(ids)} ids of {path} have no features: {some}", file=sys.stderr)
+        print(
+            f"notice: {len(missing)} of the {len(ids)} ids of {path} have no features: {some}",
+            file=sys.stderr,
+        )
     return [video for video in ids if video in known]
 
 
@@ -164,7 +95,9 @@ def run_to(options):
         store[video]  # raises, naming it
     videos = {video: store for video in store if video not in leave_out}
     if not videos:
-        raise InputError(f"{options.without!r} names every video of {options.source!r}; nothing would be left")
+        raise InputError(
+            f"{options.without!r} names every video of {options.source!r}; nothing would be left"
+        )
     write(options.target, videos, options.layout, options.dtype)
 
 
@@ -193,10 +126,14 @@ def run_merge(options):
         for key in kinds[0] | kinds[1]:
             here, there = (kind.get(key) for kind in kinds)
             if here != there:
-                raise InputError(f"{str(first.path)!r} has {key} {here!r}, {path!r} has {there!r}; merge features of one kind")
+                raise InputError(
+                    f"{str(first.path)!r} has {key} {here!r}, {path!r} has {there!r}; merge features of one kind"
+                )
         for video in store:
             if video in videos:
-                raise InputError(f"video {video!r} is in {str(videos[video].path)!r} and in {path!r}; it can be in one only")
+                raise InputError(
+                    f"video {video!r} is in {str(videos[video].path)!r} and in {path!r}; it can be in one only"
+                )
             videos[video] = store
     write(options.output, videos)
 
@@ -214,14 +151,20 @@ def run_split(options):
     for target, videos in parts.items():
         layout_of(target)
         if not videos:
-            raise InputError(f"no video of {options.source!r} would be in {target!r}; do the ids of the lists agree with it?")
+            raise InputError(
+                f"no video of {options.source!r} would be in {target!r}; do the ids of the lists agree with it?"
+            )
     for target, videos in parts.items():
         write(target, videos)
 
 
 def describe(store):
     """What `info` tells of a store, as a JSON-like dict."""
-    files = [file for file in store.path.rglob("*") if file.is_file()] if store.path.is_dir() else [store.path]
+    files = (
+        [file for file in store.path.rglob("*") if file.is_file()]
+        if store.path.is_dir()
+        else [store.path]
+    )
     lengths = np.array(list(store.lengths.values()))
     marks = {"shortest": 0, "10 %": 10, "median": 50, "90 %": 90, "longest": 100}
     return {
@@ -231,7 +174,8 @@ def describe(store):
         "channels": int(store.channels),
         "dtype": store.dtype.name,
         "bytes": sum(file.stat().st_size for file in files),
-        "lengths": {"mean": float(lengths.mean())} | {name: float(np.percentile(lengths, q)) for name, q in marks.items()},
+        "lengths": {"mean": float(lengths.mean())}
+        | {name: float(np.percentile(lengths, q)) for name, q in marks.items()},
         "meta": store.meta,
         "checksum": store.checksum,
     }
@@ -244,7 +188,9 @@ def run_info(options):
         return
     facts["bytes"] = f"{facts['bytes']:,}"
     facts["lengths"] = ", ".join(f"{name} {value:.6g}" for name, value in facts["lengths"].items())
-    facts["checksum"] = facts["checksum"] or "none: made by another program, or by an older version of this one"
+    facts["checksum"] = (
+        facts["checksum"] or "none: made by another program, or by an older version of this one"
+    )
     meta = facts.pop("meta")
     for name, value in [*facts.items(), *meta.items()]:
         print(f"{name:12} {value}")
@@ -272,12 +218,19 @@ def run_verify(options):
             bad[video] = reason
     for video, reason in sorted(bad.items()):
         print(f"{video}\t{reason}")
-    whole = store.checksum in (None, store_checksum(store.dtype, store.channels, store.lengths, sums))
+    whole = store.checksum in (
+        None,
+        store_checksum(store.dtype, store.channels, store.lengths, sums),
+    )
     checksum = (
         "it has no checksum"
         if store.checksum is None
         else f"its checksum {store.checksum} "
-        + ("agrees" if whole else "does not agree: these are not the videos, lengths and rows that were written")
+        + (
+            "agrees"
+            if whole
+            else "does not agree: these are not the videos, lengths and rows that were written"
+        )
     )
     count = f"{len(bad)} of {len(store) + len(store.bad)} videos are bad"
     print(f"{store.path}: {count}; {checksum}", file=sys.stderr)
@@ -291,12 +244,20 @@ def main(argv=None):
     one = commands.add_parser("to", help="from one layout to another")
     one.add_argument("source", help="a feature file or a folder of .npy")
     one.add_argument("target", help="NAME.hdf5, or a new folder for .npy")
-    one.add_argument("--layout", choices=LAYOUTS, help="default: packed for NAME.hdf5, npy for any other name")
+    one.add_argument(
+        "--layout", choices=LAYOUTS, help="default: packed for NAME.hdf5, npy for any other name"
+    )
     one.add_argument("--dtype", choices=("float16", "float32"), help="default: as it is")
-    one.add_argument("--without", metavar="LIST", help="leave out the ids of this list, one a line (that of `verify`, say)")
+    one.add_argument(
+        "--without",
+        metavar="LIST",
+        help="leave out the ids of this list, one a line (that of `verify`, say)",
+    )
     one.set_defaults(command=run_to)
 
-    one = commands.add_parser("merge", help="several files of one kind into one; an id twice is refused")
+    one = commands.add_parser(
+        "merge", help="several files of one kind into one; an id twice is refused"
+    )
     one.add_argument("sources", nargs="+", help="feature files; of shards NAME.{i}of{n}.hdf5 all n")
     one.add_argument("--output", required=True, help="NAME.hdf5, or a new folder for .npy")
     one.add_argument("--some", action="store_true", help="merge although shards are missing")
@@ -315,12 +276,17 @@ def main(argv=None):
     one.add_argument("--rest", metavar="OUTPUT", help="a file for the videos that are in no list")
     one.set_defaults(command=run_split)
 
-    one = commands.add_parser("info", help="videos, frames, lengths, type, size, how they were made")
+    one = commands.add_parser(
+        "info", help="videos, frames, lengths, type, size, how they were made"
+    )
     one.add_argument("source", help="a feature file or a folder of .npy")
     one.add_argument("--json", action="store_true", help="as JSON")
     one.set_defaults(command=run_info)
 
-    one = commands.add_parser("verify", help="check every video: shape, NaN, zero rows, checksum; status 3 when one is bad")
+    one = commands.add_parser(
+        "verify",
+        help="check every video: shape, NaN, zero rows, checksum; status 3 when one is bad",
+    )
     one.add_argument("source", help="a feature file or a folder of .npy")
     one.set_defaults(command=run_verify)
 
@@ -329,4 +295,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

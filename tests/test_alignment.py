@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment import Stretch, align, dp, longest_paths, tn
+from retrieval.alignment import Segment, align, dp, longest_paths, tn
 
 D = 256
 
@@ -64,7 +64,9 @@ def test_unlike_frames_at_speed_1_are_found_to_the_frame():
     target[33:53] = query[10:30]
     (stretch,) = align(query @ target.T)
     assert place([stretch]) == [(10, 30, 33, 53)]
-    assert stretch.similarity == pytest.approx(1) and stretch.score == pytest.approx(20 * 0.6, rel=1e-5)
+    assert stretch.similarity == pytest.approx(1) and stretch.score == pytest.approx(
+        20 * 0.6, rel=1e-5
+    )
 
 
 def test_two_stretches_are_found_best_first_also_out_of_order():
@@ -138,13 +140,17 @@ def test_each_threshold_does_what_it_says():
     assert stretch.similarity == pytest.approx(np.diag(matrix[20:26, 10:16]).mean(), rel=1e-5)
     assert align(matrix, min_similarity=0.99) == []
     assert align(matrix, min_length=7) == [] and align(matrix, min_length=6) == [stretch]
-    assert align(matrix, min_score=stretch.score + 1e-4) == [] and align(matrix, min_score=stretch.score - 1e-4) == [stretch]
+    assert align(matrix, min_score=stretch.score + 1e-4) == [] and align(
+        matrix, min_score=stretch.score - 1e-4
+    ) == [stretch]
 
 
 def test_no_two_stretches_overlap_in_both_videos():
     draw = np.random.default_rng(6)
-    found = align(draw.uniform(0, 1, (60, 60)), min_similarity=0.9, min_score=0.05, min_length=1, limit=50)
-    assert len(found) > 10 and all(isinstance(stretch, Stretch) for stretch in found)
+    found = align(
+        draw.uniform(0, 1, (60, 60)), min_similarity=0.9, min_score=0.05, min_length=1, limit=50
+    )
+    assert len(found) > 10 and all(isinstance(stretch, Segment) for stretch in found)
     covered = np.zeros((60, 60), int)
     for _, _, q0, q1, t0, t1 in found:
         covered[q0:q1, t0:t1] += 1
@@ -177,7 +183,16 @@ def test_paths_and_stretches_are_the_heaviest_of_the_graph(step, gap):
         score, path = heaviest(weights, step, gap)
         L = torch.stack(list(longest_paths(torch.from_numpy(weights), step, gap)))
         assert float(L.max()) == pytest.approx(score, abs=1e-5)
-        best = align(matrix, min_similarity=0.5, min_score=0, min_length=1, step=step, gap=gap, max_speed=99, limit=1)[0]
+        best = align(
+            matrix,
+            min_similarity=0.5,
+            min_score=0,
+            min_length=1,
+            step=step,
+            gap=gap,
+            max_speed=99,
+            limit=1,
+        )[0]
         assert best.score == pytest.approx(score, abs=1e-5)
         (q0, t0), (q1, t1) = path[0], path[-1]
         assert place([best]) == [(q0, q1 + 1, t0, t1 + 1)]
@@ -188,8 +203,12 @@ def test_dp_worked_by_hand():
     """2 x 2: the diagonal gives .9 + .8; two steps round the corner would give .9 + .1 / 2 + .8 / 2."""
     matrix = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     assert dp(matrix, [2]).tolist() == pytest.approx([1.7 / 2])
-    assert dp(matrix, [1, 1]).tolist() == pytest.approx([0.9 / 2, 0.8 / 2])  # a first column starts anew in each cell
-    still = torch.full((4, 2), 0.5)  # from a start in the corner: down the diagonal once, then two steps down
+    assert dp(matrix, [1, 1]).tolist() == pytest.approx(
+        [0.9 / 2, 0.8 / 2]
+    )  # a first column starts anew in each cell
+    still = torch.full(
+        (4, 2), 0.5
+    )  # from a start in the corner: down the diagonal once, then two steps down
     assert dp(still, [2]).tolist() == pytest.approx([(0.5 + 0.5 + 2 * 0.5 / 2) / 4])
     assert dp(still, [2], phi=1).tolist() == pytest.approx([(0.5 + 0.5 + 0.5 / 2) / 4])
 
@@ -200,7 +219,9 @@ def test_tn_worked_by_hand():
     assert tn(matrix, [4]).tolist() == pytest.approx([2.1 / 3])
     assert tn(matrix, [4], step=1).tolist() == pytest.approx([1.2 / 3])
     assert tn(matrix, [4], min_similarity=0.6).tolist() == pytest.approx([1.6 / 3])
-    assert tn(matrix, [2, 2]).tolist() == pytest.approx([0.9 / 3, 1.2 / 3])  # no path runs on into the next video
+    assert tn(matrix, [2, 2]).tolist() == pytest.approx(
+        [0.9 / 3, 1.2 / 3]
+    )  # no path runs on into the next video
 
 
 def test_the_same_frames_backwards_are_no_copy_to_tn_and_dp():

@@ -6,15 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers.commands import ROOT
 from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
 
-sys.path.insert(0, str(ROOT / "pre-processing"))
-import backbones  # noqa: E402
-import extract_features as ex  # noqa: E402
-
-from utils import InputError  # noqa: E402
+from features import backbones, pooling
+from utils import InputError
 
 # --- backbones -------------------------------------------------------------------------------------------------------
 
@@ -25,18 +22,30 @@ def test_lite0_with_its_published_weights_recognises_photographs():
     backbones.use_same_padding(model)
     spec = backbones.BACKBONES["efficientnet_lite0"]()
     for name, label in (("china.jpg", 698), ("flower.jpg", 985)):  # ImageNet's palace and daisy
-        image = torch.tensor(load_sample_image(name)).permute(2, 0, 1)[None].float()  # (1, 3, 427, 640)
-        image = F.interpolate(image, (256, 384), mode="bicubic", antialias=True)[:, :, 16:240, 80:304]
+        image = (
+            torch.tensor(load_sample_image(name)).permute(2, 0, 1)[None].float()
+        )  # (1, 3, 427, 640)
+        image = F.interpolate(image, (256, 384), mode="bicubic", antialias=True)[
+            :, :, 16:240, 80:304
+        ]
         with torch.inference_mode():
             assert model((image - spec.mean[0]) / spec.std[0]).argmax() == label
 
 
 def test_lite0_is_given_the_input_it_was_trained_on():
     """On photographs the stem's outputs vary as its batch norm recorded in training; ImageNet's deviations give 6 times it."""
-    state, spec = torch.load(backbones._lite0_weights(), weights_only=True), backbones.BACKBONES["efficientnet_lite0"]()
-    images = torch.tensor(np.stack([load_sample_image(name) for name in ("china.jpg", "flower.jpg")])).permute(0, 3, 1, 2)
+    state, spec = (
+        torch.load(backbones._lite0_weights(), weights_only=True),
+        backbones.BACKBONES["efficientnet_lite0"](),
+    )
+    images = torch.tensor(
+        np.stack([load_sample_image(name) for name in ("china.jpg", "flower.jpg")])
+    ).permute(0, 3, 1, 2)
     x = (images - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
-    measured, recorded = F.conv2d(x, state["_conv_stem.weight"], stride=2).var((0, 2, 3)), state["_bn0.running_var"]
+    measured, recorded = (
+        F.conv2d(x, state["_conv_stem.weight"], stride=2).var((0, 2, 3)),
+        state["_bn0.running_var"],
+    )
     alive = recorded > 1e-3  # a few filters of the stem are dead
     assert 0.5 < (measured / recorded)[alive].median() < 2
 
@@ -58,33 +67,53 @@ def test_folding_batch_norm_changes_nothing(tmp_path, name):
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # statistics that are not the trivial ones
-            for tensor, low in ((module.running_mean, -0.2), (module.running_var, 0.7), (module.weight.data, 0.7)):
+            for tensor, low in (
+                (module.running_mean, -0.2),
+                (module.running_var, 0.7),
+                (module.weight.data, 0.7),
+            ):
                 tensor.uniform_(low, low + 0.5, generator=generator)
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    backbone = backbones.build(name, tmp_path / "w.pth")
+    backbone = backbones.build_backbone(name, tmp_path / "w.pth")
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
     frames = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=generator)
     seen = {}
     model = spec.finish(model.eval())
     for stage in spec.stages:
-        model.get_submodule(stage).register_forward_hook(lambda m, i, out, stage=stage: seen.update({stage: out}))
+        model.get_submodule(stage).register_forward_hook(
+            lambda m, i, out, stage=stage: seen.update({stage: out})
+        )
     with torch.inference_mode():
-        model((frames.float() - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None])
+        model(
+            (frames.float() - torch.tensor(spec.mean)[:, None, None])
+            / torch.tensor(spec.std)[:, None, None]
+        )
     for stage, ours in zip(spec.stages, backbone(frames), strict=True):
         assert (ours - seen[stage]).abs().max() <= 1e-4 * seen[stage].abs().max()
 
 
 def test_stages_have_the_papers_and_our_widths():
-    assert sum(backbones.build("efficientnet_lite0", "random").channels) == 1752
-    assert backbones.build("resnet50", "random").channels == [256, 512, 1024, 2048]
-    assert backbones.build("resnet18", "random", ["layer2", "layer3"]).channels == [128, 256]
+    assert sum(backbones.build_backbone("efficientnet_lite0", "random").channels) == 1752
+    assert backbones.build_backbone("resnet50", "random").channels == [256, 512, 1024, 2048]
+    assert backbones.build_backbone("resnet18", "random", ["layer2", "layer3"]).channels == [
+        128,
+        256,
+    ]
 
 
 def test_bfloat16_stays_near_float32():
-    frames = torch.from_numpy(np.stack([load_sample_image("china.jpg")[100:324, 200:424]])).permute(0, 3, 1, 2)
-    full, half = (backbones.build("efficientnet_lite0", amp=amp)(frames) for amp in (None, "bfloat16"))
+    frames = torch.from_numpy(np.stack([load_sample_image("china.jpg")[100:324, 200:424]])).permute(
+        0, 3, 1, 2
+    )
+    full, half = (
+        backbones.build_backbone("efficientnet_lite0", amp=amp)(frames)
+        for amp in (None, "bfloat16")
+    )
     for x, y in zip(full, half, strict=True):
-        assert y.dtype == torch.float32 and F.cosine_similarity(ex.imac(x), ex.imac(y)).min() > 0.99
+        assert (
+            y.dtype == torch.float32
+            and F.cosine_similarity(pooling.imac(x), pooling.imac(y)).min() > 0.99
+        )
 
 
 @pytest.mark.parametrize(
@@ -100,16 +129,18 @@ def test_bfloat16_stays_near_float32():
 )
 def test_a_wrong_backbone_is_an_input_error(name, weights, stages, message):
     with pytest.raises(InputError, match=message):
-        backbones.build(name, weights, stages)
+        backbones.build_backbone(name, weights, stages)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match="do not fit resnet50"):
-        backbones.build("resnet50", tmp_path / "w.pth")
+        backbones.build_backbone("resnet50", tmp_path / "w.pth")
 
 
-def test_torchvision_operators_are_declared_only_beside_a_cpu_build_that_cannot_load_them(monkeypatch, tmp_path):
+def test_torchvision_operators_are_declared_only_beside_a_cpu_build_that_cannot_load_them(
+    monkeypatch, tmp_path
+):
     (tmp_path / "_C.so").touch()
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: spec)
@@ -132,12 +163,12 @@ def test_torchvision_operators_are_declared_only_beside_a_cpu_build_that_cannot_
 
 def test_torchvision_imports_and_nothing_is_declared_where_it_need_not_be():
     code = """
-import sys; sys.path[:0] = [{root!r}, {pre!r}]
-import backbones
+import sys; sys.path.insert(0, {root!r})
+from features import backbones
 missing = backbones._extension_is_missing()
 assert backbones.import_torchvision().models.resnet18
 assert len(backbones._declared) == missing
-""".format(root=str(ROOT), pre=str(ROOT / "pre-processing"))
+""".format(root=str(ROOT))
     code += "backbones.import_torchvision(); assert len(backbones._declared) == missing"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
 
@@ -171,10 +202,15 @@ def l3_imac_by_loops(x, p):
     return l2(total)
 
 
-@pytest.mark.parametrize("size, p", [((7, 7), 2), ((14, 14), 4), ((28, 28), 8), ((8, 14), 2), ((3, 3), 1), ((1, 1), 1)])
+@pytest.mark.parametrize(
+    "size, p", [((7, 7), 2), ((14, 14), 4), ((28, 28), 8), ((8, 14), 2), ((3, 3), 1), ((1, 1), 1)]
+)
 def test_imac_and_l3_imac_equal_plain_loops(size, p):
     x = np.random.default_rng(0).normal(size=(2, 5, *size)) + 0.3
-    for pool, loops in ((ex.imac, imac_by_loops), (ex.l3_imac, lambda m: l3_imac_by_loops(m, p))):
+    for pool, loops in (
+        (pooling.imac, imac_by_loops),
+        (pooling.l3_imac, lambda m: l3_imac_by_loops(m, p)),
+    ):
         ours = pool(torch.from_numpy(x)).numpy()
         assert np.allclose(ours, [loops(m) for m in x], atol=1e-10)
 
@@ -182,5 +218,11 @@ def test_imac_and_l3_imac_equal_plain_loops(size, p):
 def test_mac_spoc_and_gem_equal_their_definitions():
     x = np.random.default_rng(0).uniform(0.1, 1, (2, 5, 4, 6))
     flat = x.reshape(2, 5, 24)
-    for name, pooled in (("mac", flat.max(2)), ("spoc", flat.mean(2)), ("gem", (flat**3).mean(2) ** (1 / 3))):
-        assert np.allclose(ex.POOLINGS[name](torch.from_numpy(x)), [l2(row) for row in pooled], atol=1e-10)
+    for name, pooled in (
+        ("mac", flat.max(2)),
+        ("spoc", flat.mean(2)),
+        ("gem", (flat**3).mean(2) ** (1 / 3)),
+    ):
+        assert np.allclose(
+            pooling.POOLINGS[name](torch.from_numpy(x)), [l2(row) for row in pooled], atol=1e-10
+        )

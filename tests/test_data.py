@@ -14,10 +14,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import IDS, ROOT, environment, some_features, write_ours, write_packed, write_released
+from helpers.commands import ROOT, environment
+from helpers.files import IDS, some_features, write_ours, write_packed, write_released
 from torch.utils.data import DataLoader
 
-from data import FeatureStore, StoreWriter, pad
+from features.store import FeatureStore, StoreWriter
+from model import pad
 from utils import InputError
 
 LAYOUTS = {"released": write_released, "packed": write_packed, "ours": write_ours}
@@ -33,7 +35,10 @@ def test_a_store_gives_back_what_was_written_under_any_id_in_either_layout(layou
     options = {"dtype": np.dtype(dtype).name} if layout == "ours" else {}
     store = FeatureStore(LAYOUTS[layout](tmp_path / "x.hdf5", features, **options))
     assert set(store) == set(features) == set(store.keys()) and len(store) == len(features)
-    assert store.lengths == {video: len(frames) for video, frames in features.items()} and store.channels == 8
+    assert (
+        store.lengths == {video: len(frames) for video, frames in features.items()}
+        and store.channels == 8
+    )
     for video, frames in features.items():
         assert video in store and store[video].dtype == dtype
         np.testing.assert_array_equal(store[video], frames)
@@ -42,7 +47,9 @@ def test_a_store_gives_back_what_was_written_under_any_id_in_either_layout(layou
 
 def test_a_compressed_packed_file_reads_the_same(tmp_path):
     features = some_features()
-    store = FeatureStore(write_packed(tmp_path / "x.hdf5", features, chunks=True, compression="gzip"))
+    store = FeatureStore(
+        write_packed(tmp_path / "x.hdf5", features, chunks=True, compression="gzip")
+    )
     for video, frames in features.items():
         np.testing.assert_array_equal(store[video], frames)
 
@@ -80,12 +87,16 @@ def test_forked_loading_workers_read_the_same(layout, tmp_path):
     features = some_features([f"v{i}/x" for i in range(60)])
     store = FeatureStore(LAYOUTS[layout](tmp_path / "x.hdf5", features))
     store["v0/x"]  # opened in the parent already
-    loader = DataLoader(Everything(store), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    loader = DataLoader(
+        Everything(store), batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
     seen, workers = {}, set()
     for worker, video, rows in loader:
         seen[video] = rows.numpy()
         workers.add(worker)
-        np.testing.assert_array_equal(store[video], features[video])  # the parent goes on reading meanwhile
+        np.testing.assert_array_equal(
+            store[video], features[video]
+        )  # the parent goes on reading meanwhile
     assert os.getpid() not in workers and len(workers) == 2 and set(seen) == set(features)
     for video, frames in features.items():
         np.testing.assert_array_equal(seen[video], frames)
@@ -95,7 +106,9 @@ def test_pad_gives_float32_frames_true_lengths_and_zeros_after_them_in_silence(t
     features = some_features(dtype=np.float32)
     store = FeatureStore(write_ours(tmp_path / "x.hdf5", features, dtype="float32"))
     x, num_frames = pad([store[video] for video in IDS])
-    assert x.dtype == torch.float32 and num_frames.tolist() == [len(features[video]) for video in IDS]
+    assert x.dtype == torch.float32 and num_frames.tolist() == [
+        len(features[video]) for video in IDS
+    ]
     for row, video in zip(x.numpy(), IDS, strict=True):
         np.testing.assert_array_equal(row[: len(features[video])], features[video])
         assert not row[len(features[video]) :].any()
@@ -105,18 +118,31 @@ def test_pad_gives_float32_frames_true_lengths_and_zeros_after_them_in_silence(t
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_region_features_are_averaged_over_their_regions_with_one_notice(dtype, tmp_path, capsys):
     draw = np.random.default_rng(0)
-    regions = {video: draw.normal(size=(draw.integers(1, 9), 9, 8)).astype(dtype) for video in IDS[:4]}
+    regions = {
+        video: draw.normal(size=(draw.integers(1, 9), 9, 8)).astype(dtype) for video in IDS[:4]
+    }
     features = regions | some_features(IDS[4:], dtype=dtype)
     path = write_released(tmp_path / "x.hdf5", features)
     store = FeatureStore(path)
-    assert store.channels == 8 and store.lengths == {video: len(frames) for video, frames in features.items()}
+    assert store.channels == 8 and store.lengths == {
+        video: len(frames) for video, frames in features.items()
+    }
     for video in IDS:
         rows = features[video]
-        means = [[sum(map(float, row[:, c])) / 9 for c in range(8)] for row in rows] if video in regions else rows
+        means = (
+            [[sum(map(float, row[:, c])) / 9 for c in range(8)] for row in rows]
+            if video in regions
+            else rows
+        )
         assert store[video].dtype == dtype and store[video].shape == (len(rows), 8)
         np.testing.assert_allclose(store[video], means, atol=2e-3 if dtype == np.float16 else 1e-6)
     notices = capsys.readouterr().err.splitlines()
-    assert len(notices) == 1 and str(path) in notices[0] and "(T, 9, C)" in notices[0] and "averaged" in notices[0]
+    assert (
+        len(notices) == 1
+        and str(path) in notices[0]
+        and "(T, 9, C)" in notices[0]
+        and "averaged" in notices[0]
+    )
     FeatureStore(write_released(tmp_path / "y.hdf5", some_features()))
     assert not capsys.readouterr().err
 
@@ -130,9 +156,13 @@ def test_a_value_that_is_not_finite_in_one_region_is_named(tmp_path):
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4"])
 def test_every_value_that_is_not_finite_is_seen_and_no_other(dtype, tmp_path):
     """Patterns of 16 bits, one a video; NumPy's isfinite is the oracle."""
-    patterns = np.unique([*range(0, 2**16, 31), 0x7BFF, 0x7C00, 0x7C01, 0x7FFF, 0xFBFF, 0xFC00, 0xFFFF]).astype(np.uint16)
+    patterns = np.unique(
+        [*range(0, 2**16, 31), 0x7BFF, 0x7C00, 0x7C01, 0x7FFF, 0xFBFF, 0xFC00, 0xFFFF]
+    ).astype(np.uint16)
     values = patterns.view(np.float16).astype(dtype)
-    path = write_packed(tmp_path / "x.hdf5", {str(i): value.reshape(1, 1) for i, value in enumerate(values)})
+    path = write_packed(
+        tmp_path / "x.hdf5", {str(i): value.reshape(1, 1) for i, value in enumerate(values)}
+    )
     store, refused = FeatureStore(path), set()
     for video in store:
         try:
@@ -210,7 +240,9 @@ def test_bad_videos_are_left_out_and_told_where_the_caller_asks_for_it(tmp_path)
     assert set(store) == set(IDS) and set(store.bad) == bad and "(3, 9)" in store.bad["wide"]
     with pytest.raises(InputError, match="'wide' has shape"):
         store["wide"]
-    refusal(write_released(tmp_path / "y.hdf5", {"words": features["words"]}), "words", skip_bad=True)
+    refusal(
+        write_released(tmp_path / "y.hdf5", {"words": features["words"]}), "words", skip_bad=True
+    )
 
 
 def test_a_file_that_is_not_hdf5_is_refused(tmp_path):
@@ -236,11 +268,23 @@ def test_a_file_without_a_video_is_refused(tmp_path):
 
 
 def test_an_id_that_stands_twice_is_refused(tmp_path):
-    refusal(write_packed(tmp_path / "x.hdf5", some_features(), ids=["same", "same", *IDS[2:]]), "twice")
+    refusal(
+        write_packed(tmp_path / "x.hdf5", some_features(), ids=["same", "same", *IDS[2:]]), "twice"
+    )
 
 
 @pytest.mark.parametrize(
-    "offsets", [[0, 2, 6], [0, 4, 2, 6], [0, 2, 4, 7], [0, 2, 4, 5], [1, 2, 4, 6], [-2, 2, 4, 6], [0, 7, 7, 6]], ids=str
+    "offsets",
+    [
+        [0, 2, 6],
+        [0, 4, 2, 6],
+        [0, 2, 4, 7],
+        [0, 2, 4, 5],
+        [1, 2, 4, 6],
+        [-2, 2, 4, 6],
+        [0, 7, 7, 6],
+    ],
+    ids=str,
 )
 def test_offsets_that_do_not_fit_are_refused(offsets, tmp_path):
     features = {name: np.ones((2, 4), np.float16) for name in "abc"}
@@ -252,7 +296,10 @@ def test_offsets_that_do_not_fit_are_refused(offsets, tmp_path):
 
 def content(path):
     with h5py.File(path) as file:
-        return {name: (file[name].dtype, file[name][()].tobytes()) for name in ("frames", "offsets", "checksums")} | {
+        return {
+            name: (file[name].dtype, file[name][()].tobytes())
+            for name in ("frames", "offsets", "checksums")
+        } | {
             "ids": list(file["ids"].asstr()[()]),
             "meta": dict(file.attrs),
         }
@@ -291,7 +338,10 @@ def test_a_writer_killed_at_any_moment_goes_on_to_the_same_file(end, status, tmp
     assert add_in_a_process(killed, 0, 6, end).returncode == status
     assert not killed.exists() and all(part.exists() for part in parts(killed))
     spool, journal = parts(killed)
-    for where, garbage in ((spool, b"half a video"), (journal, b'{"id": "v/6", "T": 2')):  # killed while writing
+    for where, garbage in (
+        (spool, b"half a video"),
+        (journal, b'{"id": "v/6", "T": 2'),
+    ):  # killed while writing
         with open(where, "ab") as file:
             file.write(garbage)
     with StoreWriter(killed, meta={"backbone": "x"}) as writer:
@@ -305,7 +355,9 @@ def test_a_writer_killed_at_any_moment_goes_on_to_the_same_file(end, status, tmp
     assert not any(part.exists() for part in parts(killed))
 
 
-def test_a_journal_that_promises_more_than_the_spool_holds_is_believed_only_as_far_as_it_holds(tmp_path):
+def test_a_journal_that_promises_more_than_the_spool_holds_is_believed_only_as_far_as_it_holds(
+    tmp_path,
+):
     """After a power cut the journal can be ahead of the frames."""
     path, features = tmp_path / "x.hdf5", some_features()
     interrupted(path, features)
@@ -338,7 +390,10 @@ def interrupted(path, features, **options):
 def test_a_spool_of_a_video_that_has_changed_since_is_refused_and_stays(tmp_path):
     path, features = tmp_path / "x.hdf5", some_features()
     interrupted(path, features, sources=dict.fromkeys(IDS, "made on Monday"))
-    for sources in ({**dict.fromkeys(IDS, "made on Monday"), IDS[0]: "made on Tuesday"}, {IDS[0]: "made on Monday"}):
+    for sources in (
+        {**dict.fromkeys(IDS, "made on Monday"), IDS[0]: "made on Tuesday"},
+        {IDS[0]: "made on Monday"},
+    ):
         with pytest.raises(InputError, match="the input has changed"):
             StoreWriter(path, sources=sources)
     assert StoreWriter(path, sources=dict.fromkeys(IDS, "made on Monday")).done == set(IDS)
@@ -347,12 +402,17 @@ def test_a_spool_of_a_video_that_has_changed_since_is_refused_and_stays(tmp_path
 def test_the_order_of_adding_does_not_matter(tmp_path):
     features = some_features()
     backwards = dict(reversed(features.items()))
-    assert content(write_ours(tmp_path / "x.hdf5", features)) == content(write_ours(tmp_path / "y.hdf5", backwards))
+    assert content(write_ours(tmp_path / "x.hdf5", features)) == content(
+        write_ours(tmp_path / "y.hdf5", backwards)
+    )
 
 
 def by_hand(features, dtype):
     """The checksum of a store as the docstrings say: SHA-256 of each video's bytes, then of all."""
-    sums = {video: hashlib.sha256(rows.astype(dtype).tobytes()).hexdigest()[:16] for video, rows in features.items()}
+    sums = {
+        video: hashlib.sha256(rows.astype(dtype).tobytes()).hexdigest()[:16]
+        for video, rows in features.items()
+    }
     width = next(iter(features.values())).shape[1]
     listed = [dtype, width, {video: [len(features[video]), sums[video]] for video in features}]
     return sums, hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()[:16]
@@ -363,7 +423,9 @@ def test_a_store_carries_the_checksums_of_what_was_written(dtype, tmp_path):
     features = some_features(dtype=np.float32)
     store = FeatureStore(write_ours(tmp_path / "x.hdf5", features, dtype, backbone="lite0"))
     assert (store.checksums(), store.checksum) == by_hand(features, dtype)
-    assert store.meta == {"backbone": "lite0"}, "what made the features is compared, and does not change with the content"
+    assert store.meta == {"backbone": "lite0"}, (
+        "what made the features is compared, and does not change with the content"
+    )
     foreign = FeatureStore(write_packed(tmp_path / "y.hdf5", features))
     assert foreign.checksum is None and foreign.checksums() == {}
 
@@ -377,7 +439,11 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     first["v7"][0, 0] += 1
     prints = {
         name: FeatureStore(write_ours(tmp_path / name, content, **meta)).fingerprint()
-        for name, content, meta in (("a", features, {}), ("b", features, {"made": "otherwise"}), ("c", changed, {}))
+        for name, content, meta in (
+            ("a", features, {}),
+            ("b", features, {"made": "otherwise"}),
+            ("c", changed, {}),
+        )
     }
     assert prints["a"] == prints["b"] != prints["c"]
     shutil.copy(tmp_path / "a", tmp_path / "d")
@@ -385,7 +451,10 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     with h5py.File(tmp_path / "d", "r+") as file:
         file["frames"][0, 0] += 1  # edited in place under the old checksum
     assert FeatureStore(tmp_path / "d").fingerprint() != prints["a"]
-    plain = [FeatureStore(write_packed(tmp_path / "p", content)).fingerprint() for content in (features, features, first)]
+    plain = [
+        FeatureStore(write_packed(tmp_path / "p", content)).fingerprint()
+        for content in (features, features, first)
+    ]
     assert plain[0] == plain[1] != plain[2]
 
 
@@ -406,9 +475,16 @@ def test_an_older_file_stands_until_the_new_one_is_whole(tmp_path):
     assert content(path) == content(write_ours(tmp_path / "y.hdf5", some_features(seed=2)))
 
 
-@pytest.mark.parametrize("features", [some_features(), {"only": np.ones((1, 8))}], ids=["many", "one"])
-@pytest.mark.parametrize("other, mention", [({"meta": {"fps": "2"}}, "fps 1, not 2"), ({"dtype": "float32"}, "float16, not")])
-def test_a_spool_of_another_command_is_refused_and_the_command_it_is_of_goes_on(other, mention, features, tmp_path):
+@pytest.mark.parametrize(
+    "features", [some_features(), {"only": np.ones((1, 8))}], ids=["many", "one"]
+)
+@pytest.mark.parametrize(
+    "other, mention",
+    [({"meta": {"fps": "2"}}, "fps 1, not 2"), ({"dtype": "float32"}, "float16, not")],
+)
+def test_a_spool_of_another_command_is_refused_and_the_command_it_is_of_goes_on(
+    other, mention, features, tmp_path
+):
     path, options = tmp_path / "x.hdf5", {"meta": {"fps": "1"}}
     interrupted(path, features, **options)
     before = [part.read_bytes() for part in parts(path)]
@@ -439,7 +515,9 @@ def test_two_at_once_do_not_write_one_file(tmp_path):
         assert [part.read_bytes() for part in parts(path)] == before
         writer.add("w", np.ones((2, 8)))
     assert set(FeatureStore(path)) == {"v", "w"}
-    assert not add_in_a_process(path, 0, 3, "end").returncode, "and when it is free the next one may"
+    assert not add_in_a_process(path, 0, 3, "end").returncode, (
+        "and when it is free the next one may"
+    )
 
 
 def test_a_writer_that_waited_for_the_other_ones_last_moment_is_refused_too(tmp_path, monkeypatch):
@@ -467,7 +545,9 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
 def test_a_refused_writer_locks_nobody_out(tmp_path):
     path = tmp_path / "x.hdf5"
     interrupted(path, some_features(), meta={"backbone": "x"})
-    refused = pytest.raises(InputError, StoreWriter, path, meta={"backbone": "y"})  # its traceback holds the writer
+    refused = pytest.raises(
+        InputError, StoreWriter, path, meta={"backbone": "y"}
+    )  # its traceback holds the writer
     assert StoreWriter(path, meta={"backbone": "x"}).done == set(IDS)
     assert refused.match("backbone x, not y")
 
@@ -486,14 +566,19 @@ def test_a_writer_that_renews_forgets_what_has_changed_and_keeps_what_is_gone(tm
         raise ZeroDivisionError  # killed once more
     with StoreWriter(path, sources=today, renew=True) as writer:
         assert writer.done == set(IDS) - {failing}
-    expected = {video: rows for video, rows in {**old, changed: new[changed]}.items() if video != failing}
+    expected = {
+        video: rows for video, rows in {**old, changed: new[changed]}.items() if video != failing
+    }
     assert content(path) == content(write_ours(tmp_path / "y.hdf5", expected))
 
 
 def test_a_writer_that_forgets_everything_and_is_given_nothing_writes_no_file(tmp_path):
     path = tmp_path / "x.hdf5"
     interrupted(path, some_features(), sources=dict.fromkeys(IDS, "Monday"))
-    with pytest.raises(InputError, match="no video"), StoreWriter(path, sources=dict.fromkeys(IDS, "Tuesday"), renew=True):
+    with (
+        pytest.raises(InputError, match="no video"),
+        StoreWriter(path, sources=dict.fromkeys(IDS, "Tuesday"), renew=True),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -520,7 +605,11 @@ def test_frames_that_could_not_be_read_back_are_refused_and_leave_the_rest_whole
             writer.add("good", np.ones((2, 8)))
         writer.add("more", 2 * np.ones((1, 8)))
     store = FeatureStore(tmp_path / "x.hdf5")
-    assert sorted(store) == ["good", "more"] and store["good"].shape == (2, 8) and (store["more"] == 2).all()
+    assert (
+        sorted(store) == ["good", "more"]
+        and store["good"].shape == (2, 8)
+        and (store["more"] == 2).all()
+    )
 
 
 def test_nothing_added_is_no_file(tmp_path):

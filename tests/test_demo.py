@@ -2,33 +2,39 @@
 
 import json
 import random
-import sys
 
 import av
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers.commands import ROOT
 
 DEMO = ROOT / "datasets" / "demo"
-sys.path.insert(0, str(DEMO))
 
-import edits  # noqa: E402
-import make_demo  # noqa: E402
-import plan  # noqa: E402
-
-import utils  # noqa: E402
+import utils
+from datasets.demo import edits, make_demo, plan
 
 FPS = edits.FPS
 BEST = {"codec": "h264", "height": 256, "rate": FPS, "bits": 0.5}  # an encoding that hides nothing
 
 
 def clip(*spans, edits=(), part="test", encoding=BEST, name="clip"):
-    return plan.Clip(name, part, "copy", "", 1, tuple(plan.Piece(*span) for span in spans), tuple(edits), encoding)
+    return plan.Clip(
+        name,
+        part,
+        "copy",
+        "",
+        1,
+        tuple(plan.Piece(*span) for span in spans),
+        tuple(edits),
+        encoding,
+    )
 
 
 def pictures(frames, size=(114, 64)):
     """Frames as (T, 64, 114) grey levels."""
-    return np.stack([frame.reformat(*size, format="gray").to_ndarray().astype(np.float32) for frame in frames])
+    return np.stack(
+        [frame.reformat(*size, format="gray").to_ndarray().astype(np.float32) for frame in frames]
+    )
 
 
 def decoded(path):
@@ -69,14 +75,18 @@ def test_shots_are_in_order_on_the_frame_grid_and_hold_no_black_frames(shots):
     for first, last in [(0, 1), (299, 301), (460.5, 462.5), (488, 490)]:  # the film's fades
         for frame in edits.film_frames(make_demo.FILM, first, last):
             number = round(first * FPS) + frame.pts * FPS // edits.TICKS
-            assert number not in inside or frame.to_ndarray()[: edits.SIZE[1]].mean() > 20, number / FPS
+            assert number not in inside or frame.to_ndarray()[: edits.SIZE[1]].mean() > 20, (
+                number / FPS
+            )
 
 
 def test_a_sequence_is_one_run_of_shots_within_one_part(shots):
     sequences = [shot.sequence for shot in shots]
     changes = sum(a != b for a, b in zip(sequences, sequences[1:], strict=False))
     assert len(set(sequences)) == 1 + changes, "a sequence comes back"
-    assert sorted(set(sequences)) == sorted(name for part in plan.PARTS.values() for name in part), "each in one part"
+    assert sorted(set(sequences)) == sorted(
+        name for part in plan.PARTS.values() for name in part
+    ), "each in one part"
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -91,7 +101,11 @@ def test_a_sequence_is_one_run_of_shots_within_one_part(shots):
         ([(250, 260)], [(250, 260), (400, 410)], "DS"),  # all of the query, half of the video
         ([(250, 260)], [(258, 264)], "DS"),  # 2 s
         ([(250, 260)], [(258, 259), (400, 406), (250, 251)], "DS"),  # 2 s in two places
-        ([(250, 260)], [(258, 259), (258, 259), (400, 406)], "IS"),  # the same second twice is one second
+        (
+            [(250, 260)],
+            [(258, 259), (258, 259), (400, 406)],
+            "IS",
+        ),  # the same second twice is one second
         ([(340, 346)], [(347, 351)], "CS"),  # the trap clearing in two shots
         ([(424.5, 426)], [(433.9, 435.5)], "CS"),  # the same set-up again, other shots between
         ([(244, 250)], [(263, 268)], "IS"),
@@ -104,7 +118,10 @@ def test_label_follows_the_stated_rule(shots, query, video, expected):
 
 def brute_force(query, video, place, sequence):
     """The rule again, frame by frame: place and sequence are lists over the frames of the film."""
-    a, b = ({n for p in c.pieces for n in range(round(p.start * FPS), round(p.end * FPS))} for c in (query, video))
+    a, b = (
+        {n for p in c.pieces for n in range(round(p.start * FPS), round(p.end * FPS))}
+        for c in (query, video)
+    )
     common = len(a & b)
     if 10 * common >= 6 * len(a) and 10 * common >= 6 * len(b):
         return "ND"
@@ -131,7 +148,10 @@ def test_annotation_equals_a_count_frame_by_frame(clips, shots):
         assert query.id not in kinds
         for video in test:
             if video.role != "query":
-                assert kinds.get(video.id) == brute_force(query, video, place, sequence), (query.id, video.id)
+                assert kinds.get(video.id) == brute_force(query, video, place, sequence), (
+                    query.id,
+                    video.id,
+                )
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -142,7 +162,11 @@ def test_the_parts_show_disjoint_film(clips):
     for c in clips:
         for piece in c.pieces:
             frames[c.part] |= set(range(round(piece.start * FPS), round(piece.end * FPS)))
-    assert not frames["train"] & frames["val"] and not frames["val"] & frames["test"] and not frames["train"] & frames["test"]
+    assert (
+        not frames["train"] & frames["val"]
+        and not frames["val"] & frames["test"]
+        and not frames["train"] & frames["test"]
+    )
 
 
 def test_the_plan_keeps_its_size_and_its_mixture(clips):
@@ -151,7 +175,9 @@ def test_the_plan_keeps_its_size_and_its_mixture(clips):
     assert sum(c.duration for c in clips) <= 11_000, "feature extraction would take too long"
     copies = [c for c in test if c.role == "copy"]
     assert sum(c.grade >= 3 for c in copies) >= 0.7 * len(copies)
-    assert {name for c in clips for name, _ in c.edits} == set(edits.EDITS), "an edit that is never used"
+    assert {name for c in clips for name, _ in c.edits} == set(edits.EDITS), (
+        "an edit that is never used"
+    )
     assert {c.encoding["codec"] for c in test} == set(edits.CODECS)
     assert len({c.id for c in clips}) == len(clips)
 
@@ -167,16 +193,23 @@ def test_each_query_finds_what_was_made_for_it(clips, shots):
 def test_a_seed_is_a_plan(clips, shots):
     assert plan.plan(0, shots) == clips
     other = plan.plan(1, shots)
-    assert [c.pieces for c in other] != [c.pieces for c in clips] and [c.edits for c in other] != [c.edits for c in clips]
+    assert [c.pieces for c in other] != [c.pieces for c in clips] and [c.edits for c in other] != [
+        c.edits for c in clips
+    ]
 
 
 def test_training_pairs_share_the_film_they_claim(clips):
     train = {c.id: c for c in clips if c.part == "train"}
     pairs = plan.training_pairs(list(train.values()))
     assert len(pairs) == 1500
-    assert len({name for pair in pairs for name in pair["videos"]}) >= 0.95 * len(train), "drawn evenly over the videos"
+    assert len({name for pair in pairs for name in pair["videos"]}) >= 0.95 * len(train), (
+        "drawn evenly over the videos"
+    )
     for pair in pairs[::25]:
-        sets = [{n for p in train[v].pieces for n in range(round(p.start * FPS), round(p.end * FPS))} for v in pair["videos"]]
+        sets = [
+            {n for p in train[v].pieces for n in range(round(p.start * FPS), round(p.end * FPS))}
+            for v in pair["videos"]
+        ]
         shares = [len(sets[0] & sets[1]) / len(side) for side in sets]
         assert pair["overlap"] == pytest.approx(shares, abs=1e-3) and min(shares) >= 0.299
 
@@ -188,18 +221,29 @@ def test_training_pairs_share_the_film_they_claim(clips):
 def test_every_edit_runs_on_odd_pictures_at_both_ends_of_its_range(name):
     before = [["crop", {"keep": 0.707, "x": 0.3, "y": 0.7}], ["stretch", {"factor": 0.613}]]
     for strength in (0.0, 1.0):
-        parameters = {key: edits.between(span, strength) for key, span in edits.EDITS[name].grows.items()}
+        parameters = {
+            key: edits.between(span, strength) for key, span in edits.EDITS[name].grows.items()
+        }
         for key, span in edits.EDITS[name].free.items():
             parameters[key] = span[-1] if isinstance(span, list) else span[0]
         after = [["letterbox", {"keep": 0.808, "colour": "white"}]]
-        frames = list(edits.clip_frames(clip((250, 250.5), edits=[*before, [name, parameters], *after]), make_demo.FILM))
+        frames = list(
+            edits.clip_frames(
+                clip((250, 250.5), edits=[*before, [name, parameters], *after]), make_demo.FILM
+            )
+        )
         assert len(frames) == 6 or name == "stutter"
 
 
 @pytest.mark.parametrize("codec", edits.CODECS)
 def test_every_codec_writes_the_promised_seconds(tmp_path, codec):
     rate = 25 if codec == "mpeg2" else 10
-    made = clip((250, 252), (300.5, 302), edits=[["faster", {"factor": 1.4}]], encoding={**BEST, "codec": codec, "rate": rate})
+    made = clip(
+        (250, 252),
+        (300.5, 302),
+        edits=[["faster", {"factor": 1.4}]],
+        encoding={**BEST, "codec": codec, "rate": rate},
+    )
     edits.render(made, make_demo.FILM, tmp_path / "video")
     frames, measured = decoded(tmp_path / "video")
     assert measured == pytest.approx(rate, rel=0.01)
@@ -208,7 +252,9 @@ def test_every_codec_writes_the_promised_seconds(tmp_path, codec):
 
 @pytest.mark.parametrize("codec", ["h264", "vp8"])
 def test_the_same_clip_gives_the_same_pixels_again(tmp_path, clips, codec):
-    chosen = next(c for c in clips if c.grade >= 3 and c.encoding["codec"] == codec and c.duration < 7)
+    chosen = next(
+        c for c in clips if c.grade >= 3 and c.encoding["codec"] == codec and c.duration < 7
+    )
     for name in "ab":
         edits.render(chosen, make_demo.FILM, tmp_path / name)
     assert np.array_equal(decoded(tmp_path / "a")[0], decoded(tmp_path / "b")[0])
@@ -244,17 +290,26 @@ def test_a_small_build_is_complete_resumes_and_gives_way_to_another(tmp_path, ca
         frames, rate = decoded(tmp_path / c.file)
         assert len(frames) / rate == pytest.approx(c.duration, abs=0.35), c.id
     training = utils.load_pickle(tmp_path / "annotations" / "demo_train.pickle")
-    assert sorted(training) == ["index", "negs", "segments", "video_pairs"] and len(training["index"]) == 3
+    assert (
+        sorted(training) == ["index", "negs", "segments", "video_pairs"]
+        and len(training["index"]) == 3
+    )
     table = json.loads((tmp_path / "annotations" / "demo.json").read_text())
-    assert table == {"test_q00": {"ND": ["test_q00_copy0", "test_q00_copy1"], "DS": [], "CS": [], "IS": []}}
-    assert (tmp_path / "annotations" / "demo_ids.txt").read_text().split() == [c.id for c in made if c.part == "test"]
+    assert table == {
+        "test_q00": {"ND": ["test_q00_copy0", "test_q00_copy1"], "DS": [], "CS": [], "IS": []}
+    }
+    assert (tmp_path / "annotations" / "demo_ids.txt").read_text().split() == [
+        c.id for c in made if c.part == "test"
+    ]
 
     assert all((tmp_path / "annotations" / name).exists() for name in make_demo.ANNOTATIONS)
     files = [tmp_path / c.file for c in made]
     before = [path.stat().st_mtime_ns for path in files]
     files[0].unlink()
     make_demo.build(tmp_path, seed=0, limit=3)
-    assert [path.stat().st_mtime_ns == time for path, time in zip(files, before, strict=True)] == [False] + [True] * 8
+    assert [path.stat().st_mtime_ns == time for path, time in zip(files, before, strict=True)] == [
+        False
+    ] + [True] * 8
     make_demo.build(tmp_path, seed=0, limit=3)
     assert "already" in capsys.readouterr().out
 

@@ -6,23 +6,21 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 
 import pytest
-from conftest import ROOT, cli, one_error, start
+from helpers.commands import cli, one_error, start
 
-sys.path.insert(0, str(ROOT / "datasets"))
-
-import download  # noqa: E402
-
-from evaluation_sets import evaluation_set  # noqa: E402
-from utils import InputError  # noqa: E402
+from datasets import download
+from datasets.registry import load_evaluation_set
+from utils import InputError
 
 SCRIPT = "datasets/download.py"
 CONTENT = b"what was pinned" * 50_000
-PINNED = download.Source("some/where", "0" * 40, "data/pinned.bin", hashlib.sha256(CONTENT).hexdigest())
+PINNED = download.Source(
+    "some/where", "0" * 40, "data/pinned.bin", hashlib.sha256(CONTENT).hexdigest()
+)
 LOCATION = "/some/where/" + "0" * 40 + "/data/pinned.bin"
 
 
@@ -73,7 +71,11 @@ def test_the_pinned_file_comes_from_a_folder_and_from_a_server(tmp_path, server)
     server.answers[LOCATION] = (CONTENT, len(CONTENT))
     fetch(tmp_path / "a" / "pinned.bin", tmp_path / "copy.bin")
     fetch(tmp_path / "b" / "pinned.bin", server.url + LOCATION)
-    assert (tmp_path / "a" / "pinned.bin").read_bytes() == (tmp_path / "b" / "pinned.bin").read_bytes() == CONTENT
+    assert (
+        (tmp_path / "a" / "pinned.bin").read_bytes()
+        == (tmp_path / "b" / "pinned.bin").read_bytes()
+        == CONTENT
+    )
     assert left(tmp_path) == ["a/pinned.bin", "b/pinned.bin", "copy.bin"]
 
 
@@ -131,13 +133,19 @@ def test_a_stopped_download_leaves_no_file_and_the_next_one_cleans_up(tmp_path, 
     flags = ["--only", "vcdb.pickle", "--mirror", server.url, "--annotation_dir", tmp_path]
     process = start(SCRIPT, *flags)
     assert server.asked.wait(60)
-    while not any(path.stat().st_size for path in tmp_path.iterdir()):  # the first bytes are written
+    while not any(
+        path.stat().st_size for path in tmp_path.iterdir()
+    ):  # the first bytes are written
         time.sleep(0.01)
     process.send_signal(how)
     out, err = process.communicate(timeout=60)
     assert "vcdb.pickle" not in left(tmp_path)
     if how == signal.SIGINT:
-        assert (process.returncode, err.strip().splitlines()[-1], left(tmp_path)) == (130, "interrupted", [])
+        assert (process.returncode, err.strip().splitlines()[-1], left(tmp_path)) == (
+            130,
+            "interrupted",
+            [],
+        )
     server.go.set()
     server.answers[path] = (CONTENT, len(CONTENT))
     with pytest.raises(InputError, match="vcdb.pickle from .* is not the pinned file"):
@@ -147,12 +155,20 @@ def test_a_stopped_download_leaves_no_file_and_the_next_one_cleans_up(tmp_path, 
 
 def test_the_table_is_whole_and_every_set_names_files_of_it():
     for name, source in download.FILES.items():
-        assert re.fullmatch(r"[0-9a-f]{64}", source.sha256) and re.fullmatch(r"[0-9a-f]{40}", source.revision), name
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.repository) and not source.path.startswith("/")
+        assert re.fullmatch(r"[0-9a-f]{64}", source.sha256) and re.fullmatch(
+            r"[0-9a-f]{40}", source.revision
+        ), name
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.repository) and not source.path.startswith(
+            "/"
+        )
     assert len({source.sha256 for source in download.FILES.values()}) == len(download.FILES) == 8
     assert {file for files in download.SETS.values() for file in files} <= set(download.FILES)
     assert download.chosen([]) == list(download.FILES)
-    assert download.chosen(["EVVE", "FIVR-5K", "evve.pickle"]) == ["evve.pickle", "fivr.pickle", "fivr_annotation.json"]
+    assert download.chosen(["EVVE", "FIVR-5K", "evve.pickle"]) == [
+        "evve.pickle",
+        "fivr.pickle",
+        "fivr_annotation.json",
+    ]
     assert download.PUBLIC.startswith("https://")
 
 
@@ -172,12 +188,15 @@ def test_the_command_copies_checks_and_leaves_right_files_alone(tmp_path, annota
     first = cli(SCRIPT, *flags, "--from", annotations)
     assert first.returncode == 0 and "evve.pickle: fetched" in first.stdout, first.stderr
     assert left(target) == ["cc_web_video.pickle", "evve.pickle"]
-    assert len(evaluation_set("EVVE", target).queries) == 620
+    assert len(load_evaluation_set("EVVE", target).queries) == 620
     times = {name: os.stat(target / name).st_mtime_ns for name in left(target)}
     shutil.copytree(target, copy)
     (target / "evve.pickle").write_bytes(b"spoiled")
     again = cli(SCRIPT, *flags, "--from", copy)
-    assert "cc_web_video.pickle: already there" in again.stdout and "evve.pickle: replaced" in again.stdout
+    assert (
+        "cc_web_video.pickle: already there" in again.stdout
+        and "evve.pickle: replaced" in again.stdout
+    )
     assert os.stat(target / "cc_web_video.pickle").st_mtime_ns == times["cc_web_video.pickle"]
     (copy / "evve.pickle").write_bytes((target / "evve.pickle").read_bytes()[:-1])
     (target / "evve.pickle").unlink()
@@ -188,7 +207,10 @@ def test_the_command_copies_checks_and_leaves_right_files_alone(tmp_path, annota
 def test_the_whole_of_the_official_files_comes_from_a_server(tmp_path, annotations, server):
     for name, source in download.FILES.items():
         content = (annotations / name).read_bytes()
-        server.answers[f"/{source.repository}/{source.revision}/{source.path}"] = (content, len(content))
+        server.answers[f"/{source.repository}/{source.revision}/{source.path}"] = (
+            content,
+            len(content),
+        )
     result = cli(SCRIPT, "--mirror", server.url + "/", "--annotation_dir", tmp_path)
     assert result.returncode == 0, result.stderr
     assert left(tmp_path) == sorted(download.FILES) and result.stdout.count(": fetched") == 8

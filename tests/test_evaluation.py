@@ -1,4 +1,4 @@
-"""evaluation.py as users run it: figures against loops from the features on, several processes, the memory bound, refusals."""
+"""evaluation.py as users run it: figures against loops from the features on, several dist, the memory bound, refusals."""
 
 import json
 import subprocess
@@ -9,28 +9,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TASKS,
-    C,
-    by_loop,
-    cli,
-    clis,
-    environment,
-    error_after_progress,
-    make_set,
-    one_error,
-    write_packed,
-    write_released,
-    write_set,
-)
+from helpers.commands import ROOT, cli, clis, environment, error_after_progress, one_error
+from helpers.files import write_packed, write_released
+from helpers.oracles import TASKS, by_loop
+from helpers.worlds import C, make_set, write_set
 
-from data import FeatureStore
-from descriptors import crop, describe
+from datasets.registry import load_evaluation_set
 from evaluation import parse, table_lines
-from evaluation_sets import evaluation_set
-from model import TCA, Mean, NetVLAD, VideoComparator
-from similarity import similarity_table
+from features.store import FeatureStore
+from model import TCA, Mean, NetVLAD
+from retrieval.comparator import VideoComparator
+from retrieval.encode import crop, describe
+from retrieval.similarity import similarity_table
 from utils import InputError
 
 METRICS = ["cosine", "euclidean", "chamfer", "sym_chamfer"]  # those that the loops below know
@@ -99,9 +89,16 @@ def printed(stdout):
     return rows
 
 
-ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym", "euclidean": "tca, euclidean"}
+ROWS = {
+    "cosine": "TCA_c",
+    "chamfer": "TCA_f",
+    "sym_chamfer": "TCA_sym",
+    "euclidean": "tca, euclidean",
+}
 EVERY = [*METRICS, "dp", "tn", "comparator"]
-NAMES = {"cosine": "mean, untrained"} | {m: f"{m}, untrained" for m in ("chamfer", "sym_chamfer", "euclidean")}
+NAMES = {"cosine": "mean, untrained"} | {
+    m: f"{m}, untrained" for m in ("chamfer", "sym_chamfer", "euclidean")
+}
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +121,26 @@ def results(world, models, base, tmp_path_factory):
     one = ["--model_path", models / "0.pth", "--nhead", 4]
     mean = ["--encoder", "mean", "--metric", *METRICS]
     runs = {
-        "one": [*one, "--metric", *METRICS, "--baseline", "cosine", "chamfer", "--output", out / "one.json"],
+        "one": [
+            *one,
+            "--metric",
+            *METRICS,
+            "--baseline",
+            "cosine",
+            "chamfer",
+            "--output",
+            out / "one.json",
+        ],
         "saved": [*one, "--padding_size", 5, "--save_similarities", out / "saved.json"],
-        "every": [*one, "--metric", *EVERY, "--comparator", models / "comparator.pth", "--output", out / "every.json"],
+        "every": [
+            *one,
+            "--metric",
+            *EVERY,
+            "--comparator",
+            models / "comparator.pth",
+            "--output",
+            out / "every.json",
+        ],
         "rerank": [
             *one,
             "--rerank",
@@ -140,10 +154,27 @@ def results(world, models, base, tmp_path_factory):
             "--output",
             out / "rerank.json",
         ],
-        "rerank one": [*one, "--rerank", 20, "--metric", "sym_chamfer", "--output", out / "rerank one.json"],
+        "rerank one": [
+            *one,
+            "--rerank",
+            20,
+            "--metric",
+            "sym_chamfer",
+            "--output",
+            out / "rerank one.json",
+        ],
         "rerank mean": ["--encoder", "mean", "--rerank", 20, "--output", out / "rerank mean.json"],
         "netvlad": ["--model_path", models / "netvlad.pth", "--metric", "euclidean", "cosine"],
-        "bfloat16": [*one, "--metric", "cosine", "chamfer", "--amp", "bfloat16", "--output", out / "bfloat16.json"],
+        "bfloat16": [
+            *one,
+            "--metric",
+            "cosine",
+            "chamfer",
+            "--amp",
+            "bfloat16",
+            "--output",
+            out / "bfloat16.json",
+        ],
         "three": [
             "--model_path",
             *(models / f"{i}.pth" for i in range(3)),
@@ -189,14 +220,18 @@ def test_baselines_are_the_untrained_features_own_figures(results, world):
     out, _ = results
     figures = json.loads((out / "one.json").read_text())["figures"]
     for metric in ("cosine", "chamfer"):
-        assert figures[NAMES[metric]] == [pytest.approx(brute_figures(Mean(C), world.test, metric), abs=1e-6)]
+        assert figures[NAMES[metric]] == [
+            pytest.approx(brute_figures(Mean(C), world.test, metric), abs=1e-6)
+        ]
 
 
 def test_the_mean_needs_no_model(results, world):
     out, found = results
     figures = json.loads((out / "deep" / "mean.json").read_text())["figures"]
     for metric in METRICS:
-        assert figures[NAMES[metric]] == [pytest.approx(brute_figures(Mean(C), world.test, metric), abs=1e-6)]
+        assert figures[NAMES[metric]] == [
+            pytest.approx(brute_figures(Mean(C), world.test, metric), abs=1e-6)
+        ]
     assert set(printed(found["mean"].stdout)) == set(NAMES.values())
 
 
@@ -216,9 +251,18 @@ def test_several_models_give_the_mean_and_the_sample_standard_deviation(results,
 def test_the_output_holds_what_a_figure_needs_beside_it(results):
     out, _ = results
     found = json.loads((out / "one.json").read_text())
-    assert found["dataset"] == "DEMO" and "demo.json" in found["annotation"] and found["padding_size"] == 300
-    assert found["command"].startswith("evaluation.py --dataset DEMO") and "--baseline cosine chamfer" in found["command"]
-    assert found["revision"] and found["versions"]["torch"] == torch.__version__ and found["machine"]
+    assert (
+        found["dataset"] == "DEMO"
+        and "demo.json" in found["annotation"]
+        and found["padding_size"] == 300
+    )
+    assert (
+        found["command"].startswith("evaluation.py --dataset DEMO")
+        and "--baseline cosine chamfer" in found["command"]
+    )
+    assert (
+        found["revision"] and found["versions"]["torch"] == torch.__version__ and found["machine"]
+    )
     assert len(found["models"]) == 1 and found["features"]["path"].endswith("test.hdf5")
     assert found["coverage"] == {
         "queries": 10, "queries_missing": 0, "videos": 80, "videos_missing": 0,
@@ -229,48 +273,98 @@ def test_the_output_holds_what_a_figure_needs_beside_it(results):
 def test_saved_similarities_scored_again_give_the_printed_figures(results, world):
     out, found = results
     saved = json.loads((out / "saved.json").read_text())
-    assert list(saved) == list(world.test.labels) and all(set(row) == set(world.test.database) for row in saved.values())
-    again = evaluation_set("DEMO", world.annotations).evaluate(saved)
-    assert printed(found["saved"].stdout)["TCA_c"] == {task: f"{value:.4f}" for task, value in again.items()}
+    assert list(saved) == list(world.test.labels) and all(
+        set(row) == set(world.test.database) for row in saved.values()
+    )
+    again = load_evaluation_set("DEMO", world.annotations).evaluate(saved)
+    assert printed(found["saved"].stdout)["TCA_c"] == {
+        task: f"{value:.4f}" for task, value in again.items()
+    }
     expected = brute_figures(saved_encoder(0), world.test, "cosine", padding_size=5)
     assert again == pytest.approx(expected, abs=1e-6)
 
 
 def torchrun(count, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        count,
+        *arguments,
+    ]
     return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def test_processes_give_the_figures_of_one_to_the_last_bit(results, models, base, tmp_path):
     out, found = results
-    flags = ["--model_path", models / "0.pth", "--nhead", 4, "--metric", *EVERY, "--comparator", models / "comparator.pth"]
-    result = torchrun(2, *base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "two.json")
+    flags = [
+        "--model_path",
+        models / "0.pth",
+        "--nhead",
+        4,
+        "--metric",
+        *EVERY,
+        "--comparator",
+        models / "comparator.pth",
+    ]
+    result = torchrun(
+        2, *base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "two.json"
+    )
     assert result.returncode == 0, result.stderr
-    one, two = (json.loads(path.read_text()) for path in (out / "every.json", tmp_path / "two.json"))
+    one, two = (
+        json.loads(path.read_text()) for path in (out / "every.json", tmp_path / "two.json")
+    )
     assert two["figures"] == one["figures"] and len(one["figures"]) == len(EVERY)
     assert (one["processes"], two["processes"]) == (1, 2) and result.stdout == found["every"].stdout
     again = cli(*base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "cached.json")
-    assert again.returncode == 0 and json.loads((tmp_path / "cached.json").read_text())["figures"] == one["figures"]
+    assert (
+        again.returncode == 0
+        and json.loads((tmp_path / "cached.json").read_text())["figures"] == one["figures"]
+    )
     assert len(contents(tmp_path / "cache")) == 2
 
 
 def test_an_error_of_one_process_is_told_once(world, models, base, tmp_path):
     features = {
-        video: rows * (np.nan if video == world.test.database[40] else 1) for video, rows in world.test.features.items()
+        video: rows * (np.nan if video == world.test.database[40] else 1)
+        for video, rows in world.test.features.items()
     }
     path = write_packed(tmp_path / "nan.hdf5", features)
-    result = torchrun(2, *base, "--feature_path", path, "--model_path", models / "0.pth", "--nhead", 4)
-    errors = [line for line in result.stderr.splitlines() if "error: " in line and "holds NaN" in line]
+    result = torchrun(
+        2, *base, "--feature_path", path, "--model_path", models / "0.pth", "--nhead", 4
+    )
+    errors = [
+        line for line in result.stderr.splitlines() if "error: " in line and "holds NaN" in line
+    ]
     assert result.returncode and len(errors) == 1 and world.test.database[40] in errors[0]
 
 
 def test_two_stage_figures_equal_own_rankings(results, world):
     out, found = results
     part, encoder = world.test, saved_encoder(0)
-    described = dict(zip(part.database, describe(encoder, FeatureStore(world.test_features), part.database, True), strict=True))
-    frames = dict(zip(part.database, describe(encoder, FeatureStore(world.test_features), part.database, False), strict=True))
+    described = dict(
+        zip(
+            part.database,
+            describe(encoder, FeatureStore(world.test_features), part.database, True),
+            strict=True,
+        )
+    )
+    frames = dict(
+        zip(
+            part.database,
+            describe(encoder, FeatureStore(world.test_features), part.database, False),
+            strict=True,
+        )
+    )
     figures = json.loads((out / "rerank.json").read_text())["figures"]
     for R in (4, 20, 1000):
         ranks = {}
@@ -297,10 +391,14 @@ def test_the_trade_off_goes_from_no_frames_to_all(results, world):
     figures = json.loads((out / "rerank.json").read_text())["figures"]
     assert [line["R"] for line in curve] == [0, 4, 20, 80, 1000]
     costs = [line["cost"] for line in curve]
-    assert costs[0] == 0 and costs[3:] == [1, 1] and costs == sorted(costs) and 0.02 < costs[1] < 0.1
+    assert (
+        costs[0] == 0 and costs[3:] == [1, 1] and costs == sorted(costs) and 0.02 < costs[1] < 0.1
+    )
     for line in curve:
         assert line["figures"] == figures[line["row"]][0]
-        assert line["share"] == pytest.approx(line["figures"]["DSVR"] / figures["TCA_sym"][0]["DSVR"])
+        assert line["share"] == pytest.approx(
+            line["figures"]["DSVR"] / figures["TCA_sym"][0]["DSVR"]
+        )
     saved = brute_recall(saved_encoder(0), world.test, 20)
     (line,) = [line for line in curve if line["R"] == 20]
     assert line["recall"] == pytest.approx(saved) and f"{saved:.1%}" in found["rerank"].stdout
@@ -312,7 +410,9 @@ def brute_recall(encoder, part, R):
     whole = {}
     for video, rows in part.features.items():
         with torch.no_grad():
-            whole[video] = encoder(torch.from_numpy(rows)[None], torch.tensor([len(rows)]))[0].numpy()
+            whole[video] = encoder(torch.from_numpy(rows)[None], torch.tensor([len(rows)]))[
+                0
+            ].numpy()
     shares = []
     for query, labels in part.labels.items():
         relevant = {*labels["ND"], *labels["DS"]}
@@ -323,13 +423,20 @@ def brute_recall(encoder, part, R):
 
 def test_rows_are_named_for_their_encoder_and_measure(results):
     _, found = results
-    assert set(printed(found["every"].stdout)) == {*ROWS.values(), "tca, dp", "tca, tn", "tca, comparator"}
+    assert set(printed(found["every"].stdout)) == {
+        *ROWS.values(),
+        "tca, dp",
+        "tca, tn",
+        "tca, comparator",
+    }
     assert set(printed(found["netvlad"].stdout)) == {"netvlad, euclidean", "netvlad, cosine"}
 
 
 def test_bfloat16_moves_figures_little(results):
     out, found = results
-    figures, exact = (json.loads((out / name).read_text()) for name in ("bfloat16.json", "one.json"))
+    figures, exact = (
+        json.loads((out / name).read_text()) for name in ("bfloat16.json", "one.json")
+    )
     assert figures["amp"] == "bfloat16" and exact["amp"] is None
     assert figures["figures"]["TCA_f"] != exact["figures"]["TCA_f"]
     for row in ("TCA_c", "TCA_f"):
@@ -339,7 +446,14 @@ def test_bfloat16_moves_figures_little(results):
 def test_a_table_of_any_system_is_scored_without_a_model(results, world, base, tmp_path):
     out, found = results
     annotation = ["--dataset", "DEMO", "--annotation_dir", world.annotations]
-    result = cli("evaluation.py", *annotation, "--similarities", out / "saved.json", "--output", tmp_path / "again.json")
+    result = cli(
+        "evaluation.py",
+        *annotation,
+        "--similarities",
+        out / "saved.json",
+        "--output",
+        tmp_path / "again.json",
+    )
     assert result.returncode == 0, result.stderr
     assert list(printed(result.stdout).values()) == list(printed(found["saved"].stdout).values())
     table = json.loads((out / "saved.json").read_text())
@@ -352,17 +466,24 @@ def test_a_table_of_any_system_is_scored_without_a_model(results, world, base, t
 
 
 def test_region_features_of_other_groups_are_averaged_with_a_notice(world, base, tmp_path):
-    regions = {v: np.stack([2 * rows, np.zeros_like(rows), rows], 1) for v, rows in world.test.features.items()}
+    regions = {
+        v: np.stack([2 * rows, np.zeros_like(rows), rows], 1)
+        for v, rows in world.test.features.items()
+    }
     flags = ["--features", write_released(tmp_path / "regions.hdf5", regions), "--encoder", "mean"]
     result = cli(*base, *flags)
     assert result.returncode == 0 and "averaged over their regions" in result.stderr
     table = brute_figures(Mean(C), world.test, "cosine")  # the mean of the three is the row itself
-    assert printed(result.stdout)["mean, untrained"] == {task: f"{value:.4f}" for task, value in table.items()}
+    assert printed(result.stdout)["mean, untrained"] == {
+        task: f"{value:.4f}" for task, value in table.items()
+    }
 
 
 def test_many_figures_are_printed_one_a_line():
     names = ["mAP", "mAP_events", *(f"event {i}" for i in range(13))]
-    lines = table_lines({"TCA_c": [dict.fromkeys(names, 0.25)], "TCA_f": [dict.fromkeys(names, 0.5)] * 2})
+    lines = table_lines(
+        {"TCA_c": [dict.fromkeys(names, 0.25)], "TCA_f": [dict.fromkeys(names, 0.5)] * 2}
+    )
     assert lines[0].split() == ["TCA_c", "TCA_f"] and len(lines) == 16 and max(map(len, lines)) < 80
     assert lines[2].split() == ["mAP_events", "0.2500", "0.5000", "±", "0.0000"]
     assert len(table_lines({"TCA_c": [dict.fromkeys(names[:8], 0.25)]})) == 2
@@ -377,7 +498,10 @@ def test_memory_stays_under_the_bound_that_is_given(tmp_path):
         rows = file.create_dataset("frames", (len(names) * frames, width), "float16")
         for i in range(len(names)):
             rows[i * frames : (i + 1) * frames] = np.roll(block, i, 0)
-        file["offsets"], file["ids"] = np.arange(len(names) + 1) * frames, np.array(names, h5py.string_dtype())
+        file["offsets"], file["ids"] = (
+            np.arange(len(names) + 1) * frames,
+            np.array(names, h5py.string_dtype()),
+        )
     write_set(tmp_path, "demo", {names[0]: {"ND": names[1:3]}, names[5]: {"ND": names[6:9]}}, names)
     flags = [
         "--dataset",
@@ -393,7 +517,9 @@ def test_memory_stays_under_the_bound_that_is_given(tmp_path):
     ]
     # By a process between: a child's peak begins with its parent's, and pytest's own may be larger.
     between = "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:])\n"
-    between += "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(status)"
+    between += (
+        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(status)"
+    )
     done = cli("-c", between, sys.executable, "evaluation.py", *flags, "--memory", "0.6")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) / 2**20 < 0.6
@@ -405,18 +531,27 @@ def test_every_set_prints_its_table_on_features_of_its_real_ids(annotations, tmp
     draw, commands = np.random.default_rng(0), []
     columns = {"FIVR-5K": 3, "CC_WEB_VIDEO": 4, "EVVE": 15, "VCDB": 1}
     for name in columns:
-        chosen = evaluation_set(name, annotations)
+        chosen = load_evaluation_set(name, annotations)
         videos = list(dict.fromkeys([*chosen.queries, *chosen.database]))
         videos = videos[:5000] if name == "VCDB" else videos
-        features = {video: draw.normal(size=(1 + i % 2, 8)).astype(np.float16) for i, video in enumerate(videos)}
+        features = {
+            video: draw.normal(size=(1 + i % 2, 8)).astype(np.float16)
+            for i, video in enumerate(videos)
+        }
         path = write_packed(tmp_path / f"{name}.hdf5", features)
         commands.append(["evaluation.py", "--dataset", name, "--feature_path", path, "--annotation_dir", annotations,
                          "--encoder", "mean", "--output", tmp_path / f"{name}.json"])  # fmt: skip
     for name, result in zip(columns, clis(*commands), strict=True):
         assert result.returncode == 0, result.stderr
-        figures = json.loads((tmp_path / f"{name}.json").read_text())["figures"]["mean, untrained"][0]
-        assert len(figures) == columns[name] and all(f"{value:.4f}" in result.stdout for value in figures.values())
-        assert ("missing: " in result.stdout and "% of the videos" in result.stdout) == (name == "VCDB")
+        figures = json.loads((tmp_path / f"{name}.json").read_text())["figures"]["mean, untrained"][
+            0
+        ]
+        assert len(figures) == columns[name] and all(
+            f"{value:.4f}" in result.stdout for value in figures.values()
+        )
+        assert ("missing: " in result.stdout and "% of the videos" in result.stdout) == (
+            name == "VCDB"
+        )
 
 
 def test_the_released_commands_flags_change_nothing(results):
@@ -426,7 +561,12 @@ def test_the_released_commands_flags_change_nothing(results):
 
 def test_missing_videos_are_counted_and_left_out(world, base, tmp_path):
     part = world.test
-    gone = [*list(part.labels)[:2], *[v for v in part.database if v not in part.labels][::5], "q5-1", "q5-2"]
+    gone = [
+        *list(part.labels)[:2],
+        *[v for v in part.database if v not in part.labels][::5],
+        "q5-1",
+        "q5-2",
+    ]
     features = {video: rows for video, rows in part.features.items() if video not in gone}
     path = write_released(tmp_path / "some.hdf5", features)
     flags = ["--feature_path", path, "--encoder", "mean", "--output", tmp_path / "x.json"]
@@ -434,36 +574,55 @@ def test_missing_videos_are_counted_and_left_out(world, base, tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "x.json").read_text())
     missing = len(set(part.database) - set(features))
-    assert "8 queries (2 missing)" in result.stdout and f"{80 - missing} videos ({missing} missing)" in result.stdout
-    assert found["coverage"]["queries_missing"] == 2 and found["coverage"]["videos_missing"] == missing
+    assert (
+        "8 queries (2 missing)" in result.stdout
+        and f"{80 - missing} videos ({missing} missing)" in result.stdout
+    )
+    assert (
+        found["coverage"]["queries_missing"] == 2 and found["coverage"]["videos_missing"] == missing
+    )
     skipped = found["coverage"]["queries_without_relevant"]
     truth = {
         task: sum(
-            not any(v in features for label in labels for v in part.labels[q][label]) for q in part.labels if q in features
+            not any(v in features for label in labels for v in part.labels[q][label])
+            for q in part.labels
+            if q in features
         )
         for task, labels in TASKS.items()
     }
     assert skipped == truth and truth["DSVR"] >= 1 and "queries skipped" in result.stdout
     rows = {v: unit(x.astype(float).mean(0)) for v, x in features.items()}
-    table = {q: {v: rows[q] @ rows[v] for v in part.database if v in features} for q in part.labels if q in features}
+    table = {
+        q: {v: rows[q] @ rows[v] for v in part.database if v in features}
+        for q in part.labels
+        if q in features
+    }
     expected = by_loop(table, part.labels, part.database, set(features))
     assert found["figures"]["mean, untrained"] == [pytest.approx(expected, abs=1e-6)]
 
 
 def test_bad_input_ends_with_status_2_one_line_and_no_output(world, models, base, tmp_path):
     other_ids, _, _ = make_set(np.random.default_rng(0), 3, 3, 5, 0.1)
-    strange = write_released(tmp_path / "strange.hdf5", {f"not {video}": rows for video, rows in other_ids.items()})
+    strange = write_released(
+        tmp_path / "strange.hdf5", {f"not {video}": rows for video, rows in other_ids.items()}
+    )
     with h5py.File(tmp_path / "nan.hdf5", "w") as file:
         for i, (video, rows) in enumerate(world.test.features.items()):
             file[video] = rows if i != 7 else rows * np.nan
     (tmp_path / "text.pth").write_text("no model")
-    ours, output = ["--model_path", models / "0.pth", "--nhead", 4], ["--output", tmp_path / "out.json"]
+    ours, output = (
+        ["--model_path", models / "0.pth", "--nhead", 4],
+        ["--output", tmp_path / "out.json"],
+    )
     cases = {
         "unknown dataset": (["--dataset", "FIVR-6K", *ours], "FIVR-6K"),
         "no annotation folder": (["--annotation_dir", tmp_path / "absent", *ours], "absent"),
         "no features": (["--feature_path", tmp_path / "absent.hdf5", *ours], "absent.hdf5"),
         "features of other ids": (["--feature_path", strange, *ours], "strange.hdf5"),
-        "features that are NaN": (["--feature_path", tmp_path / "nan.hdf5", *ours], list(world.test.features)[7]),
+        "features that are NaN": (
+            ["--feature_path", tmp_path / "nan.hdf5", *ours],
+            list(world.test.features)[7],
+        ),
         "width asked for": (["--pca_components", 1024, *ours], "1024"),
         "a model of another width": (["--model_path", models / "wide.pth"], "64 channels"),
         "an absent model": (["--model_path", tmp_path / "absent.pth"], "absent.pth"),
@@ -471,18 +630,33 @@ def test_bad_input_ends_with_status_2_one_line_and_no_output(world, models, base
         "a model that is none": (["--model_path", tmp_path / "text.pth"], "text.pth"),
         "heads that do not divide": (["--model_path", models / "0.pth", "--nhead", 5], "--nhead"),
         "the mean with a model": (["--encoder", "mean", *ours], "--encoder"),
-        "frame descriptors of an encoder without": (["--model_path", models / "netvlad.pth", "--metric", "chamfer"], "NetVLAD"),
-        "two stages of an encoder without": (["--model_path", models / "netvlad.pth", "--rerank", 5], "NetVLAD"),
-        "a comparator that is none": (["--metric", "comparator", "--comparator", models / "0.pth", *ours], "0.pth"),
+        "frame descriptors of an encoder without": (
+            ["--model_path", models / "netvlad.pth", "--metric", "chamfer"],
+            "NetVLAD",
+        ),
+        "two stages of an encoder without": (
+            ["--model_path", models / "netvlad.pth", "--rerank", 5],
+            "NetVLAD",
+        ),
+        "a comparator that is none": (
+            ["--metric", "comparator", "--comparator", models / "0.pth", *ours],
+            "0.pth",
+        ),
         "too little memory": (["--memory", 0.15, *ours], "--memory"),
         "a word for a number": (["--padding_size", "many", *ours], "--padding_size"),
     }
     found = clis(*([*base, *flags, *output] for flags, _ in cases.values()))
     for (name, (_, mention)), result in zip(cases.items(), found, strict=True):
-        line = error_after_progress(result) if name == "features that are NaN" else one_error(result)
+        line = (
+            error_after_progress(result) if name == "features that are NaN" else one_error(result)
+        )
         assert mention in line, f"{name}: {line}"
     assert not (tmp_path / "out.json").exists()
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["nan.hdf5", "strange.hdf5", "text.pth"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "nan.hdf5",
+        "strange.hdf5",
+        "text.pth",
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--padding_size", "--nhead", "--memory"])
@@ -501,7 +675,10 @@ def test_a_number_out_of_range_is_refused_by_its_flag(flag):
         ("--rerank 0 --encoder mean", "--rerank"),
         ("--rerank 5 --plot x.png --encoder mean", "--plot"),
         ("--rerank 5 --save_similarities x.json --encoder mean", "--save_similarities"),
-        ("--metric cosine chamfer --save_similarities x.json --encoder mean", "--save_similarities"),
+        (
+            "--metric cosine chamfer --save_similarities x.json --encoder mean",
+            "--save_similarities",
+        ),
         ("--similarities x.json --metric cosine", "--similarities"),
         ("--output . --encoder mean", "folder"),
     ],
@@ -523,10 +700,20 @@ def test_a_bad_table_is_refused(world, tmp_path):
         good[:-20]: "JSON",
         json.dumps({queries[0]: [1, 2]}): queries[0],
     }
-    flags = ["evaluation.py", "--dataset", "DEMO", "--annotation_dir", world.annotations, "--output", tmp_path / "out.json"]
+    flags = [
+        "evaluation.py",
+        "--dataset",
+        "DEMO",
+        "--annotation_dir",
+        world.annotations,
+        "--output",
+        tmp_path / "out.json",
+    ]
     for number, text in enumerate(cases):
         (tmp_path / f"{number}.json").write_text(text)
-    found = clis(*([*flags, "--similarities", tmp_path / f"{number}.json"] for number in range(len(cases))))
+    found = clis(
+        *([*flags, "--similarities", tmp_path / f"{number}.json"] for number in range(len(cases)))
+    )
     for mention, result in zip(cases.values(), found, strict=True):
         assert mention in one_error(result)
     assert not (tmp_path / "out.json").exists()

@@ -10,7 +10,11 @@ from losses import LOSSES, circle, circle_released, infonce, triplet
 
 INF = torch.inf
 NAMES = list(LOSSES)
-FIRST = {"circle": circle, "infonce": infonce, "triplet": triplet}  # those that treat every row alike
+FIRST = {
+    "circle": circle,
+    "infonce": infonce,
+    "triplet": triplet,
+}  # those that treat every row alike
 
 
 def similarities(N=6, K=20, seed=0, dtype=torch.float32):
@@ -75,7 +79,9 @@ def test_circle_equals_equation_6_in_double_precision(gamma, margin):
         expected, gradient = circle_by_loop(logits, labels, margin, gamma)
         value, found = value_and_gradient(circle, logits, labels, margin=margin, gamma=gamma)
         assert float(value) == pytest.approx(expected, rel=1e-5)
-        np.testing.assert_allclose(found.numpy(), gradient, rtol=1e-3, atol=1e-3 * gamma / len(logits) * 0.01)
+        np.testing.assert_allclose(
+            found.numpy(), gradient, rtol=1e-3, atol=1e-3 * gamma / len(logits) * 0.01
+        )
 
 
 @pytest.mark.parametrize("gamma", [1, 32, 256])
@@ -104,8 +110,12 @@ def test_circles_weights_alpha_carry_no_gradient():
     m, gamma, s_p, s_n = 0.25, 2.0, 0.6, 0.3
     Z = gamma * (s_n + m) * (s_n - m) + gamma * (1 + m - s_p) * (1 - m - s_p)
     sigmoid = 1 / (1 + math.exp(-Z))
-    _, gradient = value_and_gradient(circle, torch.tensor([[s_p, s_n]]), torch.tensor([0]), margin=m, gamma=gamma)
-    assert gradient[0].tolist() == pytest.approx([-sigmoid * gamma * (1 + m - s_p), sigmoid * gamma * (s_n + m)], rel=1e-5)
+    _, gradient = value_and_gradient(
+        circle, torch.tensor([[s_p, s_n]]), torch.tensor([0]), margin=m, gamma=gamma
+    )
+    assert gradient[0].tolist() == pytest.approx(
+        [-sigmoid * gamma * (1 + m - s_p), sigmoid * gamma * (s_n + m)], rel=1e-5
+    )
     assert gradient[0, 0] != pytest.approx(sigmoid * gamma * (2 * s_p - 2), rel=1e-2)
 
 
@@ -162,8 +172,12 @@ def test_infonce_is_minus_the_log_of_the_positives_softmax_and_torchs_cross_entr
 
 def test_the_defaults_are_the_papers_margin_and_gamma():
     logits, labels = similarities()
-    assert float(circle(logits, labels)) == pytest.approx(circle_by_loop(logits, labels, 0.25, 256)[0], rel=1e-5)
-    assert float(circle_released(logits, labels)) == pytest.approx(released_by_loop(logits, 0.25, 256), rel=1e-4)
+    assert float(circle(logits, labels)) == pytest.approx(
+        circle_by_loop(logits, labels, 0.25, 256)[0], rel=1e-5
+    )
+    assert float(circle_released(logits, labels)) == pytest.approx(
+        released_by_loop(logits, 0.25, 256), rel=1e-4
+    )
 
 
 def test_triplet_is_what_a_case_worked_by_hand_gives():
@@ -259,7 +273,10 @@ def test_each_row_may_leave_out_other_columns(name):
     value, gradient = value_and_gradient(LOSSES[name], logits.masked_fill(out, -INF), labels)
     assert torch.isfinite(gradient).all() and not gradient[out].any()
     if name in FIRST:
-        alone = [LOSSES[name](row[~mask][None], labels[:1]) for row, mask in zip(logits, out, strict=True)]
+        alone = [
+            LOSSES[name](row[~mask][None], labels[:1])
+            for row, mask in zip(logits, out, strict=True)
+        ]
         torch.testing.assert_close(value, torch.stack(alone).mean())
 
 

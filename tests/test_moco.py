@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import C
+from helpers.worlds import C
 from test_model import batch, tca
 from torch import nn
 
-from model import Mean, MoCo, encode_by_length, length_batches
+from model import Mean, MoCo, bucket_by_length, encode_by_length
 
 # --- the bank --------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,9 @@ def sides(seed=0, N=3, M=8):
 
 def describe_one_by_one(encoder, x, num_frames):
     with torch.no_grad():
-        return torch.cat([encoder(v[None, :T], T[None]) for v, T in zip(x, num_frames, strict=True)])
+        return torch.cat(
+            [encoder(v[None, :T], T[None]) for v, T in zip(x, num_frames, strict=True)]
+        )
 
 
 @pytest.mark.parametrize("T", [1.0, 0.07])
@@ -64,8 +66,12 @@ def test_logits_are_the_products_with_positives_and_the_bank_before_this_steps_n
         bank = moco.queue.clone()
         pointer = int(moco.queue_ptr)
         logits, labels = moco(anchors, positives, negatives, torch.arange(8) + 8 * step)
-        q, p, n = (describe_one_by_one(moco.encoder_q, *side) for side in (anchors, positives, negatives))
-        expected = torch.tensor([[float(a @ b)] + [float(a @ k) for k in bank.T] for a, b in zip(q, p, strict=True)])
+        q, p, n = (
+            describe_one_by_one(moco.encoder_q, *side) for side in (anchors, positives, negatives)
+        )
+        expected = torch.tensor(
+            [[float(a @ b)] + [float(a @ k) for k in bank.T] for a, b in zip(q, p, strict=True)]
+        )
         torch.testing.assert_close(logits.detach(), expected / T, atol=1e-5 / T, rtol=0)
         assert logits.shape == (3, 1 + K) and labels.tolist() == [0, 0, 0]
         for i, key in enumerate(n):  # they have entered by now, with their numbers
@@ -86,8 +92,12 @@ def test_without_a_bank_the_steps_own_negatives_are_the_columns():
     moco = MoCo(tca(), C, 0)
     anchors, positives, negatives = sides()
     logits, _ = moco(anchors, positives, negatives)
-    q, p, n = (describe_one_by_one(moco.encoder_q, *side) for side in (anchors, positives, negatives))
-    torch.testing.assert_close(logits.detach(), torch.cat([(q * p).sum(1)[:, None], q @ n.T], 1), atol=1e-5, rtol=0)
+    q, p, n = (
+        describe_one_by_one(moco.encoder_q, *side) for side in (anchors, positives, negatives)
+    )
+    torch.testing.assert_close(
+        logits.detach(), torch.cat([(q * p).sum(1)[:, None], q @ n.T], 1), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("K", [0, 20])
@@ -102,7 +112,9 @@ def test_shares_masks_to_minus_infinity_where_it_says_so_and_nowhere_else(K):
     for step in range(4):
         before = moco.queue_ids.clone() if K else torch.arange(8) + 8 * step
         logits, _ = moco(*sides(step), torch.arange(8) + 8 * step, shares)
-        expected = [[False] + [bool(told[i, n]) and n >= 0 for n in before.tolist()] for i in range(3)]
+        expected = [
+            [False] + [bool(told[i, n]) and n >= 0 for n in before.tolist()] for i in range(3)
+        ]
         assert (logits == -torch.inf).tolist() == expected
         assert torch.isfinite(logits[~torch.tensor(expected)]).all()
 
@@ -135,7 +147,9 @@ def test_the_key_encoder_follows_by_momentum_with_its_batch_statistics(m):
         if value.dtype == torch.long:  # num_batches_tracked: a count
             assert torch.equal(value, query[name])
         else:
-            torch.testing.assert_close(value, m * key[name] + (1 - m) * query[name], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                value, m * key[name] + (1 - m) * query[name], atol=1e-6, rtol=1e-5
+            )
         if m == 0:
             assert torch.equal(value, query[name])
         assert torch.equal(moco.encoder_q.state_dict()[name], query[name])
@@ -179,13 +193,13 @@ def test_a_second_step_can_be_made_before_the_firsts_backward():
 @pytest.mark.parametrize("frames", [1, 50, 400, 8192])
 def test_length_batches_cover_every_video_once_within_their_bounds(frames):
     lengths = np.random.default_rng(0).integers(1, 300, 200).tolist()
-    batches = list(length_batches(lengths, frames, 1.25))
+    batches = list(bucket_by_length(lengths, frames, 1.25))
     assert sorted(i for group in batches for i in group) == list(range(200))
     for group in batches:
         longest, shortest = max(lengths[i] for i in group), min(lengths[i] for i in group)
         assert len(group) == 1 or len(group) * longest <= frames
         assert longest <= 1.25 * shortest
-    assert list(length_batches([])) == []
+    assert list(bucket_by_length([])) == []
 
 
 def test_encode_by_length_equals_one_plain_call():
@@ -193,4 +207,6 @@ def test_encode_by_length_equals_one_plain_call():
     lengths = np.random.default_rng(0).integers(1, 60, 40).tolist()
     x, num_frames = batch(lengths)
     with torch.no_grad():
-        torch.testing.assert_close(encode_by_length(encoder, x, num_frames), encoder(x, num_frames), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            encode_by_length(encoder, x, num_frames), encoder(x, num_frames), atol=1e-5, rtol=0
+        )

@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import C
+from helpers.worlds import C
 from torch import nn
 
-from model import ENCODERS, GRU, LSTM, TCA, Mean, MoCo, NetVLAD, NeXtVLAD, build_encoder, encode_by_length, length_batches
+from model import (
+    ENCODERS,
+    GRU,
+    LSTM,
+    TCA,
+    Mean,
+    MoCo,
+    NetVLAD,
+    NeXtVLAD,
+    bucket_by_length,
+    build_encoder,
+    encode_by_length,
+)
 from utils import InputError, load_torch
 
 LENGTHS = [1, 3, 7, 20]
@@ -78,11 +90,16 @@ WAYS = {"inference": (False, torch.inference_mode), "no_grad": (False, torch.no_
 }
 
 
-@pytest.fixture(params=[(kind, way) for kind in ("tca", "tca of 2 layers", "mean") for way in WAYS], ids="-".join)
+@pytest.fixture(
+    params=[(kind, way) for kind in ("tca", "tca of 2 layers", "mean") for way in WAYS],
+    ids="-".join,
+)
 def run(request):
     """(encoder, how to call it): every encoder in each way PyTorch computes it (its fast path, autograd, training)."""
     kind, way = request.param
-    encoder = {"tca": lambda: tca(1), "tca of 2 layers": lambda: tca(2), "mean": lambda: Mean(C)}[kind]()
+    encoder = {"tca": lambda: tca(1), "tca of 2 layers": lambda: tca(2), "mean": lambda: Mean(C)}[
+        kind
+    ]()
     training, context = WAYS[way]
     encoder.train(training)
 
@@ -103,7 +120,9 @@ def test_a_video_is_described_alike_alone_in_a_batch_and_padded_to_300(run, meth
     far = run(method, F.pad(x, (0, 0, 0, 300 - x.shape[1])), num_frames)
     for i, T in enumerate(LENGTHS):
         alone = run(method, x[i : i + 1, :T], num_frames[i : i + 1])[0]
-        padded_alone = run(method, F.pad(x[i : i + 1], (0, 0, 0, 300 - x.shape[1])), num_frames[i : i + 1])[0]
+        padded_alone = run(
+            method, F.pad(x[i : i + 1], (0, 0, 0, 300 - x.shape[1])), num_frames[i : i + 1]
+        )[0]
         part = slice(None) if method == "forward" else slice(T)
         for other in (together[i], far[i], padded_alone):
             torch.testing.assert_close(other[part], alone, atol=1e-5, rtol=0)
@@ -114,7 +133,9 @@ def test_what_stands_in_the_padding_changes_nothing(run, garbage):
     x, num_frames = batch(T=25)
     dirty = x.masked_fill(padding_of(x, num_frames), garbage)
     for method in ("forward", "encode"):
-        torch.testing.assert_close(run(method, dirty, num_frames), run(method, x, num_frames), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            run(method, dirty, num_frames), run(method, x, num_frames), atol=1e-6, rtol=0
+        )
 
 
 def test_garbage_in_the_padding_changes_no_gradient():
@@ -145,7 +166,9 @@ def test_forward_is_of_unit_norm(run):
 
 def test_a_video_of_one_frame_has_its_frame_as_its_descriptor(run):
     x, num_frames = batch([1, 1])
-    torch.testing.assert_close(run("forward", x, num_frames), run("encode", x, num_frames)[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run("forward", x, num_frames), run("encode", x, num_frames)[:, 0], atol=1e-5, rtol=0
+    )
 
 
 def test_the_order_of_a_batch_does_not_matter(run):
@@ -153,7 +176,9 @@ def test_the_order_of_a_batch_does_not_matter(run):
     order = torch.tensor([3, 0, 4, 2, 1])
     for method in ("forward", "encode"):
         expected = run(method, x, num_frames)[order]
-        torch.testing.assert_close(run(method, x[order], num_frames[order]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            run(method, x[order], num_frames[order]), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_the_order_of_frames_does_not_matter_to_the_video_descriptor(run):
@@ -171,7 +196,9 @@ def test_the_order_of_frames_does_not_matter_to_the_video_descriptor(run):
 def test_tca_parameters_are_named_as_in_the_released_model():
     assert len(RELEASED_KEYS) == 12
     assert set(TCA(C, 4, 1, 64).state_dict()) == RELEASED_KEYS
-    assert {name: tuple(value.shape) for name, value in TCA().state_dict().items() if "weight" in name} == {
+    assert {
+        name: tuple(value.shape) for name, value in TCA().state_dict().items() if "weight" in name
+    } == {
         "transformer_encoder.layers.0.self_attn.in_proj_weight": (3072, 1024),
         "transformer_encoder.layers.0.self_attn.out_proj.weight": (1024, 1024),
         "transformer_encoder.layers.0.linear1.weight": (2048, 1024),
@@ -190,7 +217,9 @@ class Released(nn.Module):
         self.transformer_encoder = nn.TransformerEncoder(layer, nlayers, enable_nested_tensor=False)
 
     def frames(self, x, num_frames):
-        out = self.transformer_encoder(x.permute(1, 0, 2), src_key_padding_mask=padding_of(x, num_frames)[..., 0])
+        out = self.transformer_encoder(
+            x.permute(1, 0, 2), src_key_padding_mask=padding_of(x, num_frames)[..., 0]
+        )
         return out.permute(1, 0, 2)
 
     def forward(self, x, num_frames):
@@ -209,7 +238,9 @@ def test_the_released_models_state_dict_loads_strictly_and_gives_its_descriptors
     encoder.load_state_dict(released.state_dict(), strict=True)
     x, num_frames = batch()
     with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(x, num_frames), released(x, num_frames), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            encoder.eval()(x, num_frames), released(x, num_frames), atol=1e-5, rtol=0
+        )
         frames = F.normalize(released.frames(x, num_frames), dim=2)
         for ours, theirs, T in zip(encoder.encode(x, num_frames), frames, LENGTHS, strict=True):
             torch.testing.assert_close(ours[:T], theirs[:T], atol=1e-5, rtol=0)
@@ -234,7 +265,10 @@ def test_near_identity_still_learns_in_both_branches():
     encoder = TCA(C, 4, 1, 64, init="near_identity").train()
     encoder(*batch()).pow(3).sum().backward()
     layer = encoder.transformer_encoder.layers[0]
-    assert layer.self_attn.out_proj.weight.grad.abs().sum() > 0 and layer.linear2.weight.grad.abs().sum() > 0
+    assert (
+        layer.self_attn.out_proj.weight.grad.abs().sum() > 0
+        and layer.linear2.weight.grad.abs().sum() > 0
+    )
 
 
 def test_mean_is_numpys_mean_of_the_frames():
@@ -259,7 +293,9 @@ def call(encoder, method, *arguments):
 
 
 @pytest.mark.parametrize("kind", NORMED)
-def test_batch_normed_encoders_describe_a_video_alike_alone_in_a_batch_padded_and_with_garbage(kind):
+def test_batch_normed_encoders_describe_a_video_alike_alone_in_a_batch_padded_and_with_garbage(
+    kind,
+):
     encoder = make(kind).eval()
     x, num_frames = batch()
     longer = F.pad(x, (0, 0, 0, 40))
@@ -273,9 +309,14 @@ def test_batch_normed_encoders_describe_a_video_alike_alone_in_a_batch_padded_an
             alone = call(encoder, method, x[i : i + 1, :T], num_frames[i : i + 1])[0]
             found = together[i] if method == "forward" else together[i, :T]
             torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
-            torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                found.norm(dim=-1), torch.ones(found.shape[:-1]), atol=1e-6, rtol=0
+            )
             assert method == "forward" or not together[i, T:].any()
-    assert call(encoder, "forward", x, num_frames).shape == (len(LENGTHS), D) and encoder.descriptor_size == D
+    assert (
+        call(encoder, "forward", x, num_frames).shape == (len(LENGTHS), D)
+        and encoder.descriptor_size == D
+    )
 
 
 @pytest.mark.parametrize("kind", NORMED)
@@ -285,7 +326,9 @@ def test_padding_changes_no_batch_statistics_and_no_gradient(kind):
     for fill, width in ((0.0, 0), (float("nan"), 30)):
         encoder = make(kind).train()
         padded = F.pad(x, (0, 0, 0, width))
-        encoder(padded.masked_fill(padding_of(padded, num_frames), fill), num_frames).pow(3).sum().backward()
+        encoder(padded.masked_fill(padding_of(padded, num_frames), fill), num_frames).pow(
+            3
+        ).sum().backward()
         gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
         assert all(gradient is not None for gradient in gradients.values())
         found.append(gradients | dict(encoder.named_buffers()))
@@ -299,7 +342,9 @@ def test_the_batch_norm_of_frames_sees_the_real_frames_of_all_videos(kind):
     encoder(x, num_frames)
     frames = np.concatenate([row[:T].numpy() for row, T in zip(x, LENGTHS, strict=True)])
     np.testing.assert_allclose(encoder.bn1.running_mean.numpy(), 0.1 * frames.mean(0), atol=1e-6)
-    np.testing.assert_allclose(encoder.bn1.running_var.numpy(), 0.9 + 0.1 * frames.var(0, ddof=1), atol=1e-6)
+    np.testing.assert_allclose(
+        encoder.bn1.running_var.numpy(), 0.9 + 0.1 * frames.var(0, ddof=1), atol=1e-6
+    )
 
 
 def normed(norm, x):
@@ -327,7 +372,10 @@ def test_netvlad_is_its_equation_by_loops(normalise):
             vlad = torch.zeros(5, C)
             for frame in normed(encoder.bn1, frames[:T]):
                 frame = frame / frame.norm() if normalise else frame
-                scores = [float(encoder.conv.weight[k, :, 0] @ frame + encoder.conv.bias[k]) for k in range(5)]
+                scores = [
+                    float(encoder.conv.weight[k, :, 0] @ frame + encoder.conv.bias[k])
+                    for k in range(5)
+                ]
                 for k in range(5):
                     weight = np.exp(scores[k]) / sum(np.exp(scores))
                     vlad[k] += weight * (frame - encoder.centroids[k])
@@ -346,7 +394,9 @@ def test_nextvlad_is_its_equations_by_loops(normalise):
             for frame in frames[:T]:
                 frame = frame / frame.norm() if normalise else frame
                 wide = encoder.conv1.weight[..., 0] @ frame + encoder.conv1.bias
-                attention = 1 / (1 + (-(encoder.conv2.weight[..., 0] @ wide + encoder.conv2.bias)).exp())
+                attention = 1 / (
+                    1 + (-(encoder.conv2.weight[..., 0] @ wide + encoder.conv2.bias)).exp()
+                )
                 scores = normed(encoder.bn1, encoder.conv3.weight[..., 0] @ wide).reshape(K, G)
                 for g in range(G):
                     weights = scores[:, g].exp() / scores[:, g].exp().sum()
@@ -360,14 +410,20 @@ def test_recurrent_encoders_are_torchs_networks_run_one_video_at_a_time(kind):
     encoder = make(kind).eval()
     network = {"lstm": nn.LSTM(C, D, 2), "gru": nn.GRU(C, D, 1)}[kind].eval()
     prefix = f"{kind.upper()}."
-    weights = {name: value for name, value in encoder.state_dict().items() if name.startswith(prefix)}
+    weights = {
+        name: value for name, value in encoder.state_dict().items() if name.startswith(prefix)
+    }
     network.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
     x, num_frames = batch()
     with torch.no_grad():
         for i, T in enumerate(LENGTHS):
             out = network(normed(encoder.bn1, x[i, :T]))[0]  # (T, D)
-            torch.testing.assert_close(encoder.encode(x, num_frames)[i, :T], F.normalize(out, dim=1), atol=1e-5, rtol=0)
-            torch.testing.assert_close(encoder(x, num_frames)[i], F.normalize(out.mean(0), dim=0), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                encoder.encode(x, num_frames)[i, :T], F.normalize(out, dim=1), atol=1e-5, rtol=0
+            )
+            torch.testing.assert_close(
+                encoder(x, num_frames)[i], F.normalize(out.mean(0), dim=0), atol=1e-5, rtol=0
+            )
 
 
 RELEASED_SHAPES = {  # of the released code's classes at feature_size 6, output_dim 8, 3 clusters, 2 groups, hidden size 8
@@ -387,17 +443,27 @@ RELEASED_SHAPES = {  # of the released code's classes at feature_size 6, output_
 
 @pytest.mark.parametrize("name", RELEASED_SHAPES)
 def test_parameters_are_named_and_shaped_as_in_the_released_code(name):
-    options = {"netvlad": {"num_clusters": 3}, "nextvlad": {"num_clusters": 3, "groups": 2}}.get(name, {})
+    options = {"netvlad": {"num_clusters": 3}, "nextvlad": {"num_clusters": 3, "groups": 2}}.get(
+        name, {}
+    )
     state = ENCODERS[name](6, output_dim=8, **options).state_dict()
     assert {key: tuple(state[key].shape) for key in RELEASED_SHAPES[name]} == RELEASED_SHAPES[name]
-    biases = {key.replace("weight", "bias") for key in RELEASED_SHAPES[name] if key.startswith(("bn", "fc"))}
+    biases = {
+        key.replace("weight", "bias")
+        for key in RELEASED_SHAPES[name]
+        if key.startswith(("bn", "fc"))
+    }
     rest = set(state) - set(RELEASED_SHAPES[name]) - biases
-    assert all("running" in key or "num_batches" in key or "_l0" in key or "_l1" in key for key in rest)
+    assert all(
+        "running" in key or "num_batches" in key or "_l0" in key or "_l1" in key for key in rest
+    )
 
 
 @pytest.mark.parametrize("kind", ["netvlad", "nextvlad"])
 def test_vlads_have_no_frame_descriptors_and_say_so(kind):
-    with pytest.raises(InputError, match="VLAD gives no frame descriptors; use a video-level metric"):
+    with pytest.raises(
+        InputError, match="VLAD gives no frame descriptors; use a video-level metric"
+    ):
         make(kind).encode(*batch())
 
 
@@ -416,24 +482,44 @@ def test_sizes_that_no_encoder_can_have_are_refused():
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_is_built_from_flags_and_rebuilt_from_its_file(name, tmp_path):
-    args = SimpleNamespace(num_layers=1, output_dim=16, num_clusters=4, normalize_input=None, dropout=0.1, nhead=2)
+    args = SimpleNamespace(
+        num_layers=1, output_dim=16, num_clusters=4, normalize_input=None, dropout=0.1, nhead=2
+    )
     arguments = ENCODERS[name].arguments(C, args)
     encoder = stirred(ENCODERS[name](**arguments)).eval()
     assert encoder.feature_size == C
     assert encoder.descriptor_size == (C if name in ("tca", "mean") else 16)
-    for argument, flag in ENCODERS[name].flags.items():  # those given, and the constructor's own for the rest
+    for argument, flag in ENCODERS[
+        name
+    ].flags.items():  # those given, and the constructor's own for the rest
         given = getattr(args, flag, None)
         assert given is None or arguments[argument] == given
-    torch.save({"encoder": name, "arguments": arguments, "state_dict": encoder.state_dict()}, tmp_path / "model.pth")
+    torch.save(
+        {"encoder": name, "arguments": arguments, "state_dict": encoder.state_dict()},
+        tmp_path / "model.pth",
+    )
     built = build_encoder(load_torch(tmp_path / "model.pth"), "model.pth")
     x, num_frames = batch()
-    torch.testing.assert_close(call(built, "forward", x, num_frames), call(encoder, "forward", x, num_frames), atol=0, rtol=0)
+    torch.testing.assert_close(
+        call(built, "forward", x, num_frames),
+        call(encoder, "forward", x, num_frames),
+        atol=0,
+        rtol=0,
+    )
 
 
 def test_flags_left_out_leave_each_encoders_own_defaults():
-    arguments = {name: encoder.arguments(C, SimpleNamespace(dropout=None)) for name, encoder in ENCODERS.items()}
+    arguments = {
+        name: encoder.arguments(C, SimpleNamespace(dropout=None))
+        for name, encoder in ENCODERS.items()
+    }
     assert arguments["mean"] == {"feature_size": C}
-    assert [arguments[name]["dropout"] for name in ("tca", "netvlad", "nextvlad", "lstm")] == [0.2, 0.5, 0.5, 0.2]
+    assert [arguments[name]["dropout"] for name in ("tca", "netvlad", "nextvlad", "lstm")] == [
+        0.2,
+        0.5,
+        0.5,
+        0.2,
+    ]
     assert [arguments[name]["num_clusters"] for name in ("netvlad", "nextvlad")] == [256, 64]
 
 
@@ -443,10 +529,15 @@ def test_momentum_covers_the_batch_statistics(kind, m):
     moco = MoCo(make(kind), D, 8, m=m)
     stirred(moco.encoder_q)
     moco.encoder_q.train()(*batch())
-    query, before = copy.deepcopy(moco.encoder_q.state_dict()), copy.deepcopy(moco.encoder_k.state_dict())
+    query, before = (
+        copy.deepcopy(moco.encoder_q.state_dict()),
+        copy.deepcopy(moco.encoder_k.state_dict()),
+    )
     moco.update_key_encoder()
     for name, value in moco.encoder_k.state_dict().items():
-        expected = m * before[name] + (1 - m) * query[name] if value.is_floating_point() else query[name]
+        expected = (
+            m * before[name] + (1 - m) * query[name] if value.is_floating_point() else query[name]
+        )
         torch.testing.assert_close(value, expected)
     assert int(moco.encoder_k.bn1.num_batches_tracked) == 1
 
@@ -455,7 +546,7 @@ def test_momentum_covers_the_batch_statistics(kind, m):
 def test_keys_of_batch_normed_encoders_do_not_depend_on_how_a_batch_is_split_by_length(kind):
     encoder = make(kind).train()
     x, num_frames = batch([3, 300, 5, 40])
-    assert len(list(length_batches(num_frames.tolist()))) > 1
+    assert len(list(bucket_by_length(num_frames.tolist()))) > 1
     torch.testing.assert_close(call(copy.deepcopy(encoder), "forward", x, num_frames),
         encode_by_length(encoder, x, num_frames).detach(), atol=0, rtol=0)  # fmt: skip
 
@@ -470,14 +561,28 @@ def forms(encoder):
     with torch.no_grad():
         for parameter in moco.encoder_k.parameters():
             parameter.zero_()  # only encoder_q is to be taken
-    arguments = dict(feature_size=C, nhead=4, nlayers=2, dim_feedforward=64, dropout=0.0, init="paper")
+    arguments = dict(
+        feature_size=C, nhead=4, nlayers=2, dim_feedforward=64, dropout=0.0, init="paper"
+    )
     return {
         "bare state dict": state,
         "module. prefix": {f"module.{name}": value for name, value in state.items()},
         "MoCo state dict": moco.state_dict(),
-        "MoCo with module. prefix": {f"module.{name}": value for name, value in moco.state_dict().items()},
-        "model.pth": {"encoder": "tca", "arguments": arguments, "features": {}, "state_dict": state},
-        "checkpoint.pth": {"encoder": "tca", "arguments": arguments, "moco": moco.state_dict(), "step": 3},
+        "MoCo with module. prefix": {
+            f"module.{name}": value for name, value in moco.state_dict().items()
+        },
+        "model.pth": {
+            "encoder": "tca",
+            "arguments": arguments,
+            "features": {},
+            "state_dict": state,
+        },
+        "checkpoint.pth": {
+            "encoder": "tca",
+            "arguments": arguments,
+            "moco": moco.state_dict(),
+            "step": 3,
+        },
     }
 
 
@@ -510,8 +615,16 @@ def wrong_states():
         "nothing": {},
         "a list": [1, 2],
         "no tensors": {f"{first}self_attn.in_proj_weight": 3},
-        "own form, wrong shape": {"encoder": "tca", "arguments": arguments | {"feature_size": 64}, "state_dict": good},
-        "own form, wrong arguments": {"encoder": "tca", "arguments": {"width": 64}, "state_dict": good},
+        "own form, wrong shape": {
+            "encoder": "tca",
+            "arguments": arguments | {"feature_size": 64},
+            "state_dict": good,
+        },
+        "own form, wrong arguments": {
+            "encoder": "tca",
+            "arguments": {"width": 64},
+            "state_dict": good,
+        },
         "own form, nothing in it": {"encoder": "tca"},
         "keys that are no names": {1: torch.zeros(2), 2: torch.zeros(2)},
     }

@@ -7,13 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import write_packed, write_pickle
+from helpers.files import write_packed, write_pickle
 from torch.utils.data import DataLoader
 
-from augment import AUGMENTATIONS
-from data import FeatureStore
-from pairs import AugmentedPairDataset, VCDBPairDataset, collate_pairs
-from utils import InputError, rng
+from data import AUGMENTATIONS, AugmentedPairDataset, VCDBPairDataset, collate_pairs
+from features.store import FeatureStore
+from utils import InputError, seeded_rng
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,9 @@ def store(tmp_path_factory):
     names = [f"a{i}" for i in range(6)] + [f"n{i}" for i in range(30)]
     draw = np.random.default_rng(0)
     features = {
-        name: np.stack([np.full(T := int(draw.integers(1, 40)), i), np.arange(T)], 1).astype(np.float16)
+        name: np.stack([np.full(T := int(draw.integers(1, 40)), i), np.arange(T)], 1).astype(
+            np.float16
+        )
         for i, name in enumerate(names)
     }
     return FeatureStore(write_packed(tmp_path_factory.mktemp("pairs") / "x.hdf5", features))
@@ -50,7 +51,9 @@ def flat(item):
     return index, numbers.tolist(), [np.asarray(x).tolist() for x in (anchor, positive, *negatives)]
 
 
-def test_an_item_is_the_same_for_the_same_seed_epoch_and_pair_and_another_otherwise(tmp_path, store):
+def test_an_item_is_the_same_for_the_same_seed_epoch_and_pair_and_another_otherwise(
+    tmp_path, store
+):
     options = dict(padding_size=5, neg_num=8)
     first, second = dataset(tmp_path, store, **options), dataset(tmp_path, store, **options)
     second[3], second[0]  # what was drawn before does not matter
@@ -146,7 +149,9 @@ def test_collate_keeps_every_video_with_its_number(tmp_path, store):
         (positives, [item[2] for item in items]),
         (negatives, [video for item in items for video in item[4]]),
     ):
-        assert num_frames.tolist() == list(map(len, videos)) and x.dtype == torch.float16  # as stored, without padding
+        assert (
+            num_frames.tolist() == list(map(len, videos)) and x.dtype == torch.float16
+        )  # as stored, without padding
         np.testing.assert_array_equal(x.numpy(), np.concatenate(videos))
 
 
@@ -156,8 +161,14 @@ def test_shares_is_true_where_intervals_of_one_source_overlap_and_nowhere_else(t
     segments = {}
     for name in names[:-2]:  # two videos have no segments at all
         starts = draw.integers(0, 60, draw.integers(0, 4)).tolist()
-        segments[name] = [[f"film{draw.integers(3)}", start, start + int(draw.integers(1, 15))] for start in starts]
-    segments["n0"], segments["a0"] = [["film0", 10, 20]], [["film0", 20, 30]]  # touching is not sharing
+        segments[name] = [
+            [f"film{draw.integers(3)}", start, start + int(draw.integers(1, 15))]
+            for start in starts
+        ]
+    segments["n0"], segments["a0"] = (
+        [["film0", 10, 20]],
+        [["film0", 20, 30]],
+    )  # touching is not sharing
     pairs = dataset(tmp_path, store, ANNOTATION | {"segments": segments})
     indices, numbers = [3, 0, 1, 1], torch.tensor([5, -1, 0, 29, 28, 5, *range(30), -1])
     found = pairs.shares(indices)(numbers)
@@ -183,7 +194,9 @@ def test_shares_without_segments_is_refused_with_the_flag_to_leave_out(tmp_path,
 
 def test_a_file_with_too_few_videos_is_refused_with_the_counts(tmp_path, store):
     with pytest.raises(InputError, match="vcdb.pickle.*ids"):
-        dataset(tmp_path, store, {"video_pairs": [{"videos": ["x", "y"]}], "negs": ["n0"]}, neg_num=1)
+        dataset(
+            tmp_path, store, {"video_pairs": [{"videos": ["x", "y"]}], "negs": ["n0"]}, neg_num=1
+        )
     with pytest.raises(InputError, match="30 of 33 negatives.*31"):
         dataset(tmp_path, store, neg_num=31)
 
@@ -193,10 +206,12 @@ WRONG_FORMS = {
     "no pairs": {"negs": ["n0"]},
     "no negatives": {"video_pairs": ANNOTATION["video_pairs"]},
     "pairs by name": ANNOTATION | {"video_pairs": {"a0": "a1"}},
-    "three videos": ANNOTATION | {"video_pairs": [{"videos": ["a0", "a1", "a2"], "overlap": [1, 1]}]},
+    "three videos": ANNOTATION
+    | {"video_pairs": [{"videos": ["a0", "a1", "a2"], "overlap": [1, 1]}]},
     "one video": ANNOTATION | {"video_pairs": [{"videos": ["a0"], "overlap": [1, 1]}]},
     "no videos": ANNOTATION | {"video_pairs": [{"overlap": [1, 1]}]},
-    "overlap a word": ANNOTATION | {"video_pairs": [{"videos": ["a0", "a1"], "overlap": ["much", "all"]}]},
+    "overlap a word": ANNOTATION
+    | {"video_pairs": [{"videos": ["a0", "a1"], "overlap": ["much", "all"]}]},
     "negatives a number": ANNOTATION | {"negs": 5},
     "a text": "vcdb",
 }
@@ -231,7 +246,11 @@ def test_code_in_a_pickle_is_refused_and_not_run(protocol, tmp_path, store):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_sets_in_a_pickle_are_read(protocol, tmp_path, store):
-    annotation = {"video_pairs": ANNOTATION["video_pairs"], "negs": frozenset(ANNOTATION["negs"]), "x": {1, 2}}
+    annotation = {
+        "video_pairs": ANNOTATION["video_pairs"],
+        "negs": frozenset(ANNOTATION["negs"]),
+        "x": {1, 2},
+    }
     path = tmp_path / "vcdb.pickle"
     path.write_bytes(pickle.dumps(annotation, protocol))
     assert set(VCDBPairDataset(path, store).negatives) == {f"n{i}" for i in range(30)}
@@ -240,7 +259,13 @@ def test_sets_in_a_pickle_are_read(protocol, tmp_path, store):
 def test_a_broken_or_absent_pickle_is_refused_by_name(tmp_path, store):
     path = tmp_path / "vcdb.pickle"
     whole = pickle.dumps(ANNOTATION)
-    for content in (b"", whole[:-3], whole[: len(whole) // 2], b"plain text", json.dumps(ANNOTATION).encode()):
+    for content in (
+        b"",
+        whole[:-3],
+        whole[: len(whole) // 2],
+        b"plain text",
+        json.dumps(ANNOTATION).encode(),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match="vcdb.pickle"):
             VCDBPairDataset(path, store)
@@ -254,7 +279,9 @@ def test_the_official_vcdb_annotation_has_its_published_counts(annotations, tmp_
         raw = pickle.load(file)
     videos = {video for pair in raw["video_pairs"] for video in pair["videos"]} | set(raw["negs"])
     frames = np.zeros((len(videos), 1), np.float16)
-    path = write_packed(tmp_path / "x.hdf5", dict(zip(sorted(videos), frames[:, None], strict=True)))
+    path = write_packed(
+        tmp_path / "x.hdf5", dict(zip(sorted(videos), frames[:, None], strict=True))
+    )
     pairs = VCDBPairDataset(annotations / "vcdb.pickle", FeatureStore(path))
     assert len(pairs) == 5612 and len(pairs.negatives) == 99_176
     assert len({video for pair in pairs.pairs for video in pair}) == 528
@@ -270,16 +297,23 @@ def test_an_augmentation_gives_frames_of_the_same_width_and_its_own_kind_of_chan
     frames = np.stack([np.arange(T), np.full(T, 7), *np.ones((62, T))], 1).astype(np.float16)
     before, results = frames.copy(), []
     for seed in range(40):
-        out = AUGMENTATIONS[name](frames, rng(seed))
+        out = AUGMENTATIONS[name](frames, seeded_rng(seed))
         assert out.shape[1] == 64 and len(out) >= 1 and np.isfinite(out).all()
         results.append(out)
         times = out[:, 0].astype(int).tolist()
         if name in ("crop", "shuffle", "drop", "speed"):
-            assert all((row == frames[t]).all() for row, t in zip(out, times, strict=True))  # the video's own frames
+            assert all(
+                (row == frames[t]).all() for row, t in zip(out, times, strict=True)
+            )  # the video's own frames
         if name == "crop":
-            assert times == list(range(times[0], times[0] + len(times))) and len(times) >= max(1, int(0.3 * T))
+            assert times == list(range(times[0], times[0] + len(times))) and len(times) >= max(
+                1, int(0.3 * T)
+            )
         if name == "shuffle":
-            assert sorted(times) == list(range(T)) and sum(b != a + 1 for a, b in zip(times, times[1:], strict=False)) <= 3
+            assert (
+                sorted(times) == list(range(T))
+                and sum(b != a + 1 for a, b in zip(times, times[1:], strict=False)) <= 3
+            )
         if name == "drop":
             assert times == sorted(set(times))
         if name == "speed":
@@ -302,13 +336,20 @@ def test_augmented_pairs_need_no_annotation_and_a_video_is_never_its_own_negativ
     assert len(pairs) == 36 and pairs.missing == {"pairs": 0, "negatives": 0}
     for i in (0, 17, 35):
         index, anchor, positive, numbers, negatives = pairs[i]
-        assert sorted(numbers.tolist()) == [n for n in range(36) if n != i] and len(anchor) <= 7 and len(positive) <= 7
+        assert (
+            sorted(numbers.tolist()) == [n for n in range(36) if n != i]
+            and len(anchor) <= 7
+            and len(positive) <= 7
+        )
         video = pairs.pairs[i][0]
         assert (anchor[:, 0] == store[video][0, 0]).all()
         for n, frames in zip(numbers, negatives, strict=True):
             assert frames[0, 0] == store[pairs.negatives[n]][0, 0]
     numbers = torch.tensor([5, -1, 0, 5, 7])
-    assert pairs.shares([5, 0])(numbers).tolist() == [[True, False, False, True, False], [False, False, True, False, False]]
+    assert pairs.shares([5, 0])(numbers).tolist() == [
+        [True, False, False, True, False],
+        [False, False, True, False, False],
+    ]
     with pytest.raises(InputError, match="36 of 36.*36 others.*--neg_num"):
         own(store, neg_num=36)
 
@@ -319,7 +360,10 @@ def test_an_id_list_or_an_annotation_names_the_own_videos(tmp_path, store):
     listed = own(store, text, neg_num=2)
     assert listed.negatives == ["n3", "a1", "n4"] and listed.missing["pairs"] == 1
     segments = {"a0": [["film", 0, 10]], "n0": [["film", 5, 9]], "n1": [["film", 10, 12]]}
-    path = write_pickle(tmp_path / "own.pickle", {"video_pairs": [], "negs": ["a0", "n0", "n1"], "segments": segments})
+    path = write_pickle(
+        tmp_path / "own.pickle",
+        {"video_pairs": [], "negs": ["a0", "n0", "n1"], "segments": segments},
+    )
     masked, plain = own(store, path, neg_num=1, mask_shared=True), own(store, path, neg_num=1)
     numbers = torch.tensor([0, 1, 2, -1])
     assert masked.shares([0])(numbers).tolist() == [[True, True, False, False]]
@@ -344,7 +388,9 @@ def test_augmented_items_are_the_same_on_a_resumed_run_and_others_in_another_epo
 
 def test_negatives_given_as_a_set_have_one_order_whatever_the_hash_seed(tmp_path, store):
     annotation = ANNOTATION | {"negs": set(ANNOTATION["negs"])}
-    assert dataset(tmp_path, store, annotation, neg_num=4).negatives == sorted({f"n{i}" for i in range(30)})
+    assert dataset(tmp_path, store, annotation, neg_num=4).negatives == sorted(
+        {f"n{i}" for i in range(30)}
+    )
 
 
 def test_segments_of_an_anchor_that_are_no_segments_are_refused_at_once(tmp_path, store):

@@ -3,21 +3,20 @@
 import subprocess
 import sys
 
+import extract_features
 import h5py
 import numpy as np
+import pca as pca_script
 import pytest
-from clips import textured, write_video
-from conftest import ROOT, cli, environment, one_error
+from helpers.clips import textured, write_video
+from helpers.commands import ROOT, cli, environment, one_error
 from PIL import Image
 from sklearn.decomposition import PCA
 
-sys.path[:0] = [str(ROOT), str(ROOT / "pre-processing")]
-import extract_features  # noqa: E402
-import pca  # noqa: E402
-
-from data import FeatureStore, StoreWriter  # noqa: E402
-from descriptors import resident  # noqa: E402
-from utils import InputError  # noqa: E402
+from features import pca
+from features.store import FeatureStore, StoreWriter
+from retrieval.encode import resident_bytes
+from utils import InputError
 
 SCRIPT = "pre-processing/pca.py"
 
@@ -52,9 +51,29 @@ def unit(x):
 @pytest.mark.parametrize("whiten", [True, False])
 def test_fit_and_apply_equal_scikit_learn(tmp_path, features, whiten):
     path, x = features
-    fit = ["fit", str(path), "--components", "5", "--frames_per_video", "1000", "--output", str(tmp_path / "p.npz")]
-    pca.main(fit if whiten else [*fit, "--no_whiten"])
-    pca.main(["apply", str(path), "--pca", str(tmp_path / "p.npz"), "--output", str(tmp_path / "y.hdf5"), "--dtype", "float32"])
+    fit = [
+        "fit",
+        str(path),
+        "--components",
+        "5",
+        "--frames_per_video",
+        "1000",
+        "--output",
+        str(tmp_path / "p.npz"),
+    ]
+    pca_script.main(fit if whiten else [*fit, "--no_whiten"])
+    pca_script.main(
+        [
+            "apply",
+            str(path),
+            "--pca",
+            str(tmp_path / "p.npz"),
+            "--output",
+            str(tmp_path / "y.hdf5"),
+            "--dtype",
+            "float32",
+        ]
+    )
     expected = unit(PCA(5, whiten=whiten, svd_solver="full").fit_transform(x.astype(np.float64)))
     assert np.abs(rows_of(tmp_path / "y.hdf5") - expected).max() < 1e-4
     meta = FeatureStore(tmp_path / "y.hdf5").meta
@@ -64,9 +83,13 @@ def test_fit_and_apply_equal_scikit_learn(tmp_path, features, whiten):
 @pytest.mark.parametrize("size", [1, 7, 299, 300])
 def test_fitting_in_chunks_equals_scikit_learn_on_the_whole(features, monkeypatch, size):
     _, x = features
-    x = x.astype(np.float64) * 0.9 ** np.arange(12) + 100  # far from zero, where sums of squares cancel
-    monkeypatch.setattr(pca, "_draw", lambda *_: (x[i : i + size].copy() for i in range(0, 300, size)))
-    found = pca.fit([], 6)
+    x = (
+        x.astype(np.float64) * 0.9 ** np.arange(12) + 100
+    )  # far from zero, where sums of squares cancel
+    monkeypatch.setattr(
+        pca, "_draw", lambda *_: (x[i : i + size].copy() for i in range(0, 300, size))
+    )
+    found = pca.fit_pca([], 6)
     exact = PCA(6, svd_solver="full").fit(x)
     assert found.frames == 300 and np.allclose(found.mean, exact.mean_)
     assert np.allclose(found.variance, exact.explained_variance_)
@@ -77,7 +100,7 @@ def test_fitting_in_chunks_equals_scikit_learn_on_the_whole(features, monkeypatc
 def test_frames_far_from_zero_lose_nothing_to_cancellation(tmp_path):
     """Variance 1e-4 around a mean of 1000: squares summed from zero in float64 would leave 4 of the 1e-16 / 1e-10 digits."""
     x = 1000 + 0.01 * np.random.default_rng(0).normal(size=(5000, 6)) * [1, 0.9, 0.8, 0.7, 0.6, 0.5]
-    found = pca.fit([{i: x[i : i + 10] for i in range(0, 5000, 10)}], 6)
+    found = pca.fit_pca([{i: x[i : i + 10] for i in range(0, 5000, 10)}], 6)
     exact = PCA(6, svd_solver="full").fit(x)
     assert np.allclose(found.variance, exact.explained_variance_, rtol=1e-9)
     assert np.allclose(found.components, exact.components_, atol=1e-6)
@@ -86,39 +109,48 @@ def test_frames_far_from_zero_lose_nothing_to_cancellation(tmp_path):
 MEMORY = """
 import resource, sys
 import numpy as np
-sys.path[:0] = [{root!r}, {pre!r}]
-import pca
+sys.path.insert(0, {root!r})
+from features import pca
 pool = np.random.default_rng(0).normal(size=(4096, 256))
 def draw(*_):
     for _ in range({chunks}):
         yield pool.copy()
 pca._draw = draw
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-pca.fit([], 64)
+pca.fit_pca([], 64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 def test_memory_does_not_follow_the_number_of_frames():
     """60 chunks hold 503 MB; the fit may take the chunk at hand and a few matrices of 256 x 256."""
-    code = MEMORY.format(root=str(ROOT), pre=str(ROOT / "pre-processing"), chunks=60)
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    code = MEMORY.format(root=str(ROOT), chunks=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) * 1024 < 60e6
 
 
 def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
     """64 MiB of features, read through a map; a process that goes through them holds a few chunks of them at a time."""
-    store = FeatureStore(write_store(tmp_path / "x.hdf5", *(np.ones((1024, 1024), np.float32) for _ in range(16))))
-    before = resident()
-    held = [resident() - before for _ in pca._draw([store], 10, np.random.default_rng(0), chunk=20)]
+    store = FeatureStore(
+        write_store(tmp_path / "x.hdf5", *(np.ones((1024, 1024), np.float32) for _ in range(16)))
+    )
+    before = resident_bytes()
+    held = [
+        resident_bytes() - before
+        for _ in pca._draw([store], 10, np.random.default_rng(0), chunk=20)
+    ]
     assert len(held) == 8 and max(held) < 24 * 2**20
 
 
 def test_so_many_frames_of_each_video_are_drawn_and_the_same_for_a_seed(features):
     store = FeatureStore(features[0])
-    first, again, other = (pca.fit([store], 3, 10, seed) for seed in (0, 0, 1))
+    first, again, other = (pca.fit_pca([store], 3, 10, seed) for seed in (0, 0, 1))
     assert first.frames == 30
-    assert np.array_equal(first.components, again.components) and not np.array_equal(first.components, other.components)
+    assert np.array_equal(first.components, again.components) and not np.array_equal(
+        first.components, other.components
+    )
 
 
 def test_the_drawn_frames_are_each_videos_own_without_repetition():
@@ -130,12 +162,17 @@ def test_the_drawn_frames_are_each_videos_own_without_repetition():
 
 def test_fit_on_several_files_equals_fit_on_one_of_all_and_draws_the_curve(tmp_path, features):
     path, x = features
-    halves = [write_store(tmp_path / f"{i}.hdf5", half) for i, half in enumerate((x[:150], x[150:]))]
+    halves = [
+        write_store(tmp_path / f"{i}.hdf5", half) for i, half in enumerate((x[:150], x[150:]))
+    ]
     common = ["--components", 4, "--frames_per_video", 1000, "--output"]
     call = cli(SCRIPT, "fit", *halves, *common, tmp_path / "two.npz")
     kept = PCA(4, svd_solver="full").fit(x.astype(np.float64)).explained_variance_ratio_.sum()
-    assert call.returncode == 0 and f"fitted on 300 frames; {kept:.1%} of the variance kept" in call.stdout
-    pca.main(["fit", str(path), *map(str, common), str(tmp_path / "one.npz")])
+    assert (
+        call.returncode == 0
+        and f"fitted on 300 frames; {kept:.1%} of the variance kept" in call.stdout
+    )
+    pca_script.main(["fit", str(path), *map(str, common), str(tmp_path / "one.npz")])
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert all(np.allclose(one[name], two[name]) for name in one.files)
     with Image.open(tmp_path / "one.png") as curve:
@@ -148,26 +185,43 @@ def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path):
         write_video(tmp_path / "clips" / f"{i}.mkv", textured(i, 10 * (1 + i)))
 
     def extract(name, *options):
-        words = [tmp_path / "clips", "--output", tmp_path / name, "--stages", "_blocks.4", "--weights", "random", *options]
+        words = [
+            tmp_path / "clips",
+            "--output",
+            tmp_path / name,
+            "--stages",
+            "_blocks.4",
+            "--weights",
+            "random",
+            *options,
+        ]
         assert extract_features.main([str(word) for word in words]) == 0
         return tmp_path / name
 
     plain = extract("plain.hdf5", "--dtype", "float32")
-    pca.main(["fit", str(plain), "--components", "8", "--output", str(tmp_path / "p.npz"), "--no_whiten"])
+    pca_script.main(
+        ["fit", str(plain), "--components", "8", "--output", str(tmp_path / "p.npz"), "--no_whiten"]
+    )
     words = ["--pca", str(tmp_path / "p.npz"), "--components", "4"]
-    pca.main(["apply", str(plain), *words, "--output", str(tmp_path / "after.hdf5")])
+    pca_script.main(["apply", str(plain), *words, "--output", str(tmp_path / "after.hdf5")])
     within = FeatureStore(extract("within.hdf5", *words))
     after = FeatureStore(tmp_path / "after.hdf5")
     assert within.channels == 4 and within.lengths == after.lengths
-    assert all(np.abs(np.float32(after[video]) - np.float32(within[video])).max() < 2e-3 for video in after)
+    assert all(
+        np.abs(np.float32(after[video]) - np.float32(within[video])).max() < 2e-3 for video in after
+    )
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transposed, ascending", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "transposed, ascending", [(False, False), (True, False), (False, True), (True, True)]
+)
 @pytest.mark.parametrize("width", [12, 8])
-def test_the_released_codes_parameters_load_either_way_round(tmp_path, features, transposed, ascending, width):
+def test_the_released_codes_parameters_load_either_way_round(
+    tmp_path, features, transposed, ascending, width
+):
     _, x = features
     mu = x.mean(0).astype(np.float64)
     lams, vectors = np.linalg.eigh(np.cov(x.astype(np.float64).T))
@@ -176,15 +230,17 @@ def test_the_released_codes_parameters_load_either_way_round(tmp_path, features,
     order = slice(None, None, -1) if ascending else slice(None)
     lams, u = lams[order], u[order]
     np.savez(tmp_path / "r.npz", U=u.T if transposed else u, lams=lams, mu=mu, Utmu=u @ mu)
-    assert np.abs(pca.load(tmp_path / "r.npz", 6)(x) - expected).max() < 1e-4
+    assert np.abs(pca.load_projection(tmp_path / "r.npz", 6)(x) - expected).max() < 1e-4
 
 
 def test_our_file_in_the_released_formula_gives_the_same_rows(tmp_path, features):
     path, x = features
-    pca.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
+    pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
     ours = np.load(tmp_path / "p.npz")
-    expected = unit((x @ ours["components"].T - ours["components"] @ ours["mean"]) / np.sqrt(ours["variance"]))
-    assert np.abs(pca.load(tmp_path / "p.npz")(x) - expected).max() < 1e-4
+    expected = unit(
+        (x @ ours["components"].T - ours["components"] @ ours["mean"]) / np.sqrt(ours["variance"])
+    )
+    assert np.abs(pca.load_projection(tmp_path / "p.npz")(x) - expected).max() < 1e-4
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -192,12 +248,19 @@ def test_our_file_in_the_released_formula_gives_the_same_rows(tmp_path, features
 BAD = [
     (["apply", "small.hdf5", "--pca", "narrow.npz", "--output", "f.hdf5"], "width 6", "width 4"),
     (["apply", "small.hdf5", "--pca", "small.hdf5", "--output", "f.hdf5"], "not a .npz"),
-    (["apply", "small.hdf5", "--pca", "wide.npz", "--components", "3", "--output", "f.hdf5"], "holds 2 components, not 3"),
+    (
+        ["apply", "small.hdf5", "--pca", "wide.npz", "--components", "3", "--output", "f.hdf5"],
+        "holds 2 components, not 3",
+    ),
     (["apply", "small.hdf5", "--pca", "wide.npz", "--output", "small.hdf5"], "is the input"),
     (["fit", "small.hdf5", "--components", "7", "--output", "f.npz"], "in 6 directions only"),
     (["fit", "small.hdf5", "--components", "0", "--output", "f.npz"], "--components"),
     (["fit", "small.hdf5", "--components", "2", "--output", "f.png"], "suffix .npz"),
-    (["fit", "small.hdf5", "narrow.hdf5", "--components", "2", "--output", "f.npz"], "narrow.hdf5", "width 4"),
+    (
+        ["fit", "small.hdf5", "narrow.hdf5", "--components", "2", "--output", "f.npz"],
+        "narrow.hdf5",
+        "width 4",
+    ),
 ]
 
 
@@ -206,22 +269,34 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path):
     write_store(tmp_path / "small.hdf5", draw.normal(size=(40, 6)))
     write_store(tmp_path / "narrow.hdf5", draw.normal(size=(40, 4)))
     for name, width in (("narrow", 4), ("wide", 6)):
-        arrays = dict(mean=np.zeros(width), components=np.eye(width)[:2], variance=np.ones(2), whiten=True)
+        arrays = dict(
+            mean=np.zeros(width), components=np.eye(width)[:2], variance=np.ones(2), whiten=True
+        )
         np.savez(tmp_path / f"{name}.npz", **arrays)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for words, *mentions in BAD:
         with pytest.raises(InputError) as error:
-            pca.main([str(tmp_path / word) if "." in word else word for word in words])
+            pca_script.main([str(tmp_path / word) if "." in word else word for word in words])
         assert all(mention in str(error.value) for mention in mentions), error.value
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    one_error(cli(SCRIPT, "fit", tmp_path / "small.hdf5", "--components", 7, "--output", tmp_path / "f.npz"))
+    one_error(
+        cli(
+            SCRIPT,
+            "fit",
+            tmp_path / "small.hdf5",
+            "--components",
+            7,
+            "--output",
+            tmp_path / "f.npz",
+        )
+    )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_killed_apply_goes_on_only_with_the_same_features(tmp_path, features):
     path, x = features
-    pca.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
-    store, projection = FeatureStore(path), pca.load(tmp_path / "p.npz")
+    pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
+    store, projection = FeatureStore(path), pca.load_projection(tmp_path / "p.npz")
     meta = {**store.meta, "pca": projection.label}
     with (
         pytest.raises(ZeroDivisionError),
@@ -229,35 +304,74 @@ def test_a_killed_apply_goes_on_only_with_the_same_features(tmp_path, features):
     ):
         part.add("v0", projection(store["v0"]))
         raise ZeroDivisionError
-    apply = ["apply", str(path), "--pca", str(tmp_path / "p.npz"), "--output", str(tmp_path / "y.hdf5")]
+    apply = [
+        "apply",
+        str(path),
+        "--pca",
+        str(tmp_path / "p.npz"),
+        "--output",
+        str(tmp_path / "y.hdf5"),
+    ]
     write_store(path, x[:100] + 1, x[100:130], x[130:])
     with pytest.raises(InputError, match="the input has changed"):
-        pca.main(apply)
+        pca_script.main(apply)
     write_store(path, x[:100], x[100:130], x[130:])
-    pca.main(apply)
+    pca_script.main(apply)
     assert np.array_equal(rows_of(tmp_path / "y.hdf5"), projection(x).astype(np.float16))
 
 
 def test_rows_that_have_changed_since_they_were_written_are_not_projected(tmp_path, features):
     path, _ = features
-    pca.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
+    pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
     with h5py.File(path, "r+") as file:
         file["frames"][110, 3] += 1
     with pytest.raises(InputError, match="'v1' are not those that were written"):
-        pca.main(["apply", str(path), "--pca", str(tmp_path / "p.npz"), "--output", str(tmp_path / "y.hdf5")])
+        pca_script.main(
+            [
+                "apply",
+                str(path),
+                "--pca",
+                str(tmp_path / "p.npz"),
+                "--output",
+                str(tmp_path / "y.hdf5"),
+            ]
+        )
     assert not (tmp_path / "y.hdf5").exists()
 
 
 def test_an_unfinished_apply_of_another_pca_is_refused_and_stays(tmp_path, features):
     path, _ = features
     for components in (5, 4):
-        pca.main(["fit", str(path), "--components", str(components), "--output", str(tmp_path / f"{components}.npz")])
-    meta = {**FeatureStore(path).meta, "pca": pca.load(tmp_path / "5.npz").label}
+        pca_script.main(
+            [
+                "fit",
+                str(path),
+                "--components",
+                str(components),
+                "--output",
+                str(tmp_path / f"{components}.npz"),
+            ]
+        )
+    meta = {**FeatureStore(path).meta, "pca": pca.load_projection(tmp_path / "5.npz").label}
     sources = {"v0": FeatureStore(path).fingerprint()}
-    with pytest.raises(ZeroDivisionError), StoreWriter(tmp_path / "y.hdf5", "float16", meta, sources) as part:
+    with (
+        pytest.raises(ZeroDivisionError),
+        StoreWriter(tmp_path / "y.hdf5", "float16", meta, sources) as part,
+    ):
         part.add("v0", np.ones((3, 5)))
         raise ZeroDivisionError
     before = (tmp_path / "y.hdf5.part").read_bytes()
-    with pytest.raises(InputError, match="1 videos of pca 5.npz.*not 4.npz.*remove '.*y.hdf5.part.jsonl'"):
-        pca.main(["apply", str(path), "--pca", str(tmp_path / "4.npz"), "--output", str(tmp_path / "y.hdf5")])
+    with pytest.raises(
+        InputError, match="1 videos of pca 5.npz.*not 4.npz.*remove '.*y.hdf5.part.jsonl'"
+    ):
+        pca_script.main(
+            [
+                "apply",
+                str(path),
+                "--pca",
+                str(tmp_path / "4.npz"),
+                "--output",
+                str(tmp_path / "y.hdf5"),
+            ]
+        )
     assert before and (tmp_path / "y.hdf5.part").read_bytes() == before

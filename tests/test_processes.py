@@ -1,4 +1,4 @@
-"""The object that knows the engine, in real processes: what horovodrun (MPI and Gloo), torchrun and plain python start."""
+"""The object that knows the engine, in real dist: what horovodrun (MPI and Gloo), torchrun and plain python start."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
-from processes_worker import DTYPES, OPTIMIZERS, RATES, gradients, rows, start_values
+from helpers.commands import ROOT, environment
+from helpers.distributed_worker import DTYPES, OPTIMIZERS, RATES, gradients, rows, start_values
 
 BIN = Path(sys.executable).parent
 HOROVOD = (BIN / "horovodrun").exists()
@@ -21,7 +21,7 @@ LAUNCHERS = {
     "horovodrun --mpi, 4": (4, ["horovodrun", "-np", "4", "python"]),
 }
 SEVERAL = [name for name in LAUNCHERS if name != "python"]
-WORKER = str(ROOT / "tests" / "processes_worker.py")
+WORKER = str(ROOT / "tests" / "helpers" / "distributed_worker.py")
 
 
 def launch(launcher, *arguments):
@@ -45,7 +45,9 @@ def results(tmp_path_factory):
             folder = tmp_path_factory.mktemp("processes")
             finished = launch(launcher, folder)
             assert finished.returncode == 0, finished.stdout + finished.stderr
-            done[launcher] = [torch.load(folder / f"{rank}.pt") for rank in range(LAUNCHERS[launcher][0])]
+            done[launcher] = [
+                torch.load(folder / f"{rank}.pt") for rank in range(LAUNCHERS[launcher][0])
+            ]
         return done[launcher]
 
     return of
@@ -115,7 +117,9 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(run):
         assert result["device"] == ["cpu", f"cuda:{rank}" if len(run) > 1 else "cuda", "cuda:3"]
 
 
-def test_the_learning_rate_scales_with_the_processes_that_are_averaged_and_not_under_adasum(results):
+def test_the_learning_rate_scales_with_the_processes_that_are_averaged_and_not_under_adasum(
+    results,
+):
     assert results("python")[0]["scale"][0] == 1 and results("torchrun")[0]["scale"][0] == 2
     for launcher in SEVERAL[1:]:
         size = LAUNCHERS[launcher][0]
@@ -173,17 +177,24 @@ def steps_by_hand(name, size, how):
 @pytest.mark.parametrize("resume", [False, "before wrap", "after wrap"])
 @pytest.mark.parametrize("how", ["average", "fp16", "adasum"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_are_those_worked_out_by_hand_and_a_resumed_optimiser_goes_on_alike(run, name, how, resume):
+def test_steps_are_those_worked_out_by_hand_and_a_resumed_optimiser_goes_on_alike(
+    run, name, how, resume
+):
     if (name, how, resume) not in run[0]["steps"]:
         pytest.skip("this engine has no Adasum")
     expected = steps_by_hand(name, len(run), how)
     for result in run:
         for key, value in result["steps"][name, how, resume].items():
             half = how == "fp16" and len(run) > 1
-            torch.testing.assert_close(value, expected[key].detach(), atol=5e-3 if half else 2e-6, rtol=0)
+            torch.testing.assert_close(
+                value, expected[key].detach(), atol=5e-3 if half else 2e-6, rtol=0
+            )
             same(value, run[0]["steps"][name, how, resume][key])  # all processes alike, to the bit
     if how == "fp16" and len(run) > 1 and name == "sgd":
-        assert any(not torch.equal(result["steps"][name, how, resume]["weight"], expected["weight"]) for result in run)
+        assert any(
+            not torch.equal(result["steps"][name, how, resume]["weight"], expected["weight"])
+            for result in run
+        )
 
 
 def test_adasum_adds_what_is_orthogonal_and_averages_what_is_equal(results):
@@ -194,7 +205,10 @@ def test_adasum_adds_what_is_orthogonal_and_averages_what_is_equal(results):
 
 @pytest.mark.parametrize(
     "launcher, words",
-    [("torchrun", "torch.distributed has no Adasum; start with horovodrun"), ("horovodrun --gloo", "Adasum needs MPI.*--gloo")],
+    [
+        ("torchrun", "torch.distributed has no Adasum; start with horovodrun"),
+        ("horovodrun --gloo", "Adasum needs MPI.*--gloo"),
+    ],
 )
 def test_adasum_is_refused_where_it_is_not_with_what_to_do(results, launcher, words):
     for result in results(launcher):
@@ -207,7 +221,13 @@ def test_adasum_is_refused_where_it_is_not_with_what_to_do(results, launcher, wo
 
 @pytest.mark.parametrize(
     "launcher, rank",
-    [("torchrun", 0), ("torchrun", 1), ("horovodrun --mpi", 0), ("horovodrun --mpi", 1), ("horovodrun --gloo", 1)],
+    [
+        ("torchrun", 0),
+        ("torchrun", 1),
+        ("horovodrun --mpi", 0),
+        ("horovodrun --mpi", 1),
+        ("horovodrun --gloo", 1),
+    ],
 )
 def test_a_process_that_fails_ends_all_with_its_error_in_one_line(launcher, rank, tmp_path):
     finished = launch(launcher, tmp_path, "fail", rank)  # times out if the others go on

@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import TASKS, cli, write_set
+from helpers.commands import cli
+from helpers.oracles import TASKS
+from helpers.worlds import write_set
 from PIL import Image
 
-from evaluation_sets import evaluation_set
-from report import draw_trade_off, summarise
+from datasets.registry import load_evaluation_set
+from retrieval.report import draw_trade_off, summarise
 
 STRANGE = '<script>alert("x")</script>&amp;'
 
@@ -23,7 +25,13 @@ def scored(tmp_path_factory):
     database = [STRANGE, *(f"v{i:02}" for i in range(40))]
     queries = [STRANGE, *database[1:13]]
     labels = {
-        query: dict(zip(("ND", "DS", "CS", "IS"), draw.choice(database[13:], (4, 3), replace=False).tolist(), strict=True))
+        query: dict(
+            zip(
+                ("ND", "DS", "CS", "IS"),
+                draw.choice(database[13:], (4, 3), replace=False).tolist(),
+                strict=True,
+            )
+        )
         for query in queries
     }
     write_set(folder, "demo", labels, database)
@@ -64,12 +72,18 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
     def of(self, tag, kind=None):
-        return [attributes for name, attributes in self.found if name == tag and kind in (None, attributes.get("class"))]
+        return [
+            attributes
+            for name, attributes in self.found
+            if name == tag and kind in (None, attributes.get("class"))
+        ]
 
 
 def ranking(labels, table, query, task):
     relevant = {video for label in TASKS[task] for video in labels[query][label]}
-    order = sorted((video for video in table[query] if video != query), key=lambda video: -table[query][video])
+    order = sorted(
+        (video for video in table[query] if video != query), key=lambda video: -table[query][video]
+    )
     return order, relevant
 
 
@@ -89,7 +103,9 @@ def test_the_page_is_one_well_formed_file_that_asks_for_nothing(scored):
 
 def test_ids_are_shown_as_they_are_and_never_as_markup(scored):
     text = page_of(scored[0])
-    assert "<script" not in text and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;&amp;amp;" in text
+    assert (
+        "<script" not in text and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;&amp;amp;" in text
+    )
 
 
 def test_the_bars_are_the_queries_average_precisions(scored):
@@ -98,7 +114,9 @@ def test_the_bars_are_the_queries_average_precisions(scored):
     assert len(bars) == 3 * len(labels)
     expected = []
     for task in TASKS:
-        expected += sorted((ap(*ranking(labels, table, query, task)) for query in labels), reverse=True)
+        expected += sorted(
+            (ap(*ranking(labels, table, query, task)) for query in labels), reverse=True
+        )
     heights = np.array([float(bar["height"]) for bar in bars])
     np.testing.assert_allclose(heights, np.array(expected) * (240 - 10 - 34), atol=0.11)
 
@@ -108,15 +126,21 @@ def test_the_curves_are_the_mean_interpolated_precision(scored):
     lines = Elements(page_of(folder)).of("polyline")
     assert len(lines) == 3
     for line, task in zip(lines, TASKS, strict=True):
-        points = np.array([[float(value) for value in pair.split(",")] for pair in line["points"].split()])
+        points = np.array(
+            [[float(value) for value in pair.split(",")] for pair in line["points"].split()]
+        )
         expected = np.zeros(21)
         for query in labels:
             order, relevant = ranking(labels, table, query, task)
             found = np.cumsum([video in relevant for video in order])
             precision, recall = found / np.arange(1, len(order) + 1), found / len(relevant)
             expected += [max(precision[recall >= i / 20 - 1e-9], default=0) for i in range(21)]
-        np.testing.assert_allclose(points[:, 1], 240 - 34 - expected / len(labels) * (240 - 10 - 34), atol=0.11)
-        np.testing.assert_allclose(points[:, 0], 38 + np.arange(21) / 20 * (360 - 38 - 10), atol=0.11)
+        np.testing.assert_allclose(
+            points[:, 1], 240 - 34 - expected / len(labels) * (240 - 10 - 34), atol=0.11
+        )
+        np.testing.assert_allclose(
+            points[:, 0], 38 + np.arange(21) / 20 * (360 - 38 - 10), atol=0.11
+        )
 
 
 def test_the_best_and_worst_queries_show_their_first_ranks_with_the_relevant_marked(scored):
@@ -124,7 +148,9 @@ def test_the_best_and_worst_queries_show_their_first_ranks_with_the_relevant_mar
     text = page_of(folder)
     aps = {query: ap(*ranking(labels, table, query, "DSVR")) for query in labels}
     ordered = sorted(aps, key=lambda query: -aps[query])
-    blocks = re.findall(r'<div class="query"><b>(.*?)</b>.*?AP ([\d.]+).*?<ol>(.*?)</ol>', text, re.S)
+    blocks = re.findall(
+        r'<div class="query"><b>(.*?)</b>.*?AP ([\d.]+).*?<ol>(.*?)</ol>', text, re.S
+    )
     assert [html.unescape(query) for query, _, _ in blocks] == [*ordered[:5], *ordered[-5:][::-1]]
     for query, value, ranks in blocks:
         query = html.unescape(query)
@@ -140,12 +166,16 @@ def test_figures_coverage_and_command_stand_on_the_page(scored):
     text, found = page_of(folder), json.loads((folder / "out.json").read_text())
     for value in found["figures"]["table"][0].values():
         assert f"<td>{value:.4f}</td>" in text
-    assert "13 queries and 41 videos" in text and "--similarities" in text and found["revision"] in text
+    assert (
+        "13 queries and 41 videos" in text
+        and "--similarities" in text
+        and found["revision"] in text
+    )
 
 
 def test_a_summary_counts_recall_by_what_the_shortlist_holds(scored):
     folder, labels, table = scored
-    chosen = evaluation_set("DEMO", folder)
+    chosen = load_evaluation_set("DEMO", folder)
     summary = summarise(chosen, chosen.rankings_of(table))
     queries, database = list(labels), chosen.database
     short = np.random.default_rng(0).random((len(queries), len(database))) < 0.3
@@ -170,8 +200,19 @@ def test_the_trade_off_is_drawn_as_a_picture(tmp_path):
 
 
 def test_a_page_of_two_stages_holds_their_curve(world, tmp_path):
-    flags = ["--dataset", "DEMO", "--annotation_dir", world.annotations, "--feature_path", world.test_features]
-    result = cli("evaluation.py", *flags, "--encoder", "mean", "--rerank", 4, 20, "--report", tmp_path)
+    flags = [
+        "--dataset",
+        "DEMO",
+        "--annotation_dir",
+        world.annotations,
+        "--feature_path",
+        world.test_features,
+    ]
+    result = cli(
+        "evaluation.py", *flags, "--encoder", "mean", "--rerank", 4, 20, "--report", tmp_path
+    )
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert text.count("<circle") == 3 and "what re-ranking costs" in text and not Elements(text).open
+    assert (
+        text.count("<circle") == 3 and "what re-ranking costs" in text and not Elements(text).open
+    )

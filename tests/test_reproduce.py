@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import C, cli, one_error
+from helpers.commands import cli, one_error
+from helpers.worlds import C
 
 import evaluation
-import options
 import reproduce
-from utils import Processes
+import train
+from distributed import Distributed
 
 TABLES = reproduce.load()
 NAMES = list(TABLES["tables"])
@@ -59,7 +60,9 @@ def flags(here, output, *more):
 def done(here, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
     result = cli("reproduce.py", *flags(here, output))
-    return SimpleNamespace(result=result, output=output, table=json.loads((output / "small.json").read_text()))
+    return SimpleNamespace(
+        result=result, output=output, table=json.loads((output / "small.json").read_text())
+    )
 
 
 def row(table, name):
@@ -75,11 +78,15 @@ def test_every_command_of_every_row_is_one_that_the_scripts_accept(name, chosen,
     measured = [row for row in rows if row.evaluate]
     assert len(measured) == sum("evaluate" in entry for entry in tables["tables"][name]["rows"]) > 0
     for row in measured:
-        assert evaluation.parse(row.evaluate[1:]).dataset == (chosen or tables["tables"][name]["set"])
-        given = [options.parse("", command[1:]) for command in row.train]
+        assert evaluation.parse(row.evaluate[1:]).dataset == (
+            chosen or tables["tables"][name]["set"]
+        )
+        given = [train.parse("", command[1:]) for command in row.train]
         assert [args.seed for args in given] in ([], [0, 1, 2])
-        notes = [note for args in given for note in options.settle(args, Processes())]
-        assert not notes or (chosen == "DEMO" and all("--init" in note for note in notes))  # no flag without a meaning
+        notes = [note for args in given for note in train.settle(args, Distributed())]
+        assert not notes or (
+            chosen == "DEMO" and all("--init" in note for note in notes)
+        )  # no flag without a meaning
 
 
 def test_published_figures_are_those_of_the_field():
@@ -103,7 +110,10 @@ def test_published_figures_are_those_of_the_field():
 
 
 def test_the_unverified_transcriptions_are_marked():
-    unverified = {name: sum(e.get("unverified", False) for e in table["rows"]) for name, table in TABLES["tables"].items()}
+    unverified = {
+        name: sum(e.get("unverified", False) for e in table["rows"])
+        for name, table in TABLES["tables"].items()
+    }
     assert unverified == {
         "model": 4, "feature": 1, "loss": 2, "bank": 3, "momentum": 4, "similarity": 1, "fivr200k": 0, "cc_web": 0, "evve": 8,
         "asked": 0, "speed": 0,
@@ -114,7 +124,9 @@ def test_a_table_is_run_row_by_row_and_what_fails_does_not_stop_the_rest(done):
     assert done.result.returncode == 3, done.result.stderr
     status = {row["name"]: row["status"] for row in done.table["rows"]}
     assert status["somebody's"] == "quoted"
-    assert status["mean"] == status["trained"] == status["trained alike, other metric"] == "finished"
+    assert (
+        status["mean"] == status["trained"] == status["trained alike, other metric"] == "finished"
+    )
     assert status["diverges"].startswith("failed: train.py: loss is")
     assert status["needs a file"].startswith("not run: absent.pth")
     assert "absent.pth" in done.result.stderr and "needs a file" in done.result.stderr
@@ -133,16 +145,26 @@ def test_a_rows_figures_are_those_of_its_own_commands(done):
 
 
 def test_rows_of_equal_training_share_their_runs(done):
-    assert row(done.table, "trained")["commands"][:2] == row(done.table, "trained alike, other metric")["commands"][:2]
-    assert len(list((done.output / "runs").iterdir())) == 2  # the shared one, and the one that diverges
+    assert (
+        row(done.table, "trained")["commands"][:2]
+        == row(done.table, "trained alike, other metric")["commands"][:2]
+    )
+    assert (
+        len(list((done.output / "runs").iterdir())) == 2
+    )  # the shared one, and the one that diverges
 
 
 def test_the_printed_table_holds_published_and_measured_figures(done):
     text = (done.output / "small.md").read_text()
-    assert "| somebody's | .500 / .400 / .300† |" in text and reproduce.DAGGER in text and "[1] a footnote." in text
+    assert (
+        "| somebody's | .500 / .400 / .300† |" in text
+        and reproduce.DAGGER in text
+        and "[1] a footnote." in text
+    )
     figures = row(done.table, "trained")["measured"]
     cells = [
-        f"{np.mean(v):.4f} ± {np.std(v, ddof=1):.4f}" for v in ([f[task] for f in figures] for task in ("DSVR", "CSVR", "ISVR"))
+        f"{np.mean(v):.4f} ± {np.std(v, ddof=1):.4f}"
+        for v in ([f[task] for f in figures] for task in ("DSVR", "CSVR", "ISVR"))
     ]
     assert f"| trained [1] |  | {' / '.join(cells)} |" in text
     assert text.splitlines()[0] in done.result.stdout
@@ -153,19 +175,26 @@ def test_a_finished_row_is_kept_and_a_failed_one_tried_again(done, here):
     before = results.stat().st_mtime_ns
     again = cli("reproduce.py", *flags(here, done.output))
     assert again.returncode == 3 and results.stat().st_mtime_ns == before
-    assert row(json.loads((done.output / "small.json").read_text()), "trained") == row(done.table, "trained")
+    assert row(json.loads((done.output / "small.json").read_text()), "trained") == row(
+        done.table, "trained"
+    )
 
 
 def test_a_dry_run_prints_commands_and_what_is_missing_and_writes_nothing(here, tmp_path):
     result = cli("reproduce.py", *flags(here, tmp_path / "out", "--dry_run"))
     assert result.returncode == 0 and not (tmp_path / "out").exists()
-    assert result.stdout.count("python train.py") == 6 and result.stdout.count("python evaluation.py") == 5
+    assert (
+        result.stdout.count("python train.py") == 6
+        and result.stdout.count("python evaluation.py") == 5
+    )
     assert "absent.pth" in result.stderr
 
 
 def test_features_of_a_wrong_width_fail_before_training_and_name_the_row(here, tmp_path):
     (tmp_path / "tables.toml").write_text(SMALL.format(width=C + 1))
-    result = cli("reproduce.py", *flags(here, tmp_path / "out", "--tables", tmp_path / "tables.toml"))
+    result = cli(
+        "reproduce.py", *flags(here, tmp_path / "out", "--tables", tmp_path / "tables.toml")
+    )
     assert f"have width {C}, not {C + 1}; rules out mean, trained" in result.stderr
     assert not (tmp_path / "out" / "runs").exists()
 
@@ -173,5 +202,9 @@ def test_features_of_a_wrong_width_fail_before_training_and_name_the_row(here, t
 def test_bad_input_is_one_line(here, tmp_path):
     broken = tmp_path / "broken.toml"
     broken.write_text("rows = [")
-    assert "broken.toml" in one_error(cli("reproduce.py", "--data", here / "data", "--tables", broken))
-    assert "nonsense" in one_error(cli("reproduce.py", "--data", here / "data", "--table", "nonsense"))
+    assert "broken.toml" in one_error(
+        cli("reproduce.py", "--data", here / "data", "--tables", broken)
+    )
+    assert "nonsense" in one_error(
+        cli("reproduce.py", "--data", here / "data", "--table", "nonsense")
+    )

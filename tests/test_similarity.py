@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import similarity as module
-from model import VideoComparator
-from similarity import FRAME_METRICS, METRICS, VIDEO_METRICS, similarity_tables, stack
+from retrieval import similarity as module
+from retrieval.comparator import VideoComparator
+from retrieval.similarity import (
+    FRAME_METRICS,
+    METRICS,
+    VIDEO_METRICS,
+    pack_descriptors,
+    similarity_tables,
+)
 from utils import InputError
 
 D = 16
@@ -57,7 +63,11 @@ def dp(q, t, phi=10):
             score, mismatches, weight = s, 0, 1
             if i and j:
                 came = [
-                    (cells[i - 1, j - 1][0] + s, cells[i - 1, j - 1][1], cells[i - 1, j - 1][2] + 1),
+                    (
+                        cells[i - 1, j - 1][0] + s,
+                        cells[i - 1, j - 1][1],
+                        cells[i - 1, j - 1][2] + 1,
+                    ),
                     (cells[i - 1, j][0] + s / 2, cells[i - 1, j][1] + 1, cells[i - 1, j][2] + 0.5),
                     (cells[i, j - 1][0] + s / 2, cells[i, j - 1][1] + 1, cells[i, j - 1][2] + 0.5),
                 ]
@@ -187,7 +197,10 @@ def test_chamfer_is_what_a_case_worked_by_hand_gives_and_is_not_symmetric():
 @pytest.mark.parametrize("metric", ["sym_chamfer", "cosine", "euclidean"])
 def test_symmetric_metrics_are_symmetric(metric):
     queries, targets = sides(metric, SIDES["ragged"])
-    table, back = similarity_table(queries, targets, metric), similarity_table(targets, queries, metric)
+    table, back = (
+        similarity_table(queries, targets, metric),
+        similarity_table(targets, queries, metric),
+    )
     np.testing.assert_allclose(table, back.T, atol=1e-6)
 
 
@@ -201,7 +214,9 @@ def test_a_video_is_1_to_itself_and_nothing_is_more(metric):
 
 def test_euclidean_ranks_as_distance_does_down_to_near_duplicates():
     query = descriptors(0, 1)
-    targets = descriptors(1, 40) + [query[0] + 1e-4 * i * d for i, d in enumerate(descriptors(2, 10))]
+    targets = descriptors(1, 40) + [
+        query[0] + 1e-4 * i * d for i, d in enumerate(descriptors(2, 10))
+    ]
     targets = [(t / np.linalg.norm(t)).astype(np.float32) for t in targets]
     distance = [np.linalg.norm(query[0].astype(float) - t) for t in targets]
     table = similarity_table(query, targets, "euclidean")[0]
@@ -210,8 +225,12 @@ def test_euclidean_ranks_as_distance_does_down_to_near_duplicates():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_float16_descriptors_are_compared_in_float32(metric):
-    queries, targets = ([x.astype(np.float16) for x in side] for side in sides(metric, SIDES["ragged"]))
-    expected = by_loop(metric, [q.astype(np.float32) for q in queries], [t.astype(np.float32) for t in targets])
+    queries, targets = (
+        [x.astype(np.float16) for x in side] for side in sides(metric, SIDES["ragged"])
+    )
+    expected = by_loop(
+        metric, [q.astype(np.float32) for q in queries], [t.astype(np.float32) for t in targets]
+    )
     np.testing.assert_allclose(similarity_table(queries, targets, metric), expected, atol=1e-5)
 
 
@@ -254,11 +273,16 @@ def test_one_minus_infinity_is_refused_though_it_matches_nothing(metric, side):
 def test_metrics_of_one_level_share_a_pass_and_stacked_videos_serve_many():
     queries, targets = sides("chamfer", SIDES["ragged"])
     single = {metric: similarity_table(queries, targets, metric) for metric in FRAME_METRICS}
-    stacked = stack(queries, "chamfer")
-    batches = [targets[:3], stack(targets[3:], "tn")]
-    parts = [similarity_tables(stacked, batch, list(FRAME_METRICS), comparator=NETWORK, chunk_bytes=3000) for batch in batches]
+    stacked = pack_descriptors(queries, "chamfer")
+    batches = [targets[:3], pack_descriptors(targets[3:], "tn")]
+    parts = [
+        similarity_tables(stacked, batch, list(FRAME_METRICS), comparator=NETWORK, chunk_bytes=3000)
+        for batch in batches
+    ]
     for metric, table in single.items():
-        np.testing.assert_allclose(np.concatenate([part[metric] for part in parts], 1), table, atol=1e-5)
+        np.testing.assert_allclose(
+            np.concatenate([part[metric] for part in parts], 1), table, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -271,7 +295,9 @@ def test_no_targets_make_an_empty_table(metric):
 def test_bfloat16_products_stay_close(metric):
     """8 bits: a similarity below 1 is off by at most 2**-9, and so are the descriptors' values."""
     queries, targets = sides(metric, SIDES["ragged"])
-    rounded, exact = (similarity_table(queries, targets, metric, dtype=t) for t in (torch.bfloat16, torch.float32))
+    rounded, exact = (
+        similarity_table(queries, targets, metric, dtype=t) for t in (torch.bfloat16, torch.float32)
+    )
     assert not np.array_equal(rounded, exact)
     if metric != "tn":  # whose threshold may see a node less
         np.testing.assert_allclose(rounded, exact, atol=0.01)
@@ -279,7 +305,9 @@ def test_bfloat16_products_stay_close(metric):
 
 def test_bfloat16_of_what_it_holds_exactly_is_exact():
     draw = np.random.default_rng(0)
-    queries, targets = ([draw.choice([-0.25, 0.25], (T, D)).astype(np.float32) for T in (3, 9, 1)] for _ in range(2))
+    queries, targets = (
+        [draw.choice([-0.25, 0.25], (T, D)).astype(np.float32) for T in (3, 9, 1)] for _ in range(2)
+    )
     for metric in ("chamfer", "sym_chamfer", "dp"):
         table = similarity_table(queries, targets, metric, dtype=torch.bfloat16)
         np.testing.assert_allclose(table, similarity_table(queries, targets, metric), atol=1e-6)
@@ -311,11 +339,11 @@ import resource, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from model import VideoComparator
-from similarity import similarity_tables, stack
+from similarity import similarity_tables, pack_descriptors
 metrics, length, videos, bound = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 network = VideoComparator(tile_bytes=1 << 20)
 x = np.full((length, 256), 1 / 16, np.float32)
-queries, targets = stack([x] * (4000 // length), "chamfer"), [x] * videos
+queries, targets = pack_descriptors([x] * (4000 // length), "chamfer"), [x] * videos
 similarity_tables(queries, targets[:1], metrics, comparator=network, chunk_bytes=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 similarity_tables(queries, targets, metrics, comparator=network, chunk_bytes=bound)
@@ -332,6 +360,8 @@ def test_a_chunk_takes_no_more_memory_than_its_bound(metrics, length, videos):
     bound = 32 << 20
     command = [sys.executable, "-c", PEAK, metrics, str(length), str(videos), str(bound)]
     root = Path(module.__file__).parent
-    grown = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
+    grown = int(
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+    )
     tables = len(metrics.split(",")) * 4 * (4000 // length) * videos
     assert grown < bound + tables + (4 << 20), "the bound, the tables, and the allocator's crumbs"

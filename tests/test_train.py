@@ -14,18 +14,34 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import C, cli, clis, error_after_progress, one_error, read_log, start, write_packed, write_pickle
+from helpers.commands import cli, clis, error_after_progress, one_error, start
+from helpers.files import read_log, write_packed, write_pickle
+from helpers.worlds import C
 
 import checkpoint
-from data import FeatureStore, evaluation_set
-from evaluation import load_encoder, tables
+from datasets.registry import load_evaluation_set
+from distributed import Distributed
+from features.store import FeatureStore
 from losses import LOSSES
-from model import ENCODERS, Mean
-from options import OPTIMIZERS, parse, settle
-from train import Trainer
-from utils import InputError, Processes
+from model import ENCODERS, Mean, load_encoder
+from retrieval.compare import tables
+from train import OPTIMIZERS, Trainer, parse, settle
+from utils import InputError
 
-SMALL = ["--nhead", 4, "--dim_feedforward", 64, "--batch_sz", 8, "--neg_num", 4, "--moco_k", 64, "--print-freq", 1]
+SMALL = [
+    "--nhead",
+    4,
+    "--dim_feedforward",
+    64,
+    "--batch_sz",
+    8,
+    "--neg_num",
+    4,
+    "--moco_k",
+    64,
+    "--print-freq",
+    1,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +61,14 @@ def command(world, folder, *more):
 
 
 def held_out(world):
-    return ["--val_set", "DEMO-VAL", "--val_feature_path", world.val_features, "--annotation_dir", world.annotations]
+    return [
+        "--val_set",
+        "DEMO-VAL",
+        "--val_feature_path",
+        world.val_features,
+        "--annotation_dir",
+        world.annotations,
+    ]
 
 
 def trainer(world, folder, *more):
@@ -57,7 +80,7 @@ def trainer(world, folder, *more):
 
 def arguments(world, folder, *more):
     args = parse("", [str(flag) for flag in flags(world, folder, *more)])
-    settle(args, Processes())
+    settle(args, Distributed())
     return args
 
 
@@ -71,20 +94,27 @@ def model_at_end(folder):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )
 
 
 def steps_of(folder):
     """The log without what depends on the clock."""
     return [
-        {key: value for key, value in line.items() if key not in ("videos_per_s", "data_wait")} for line in read_log(folder)
+        {key: value for key, value in line.items() if key not in ("videos_per_s", "data_wait")}
+        for line in read_log(folder)
     ]
 
 
 def wait_for_step(process, folder, step):
     """Until the log that this run (just started) has taken up shows `step`; the run must still be going on then."""
     started, log = time.time_ns(), folder / "log.jsonl"
-    while not (log.exists() and log.stat().st_mtime_ns > started and any(line["step"] >= step for line in read_log(folder))):
+    while not (
+        log.exists()
+        and log.stat().st_mtime_ns > started
+        and any(line["step"] >= step for line in read_log(folder))
+    ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     assert process.poll() is None, "the run ended before it could be killed; make it longer"
@@ -93,11 +123,15 @@ def wait_for_step(process, folder, step):
 # --- one seed, one result --------------------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_weights_bit_for_bit_however_the_data_are_loaded_and_another_seed_others(world, tmp_path):
+def test_a_seed_gives_the_same_weights_bit_for_bit_however_the_data_are_loaded_and_another_seed_others(
+    world, tmp_path
+):
     runs = {
         "first": [], "again": [], "loaded": ["--num_workers", 2, "--num_readers", 3], "other": ["--seed", 1],
     }  # fmt: skip
-    for result in clis(*(command(world, tmp_path / name, "--epochs", 2, *more) for name, more in runs.items())):
+    for result in clis(
+        *(command(world, tmp_path / name, "--epochs", 2, *more) for name, more in runs.items())
+    ):
         assert result.returncode == 0, result.stderr
     found = {name: weights(tmp_path / name) for name in runs}
     assert same(found["first"], found["again"]) and same(found["first"], found["loaded"])
@@ -107,7 +141,18 @@ def test_a_seed_gives_the_same_weights_bit_for_bit_however_the_data_are_loaded_a
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------
 
-LONG = ["--epochs", 60, "--patience", 14, "--dropout", 0.2, "--learning_rate", 1e-3, "--init", "near_identity"]
+LONG = [
+    "--epochs",
+    60,
+    "--patience",
+    14,
+    "--dropout",
+    0.2,
+    "--learning_rate",
+    1e-3,
+    "--init",
+    "near_identity",
+]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +164,9 @@ def unbroken(world, tmp_path_factory):
     return folder, result
 
 
-def test_a_run_killed_again_and_again_ends_with_the_unbroken_runs_weights(world, unbroken, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_unbroken_runs_weights(
+    world, unbroken, tmp_path
+):
     folder, whole = tmp_path / "run", unbroken[0]
     last = max(line["step"] for line in read_log(whole))
     draw = random.Random(time.time_ns())
@@ -149,13 +196,26 @@ def test_a_run_killed_again_and_again_ends_with_the_unbroken_runs_weights(world,
 
 
 def test_a_run_without_held_out_videos_resumes_to_the_same_weights_too(world, tmp_path):
-    more = ["--epochs", 12, "--dropout", 0.5, "--loss", "infonce", "--moco_m", 0.9, "--optimizer", "sgd"]
+    more = [
+        "--epochs",
+        12,
+        "--dropout",
+        0.5,
+        "--loss",
+        "infonce",
+        "--moco_m",
+        0.9,
+        "--optimizer",
+        "sgd",
+    ]
     more += ["--learning_rate", 0.1, "--save_every", 4]
     process = start(*command(world, tmp_path / "killed", *more))
     wait_for_step(process, tmp_path / "killed", 30)
     process.kill()
     process.communicate()
-    for result in clis(command(world, tmp_path / "killed", *more), command(world, tmp_path / "whole", *more)):
+    for result in clis(
+        command(world, tmp_path / "killed", *more), command(world, tmp_path / "whole", *more)
+    ):
         assert result.returncode == 0, result.stderr
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
@@ -168,9 +228,14 @@ def test_a_finished_run_is_left_alone_and_another_command_is_refused_its_folder(
     base = [*LONG, *held_out(world)]
     changes = {"--seed": 1, "--loss": "infonce", "--epochs": 61}
     same_call, *others = clis(
-        command(world, folder, *base), *(command(world, folder, *base, flag, value) for flag, value in changes.items())
+        command(world, folder, *base),
+        *(command(world, folder, *base, flag, value) for flag, value in changes.items()),
     )
-    assert same_call.returncode == 0 and "finished already" in same_call.stdout and not same_call.stderr
+    assert (
+        same_call.returncode == 0
+        and "finished already" in same_call.stdout
+        and not same_call.stderr
+    )
     for (flag, value), result in zip(changes.items(), others, strict=True):
         line = one_error(result)
         assert flag in line and repr(value) in line and str(folder) in line
@@ -184,7 +249,10 @@ def test_early_stopping_keeps_the_best_epoch(world, unbroken):
     assert len(scores) == best + 1 + 14 < 60, "it should stop 14 epochs after the best"
     assert f"{max(scores):.4f}" in result.stdout and f"after epoch {best + 1}\n" in result.stdout
     encoder = load_encoder(folder)[1]
-    store, chosen = FeatureStore(world.val_features), evaluation_set("DEMO-VAL", world.annotations)
+    store, chosen = (
+        FeatureStore(world.val_features),
+        load_evaluation_set("DEMO-VAL", world.annotations),
+    )
     table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
     found = chosen.evaluate_table(chosen.queries, chosen.database, table)
     assert found["DSVR"] == pytest.approx(max(scores), abs=1e-9)
@@ -193,7 +261,9 @@ def test_early_stopping_keeps_the_best_epoch(world, unbroken):
 
 
 def test_equal_figures_count_as_no_better(world, tmp_path):
-    made = trainer(world, tmp_path, *held_out(world), "--learning_rate", 0, "--patience", 3, "--epochs", 20)
+    made = trainer(
+        world, tmp_path, *held_out(world), "--learning_rate", 0, "--patience", 3, "--epochs", 20
+    )
     assert made.fit() == 0
     assert made.best_epoch == 0 and sum("held_out" in line for line in read_log(tmp_path)) == 1 + 3
 
@@ -202,13 +272,18 @@ def test_equal_figures_count_as_no_better(world, tmp_path):
 
 
 def figures_of(world, encoder):
-    store, chosen = FeatureStore(world.test_features), evaluation_set("DEMO", world.annotations)
+    store, chosen = (
+        FeatureStore(world.test_features),
+        load_evaluation_set("DEMO", world.annotations),
+    )
     table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
     return chosen.evaluate_table(chosen.queries, chosen.database, table)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_training_lowers_the_loss_and_finds_the_signal_that_the_untrained_mean_misses(world, tmp_path, seed):
+def test_training_lowers_the_loss_and_finds_the_signal_that_the_untrained_mean_misses(
+    world, tmp_path, seed
+):
     made = trainer(
         world, tmp_path, "--epochs", 40, "--learning_rate", 1e-3, "--init", "near_identity", "--seed", seed,
         "--loss", "infonce", "--moco_t", 0.1, "--moco_k", 0,  # at this rate a bank's old keys would teach the drift
@@ -217,7 +292,10 @@ def test_training_lowers_the_loss_and_finds_the_signal_that_the_untrained_mean_m
     losses = [line["loss"] for line in read_log(tmp_path) if "loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     untrained, trained = figures_of(world, Mean(C)), figures_of(world, load_encoder(tmp_path)[1])
-    assert untrained["CSVR"] < 0.8 and trained["CSVR"] > untrained["CSVR"] + 0.1, (untrained, trained)
+    assert untrained["CSVR"] < 0.8 and trained["CSVR"] > untrained["CSVR"] + 0.1, (
+        untrained,
+        trained,
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -229,14 +307,18 @@ def test_every_loss_learns_on_data_that_can_be_told_apart(world, loss, tmp_path)
     assert made.fit() == 0
     log = [line for line in read_log(tmp_path) if "loss" in line]
     gap = [line["positive"] - line["hardest_negative"] for line in log]
-    assert np.mean(gap[-8:]) > np.mean(gap[2:10]), "positives should move away from the hardest negatives"
+    assert np.mean(gap[-8:]) > np.mean(gap[2:10]), (
+        "positives should move away from the hardest negatives"
+    )
 
 
 @pytest.mark.parametrize("init", ["paper", "near_identity"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_start_and_optimiser_runs_an_epoch(world, loss, init, optimizer, tmp_path):
-    made = trainer(world, tmp_path, "--loss", loss, "--init", init, "--optimizer", optimizer, "--epochs", 1)
+    made = trainer(
+        world, tmp_path, "--loss", loss, "--init", init, "--optimizer", optimizer, "--epochs", 1
+    )
     before = {name: value.clone() for name, value in made.model.encoder_q.state_dict().items()}
     assert made.fit() == 0
     after = weights(tmp_path)
@@ -286,7 +368,10 @@ def test_the_learning_rate_falls_as_a_cosine_over_the_epochs(world, tmp_path):
 
 
 def test_mask_shared_leaves_out_bank_entries_of_the_anchors_film_and_no_others(world, tmp_path):
-    made, plain = (trainer(world, tmp_path / name, *more) for name, more in (("a", ["--mask_shared"]), ("b", [])))
+    made, plain = (
+        trainer(world, tmp_path / name, *more)
+        for name, more in (("a", ["--mask_shared"]), ("b", []))
+    )
     segments, negatives, seen = world.annotation["segments"], made.data.negatives, 0
     for batch in itertools.islice(made.batches(), 5):
         numbers = made.model.queue_ids.tolist()
@@ -307,30 +392,53 @@ def test_mask_shared_leaves_out_bank_entries_of_the_anchors_film_and_no_others(w
 # --- the released command --------------------------------------------------------------------------------------------
 
 
-def test_the_released_readmes_flags_are_accepted_with_a_note_for_those_that_change_nothing(world, tmp_path):
+def test_the_released_readmes_flags_are_accepted_with_a_note_for_those_that_change_nothing(
+    world, tmp_path
+):
     released = [
         *world.train_flags, "--model_path", tmp_path / "run", "--num_clusters", 256, "--num_layers", 1, "--output_dim", 1024,
         "--normalize_input", "--neg_num", 4, "--epochs", 1, "--batch_sz", 16, "--learning_rate", 1e-5, "--momentum", 0.9,
         "--weight_decay", 1e-4, "--pca_components", C, "--padding_size", 300, "--num_readers", 2, "--num_workers", 1,
         "--moco_k", 32, "--moco_m", "0.", "--moco_t", 1.0, "--print-freq", 1, "--use-adasum", "--fp16-allreduce",
     ]  # fmt: skip
-    plain = [*world.train_flags, "--model_path", tmp_path / "plain", "--neg_num", 4, "--epochs", 1, "--batch_sz", 16]
+    plain = [
+        *world.train_flags,
+        "--model_path",
+        tmp_path / "plain",
+        "--neg_num",
+        4,
+        "--epochs",
+        1,
+        "--batch_sz",
+        16,
+    ]
     results = clis(["train.py", *released], ["train.py", *plain, "--moco_k", 32, "--print-freq", 1])
     for result in results:
         assert result.returncode == 0, result.stderr
     notes = [line for line in results[0].stdout.splitlines() if line.startswith("note: ")]
-    for flag in ("--num_clusters", "--output_dim", "--normalize_input", "--use-adasum", "--fp16-allreduce"):
+    for flag in (
+        "--num_clusters",
+        "--output_dim",
+        "--normalize_input",
+        "--use-adasum",
+        "--fp16-allreduce",
+    ):
         assert sum(f"{flag} changes nothing" in note for note in notes) == 1
     assert "note:" not in results[1].stdout
     assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
     saved = json.loads((tmp_path / "run" / "args.json").read_text())
     assert saved["command"].startswith("train.py --annotation_path") and saved["revision"]
-    assert saved["arguments"]["neg_num"] == 4 and list(saved["arguments"]) == sorted(saved["arguments"])
+    assert saved["arguments"]["neg_num"] == 4 and list(saved["arguments"]) == sorted(
+        saved["arguments"]
+    )
 
 
 def test_a_run_states_its_steps_and_what_has_no_features(world, tmp_path):
     annotation = world.annotation | {"negs": [*world.annotation["negs"], "lost", "gone"]}
-    annotation["video_pairs"] = [*annotation["video_pairs"], {"videos": ["film0/copy 0", "lost"], "overlap": [1, 1]}]
+    annotation["video_pairs"] = [
+        *annotation["video_pairs"],
+        {"videos": ["film0/copy 0", "lost"], "overlap": [1, 1]},
+    ]
     path = write_pickle(tmp_path / "more.pickle", annotation)
     result = cli(*command(world, tmp_path / "run", "--annotation_path", path, "--epochs", 2))
     assert result.returncode == 0, result.stderr
@@ -344,7 +452,10 @@ def test_a_run_states_its_steps_and_what_has_no_features(world, tmp_path):
 def test_bad_input_ends_with_status_2_one_line_and_no_folder(world, tmp_path):
     wrong = write_pickle(tmp_path / "wrong.pickle", {"pairs": []})
     (tmp_path / "text.hdf5").write_text("no features")
-    few = write_pickle(tmp_path / "few.pickle", {"video_pairs": [{"videos": ["x", "y"], "overlap": [1, 1]}], "negs": ["z"]})
+    few = write_pickle(
+        tmp_path / "few.pickle",
+        {"video_pairs": [{"videos": ["x", "y"], "overlap": [1, 1]}], "negs": ["z"]},
+    )
     run = tmp_path / "run"
     cases = {
         "no annotation": (["--annotation_path", tmp_path / "absent.pickle"], "absent.pickle"),
@@ -356,7 +467,10 @@ def test_bad_input_ends_with_status_2_one_line_and_no_folder(world, tmp_path):
         "heads that do not divide": (["--nhead", 5], "--nhead"),
         "a batch too large": (["--batch_sz", 1000], "--batch_sz"),
         "half of the held-out flags": (["--val_set", "DEMO-VAL"], "--val_feature_path"),
-        "no held-out features": ([*held_out(world), "--val_feature_path", tmp_path / "absent.hdf5"], "absent.hdf5"),
+        "no held-out features": (
+            [*held_out(world), "--val_feature_path", tmp_path / "absent.hdf5"],
+            "absent.hdf5",
+        ),
         "held-out features of other ids": (
             [
                 "--val_set",
@@ -373,11 +487,17 @@ def test_bad_input_ends_with_status_2_one_line_and_no_folder(world, tmp_path):
         "an unknown loss": (["--loss", "hinge"], "hinge"),
     }
     for (name, (_, mention)), result in zip(
-        cases.items(), clis(*(command(world, run, *more) for more, _ in cases.values())), strict=True
+        cases.items(),
+        clis(*(command(world, run, *more) for more, _ in cases.values())),
+        strict=True,
     ):
         line = one_error(result)
         assert mention in line, f"{name}: {line}"
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["few.pickle", "text.hdf5", "wrong.pickle"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "few.pickle",
+        "text.hdf5",
+        "wrong.pickle",
+    ]
     assert not run.exists()
 
 
@@ -402,11 +522,17 @@ def test_features_that_are_not_finite_stop_the_run_with_the_videos_name(world, t
         line = error_after_progress(result)
         assert "film3/copy 2" in line and "nan.hdf5" in line and "Traceback" not in result.stderr
     for name in ("run", "loaded"):
-        assert not (tmp_path / name / "model.pth").exists() and not list((tmp_path / name).glob(".*"))
+        assert not (tmp_path / name / "model.pth").exists() and not list(
+            (tmp_path / name).glob(".*")
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(world, tmp_path):
-    result = cli(*command(world, tmp_path / "run", "--loss", "infonce", "--learning_rate", 1e30, "--epochs", 40))
+    result = cli(
+        *command(
+            world, tmp_path / "run", "--loss", "infonce", "--learning_rate", 1e30, "--epochs", 40
+        )
+    )
     line = error_after_progress(result)
     step = max((line["step"] for line in read_log(tmp_path / "run")), default=0)
     assert f"at step {step}" in line and "film" in line and "--learning_rate" in line
@@ -448,8 +574,18 @@ def test_a_model_scored_on_features_made_otherwise_is_named(world, tmp_path):
     shutil.copy(world.test_features, features)
     with h5py.File(features, "r+") as file:
         file.attrs["backbone"] = "another"
-    evaluate = ["evaluation.py", "--dataset", "DEMO", "--annotation_dir", world.annotations, "--model_path", tmp_path]
-    told, silent = clis([*evaluate, "--feature_path", features], [*evaluate, "--feature_path", world.test_features])
+    evaluate = [
+        "evaluation.py",
+        "--dataset",
+        "DEMO",
+        "--annotation_dir",
+        world.annotations,
+        "--model_path",
+        tmp_path,
+    ]
+    told, silent = clis(
+        [*evaluate, "--feature_path", features], [*evaluate, "--feature_path", world.test_features]
+    )
     assert told.returncode == silent.returncode == 0
     assert "backbone 'one', here 'another'" in told.stderr and "warning" not in silent.stderr
 
@@ -469,7 +605,11 @@ def test_a_broken_or_foreign_checkpoint_is_named_and_the_one_before_it_is_used(w
         result = cli(*call)
         assert result.returncode == 0, result.stderr
         told = [line for line in result.stderr.splitlines() if "warning: " in line]
-        assert len(told) == 1 and "checkpoint.pth" in told[0] and "checkpoint.prev.pth, step" in told[0]
+        assert (
+            len(told) == 1
+            and "checkpoint.pth" in told[0]
+            and "checkpoint.prev.pth, step" in told[0]
+        )
         assert same(weights(tmp_path / "run"), whole) and steps_of(tmp_path / "run") == log
     newest.write_bytes(good[:-100])
     before.write_bytes(b"")
@@ -521,7 +661,8 @@ def test_mined_negatives_are_the_nearest_by_a_loop_and_never_the_anchors_own(wor
     with torch.inference_mode():
         described = {
             video: encoder(
-                torch.from_numpy(data.store[video].astype(np.float32))[None], torch.tensor([data.store.lengths[video]])
+                torch.from_numpy(data.store[video].astype(np.float32))[None],
+                torch.tensor([data.store.lengths[video]]),
             )[0]
             for video in {*data.anchors, *data.negatives}
         }
@@ -530,7 +671,9 @@ def test_mined_negatives_are_the_nearest_by_a_loop_and_never_the_anchors_own(wor
             n
             for n, video in enumerate(data.negatives)
             if not ("augment" in more and video == anchor)
-            and not ("--mask_shared" in more and overlap(world.annotation["segments"], anchor, video))
+            and not (
+                "--mask_shared" in more and overlap(world.annotation["segments"], anchor, video)
+            )
         ]
         scores = {n: float(described[anchor] @ described[data.negatives[n]]) for n in allowed}
         found = [n for n in data.mined[row].tolist() if n >= 0]
@@ -540,11 +683,29 @@ def test_mined_negatives_are_the_nearest_by_a_loop_and_never_the_anchors_own(wor
 
 
 def overlap(segments, one, other):
-    return any(a[0] == b[0] and max(a[1], b[1]) < min(a[2], b[2]) for a in segments[one] for b in segments[other])
+    return any(
+        a[0] == b[0] and max(a[1], b[1]) < min(a[2], b[2])
+        for a in segments[one]
+        for b in segments[other]
+    )
 
 
-def test_half_of_the_negatives_are_drawn_from_the_mined_ones_and_a_killed_run_draws_the_same(world, tmp_path):
-    more = ["--hard_negatives", 6, "--epochs", 3, "--save_every", 5, "--learning_rate", 1e-3, "--mask_shared", "--dropout", 0.2]
+def test_half_of_the_negatives_are_drawn_from_the_mined_ones_and_a_killed_run_draws_the_same(
+    world, tmp_path
+):
+    more = [
+        "--hard_negatives",
+        6,
+        "--epochs",
+        3,
+        "--save_every",
+        5,
+        "--learning_rate",
+        1e-3,
+        "--mask_shared",
+        "--dropout",
+        0.2,
+    ]
     made = trainer(world, tmp_path / "whole", *more)
     made.mine()
     for i in range(len(made.data)):
@@ -583,18 +744,33 @@ def stop_after(made, step):
 
 def test_bfloat16_learns_as_float32_does_and_its_similarities_are_float32(world, tmp_path):
     flags_ = ["--dropout", 0, "--epochs", 1, "--learning_rate", 1e-4]
-    half, full = (trainer(world, tmp_path / name, *flags_, *more) for name, more in (("h", ["--amp", "bfloat16"]), ("f", [])))
+    half, full = (
+        trainer(world, tmp_path / name, *flags_, *more)
+        for name, more in (("h", ["--amp", "bfloat16"]), ("f", []))
+    )
     for one, other in zip(half.batches(), full.batches(), strict=True):
         loss, logits, _ = half.train_step(one)
         expected, others, _ = full.train_step(other)
         assert logits.dtype == loss.dtype == torch.float32
-        assert 0 < (logits - others).abs().max() < 0.02  # bfloat16 has 8 bits: 0.4 % a value, less in their sum
+        assert (
+            0 < (logits - others).abs().max() < 0.02
+        )  # bfloat16 has 8 bits: 0.4 % a value, less in their sum
         assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     assert all(
-        value.dtype == torch.float32 for value in half.model.encoder_q.state_dict().values() if value.is_floating_point()
+        value.dtype == torch.float32
+        for value in half.model.encoder_q.state_dict().values()
+        if value.is_floating_point()
     )
     half.save_encoder()
-    evaluate = ["evaluation.py", "--dataset", "DEMO", "--annotation_dir", world.annotations, "--model_path", tmp_path / "h"]
+    evaluate = [
+        "evaluation.py",
+        "--dataset",
+        "DEMO",
+        "--annotation_dir",
+        world.annotations,
+        "--model_path",
+        tmp_path / "h",
+    ]
     assert cli(*evaluate, "--feature_path", world.test_features).returncode == 0
 
 
@@ -614,7 +790,7 @@ def test_every_encoder_trains_resumes_and_is_evaluated(world, encoder, tmp_path)
         1,
     ]
     args = parse("", [str(flag) for flag in flags(world, tmp_path / "run", *more)])
-    notes = " ".join(settle(args, Processes()))
+    notes = " ".join(settle(args, Distributed()))
     uses = set(ENCODERS[encoder].flags.values())
     for flag in ("num_clusters", "normalize_input", "num_layers", "nhead", "dim_feedforward"):
         assert (f"--{flag} changes nothing" in notes) == (flag not in uses), flag
@@ -631,10 +807,22 @@ def test_every_encoder_trains_resumes_and_is_evaluated(world, encoder, tmp_path)
 
 def test_weights_that_are_not_finite_are_not_saved(world, tmp_path):
     """The loss of the one step is finite; what it leaves is not."""
-    flags = ["--epochs", 1, "--batch_sz", len(world.annotation["video_pairs"]), "--optimizer", "sgd", "--learning_rate", 1e38]
+    flags = [
+        "--epochs",
+        1,
+        "--batch_sz",
+        len(world.annotation["video_pairs"]),
+        "--optimizer",
+        "sgd",
+        "--learning_rate",
+        1e38,
+    ]
     line = error_after_progress(cli(*command(world, tmp_path / "run", *flags)))
     assert "weights are not finite" in line and "another --model_path" in line
-    assert not (tmp_path / "run" / "model.pth").exists() and not (tmp_path / "run" / "checkpoint.pth").exists()
+    assert (
+        not (tmp_path / "run" / "model.pth").exists()
+        and not (tmp_path / "run" / "checkpoint.pth").exists()
+    )
 
 
 def test_another_held_out_annotation_under_the_same_name_is_no_resumed_run(world, tmp_path):
@@ -650,14 +838,26 @@ def test_another_held_out_annotation_under_the_same_name_is_no_resumed_run(world
 
 
 def test_a_measure_that_the_encoder_cannot_give_is_refused_before_training(world, tmp_path):
-    flags = [*held_out(world), "--encoder", "netvlad", "--num_clusters", 4, "--output_dim", 16, "--val_metric", "chamfer"]
+    flags = [
+        *held_out(world),
+        "--encoder",
+        "netvlad",
+        "--num_clusters",
+        4,
+        "--output_dim",
+        16,
+        "--val_metric",
+        "chamfer",
+    ]
     with pytest.raises(InputError, match="whole videos only"):
         trainer(world, tmp_path / "run", *flags)
 
 
 def test_sigterm_to_the_loading_processes_too_still_leaves_a_checkpoint(world, tmp_path):
     """As launchers and terminals send it: to the whole group."""
-    flags = command(world, tmp_path / "run", "--num_workers", 1, "--epochs", 500, "--save_every", 100000)
+    flags = command(
+        world, tmp_path / "run", "--num_workers", 1, "--epochs", 500, "--save_every", 100000
+    )
     process = start(*flags, start_new_session=True)
     while not read_log(tmp_path / "run"):
         assert process.poll() is None, process.stderr.read()

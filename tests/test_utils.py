@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from helpers.commands import ROOT, environment
 
 import utils
+from distributed import run_main
 from utils import InputError
 
 
@@ -22,30 +23,36 @@ from utils import InputError
         (lambda: None, None, ""),
         (lambda: 0, 0, ""),
         (lambda: 143, 143, ""),
-        (lambda: (_ for _ in ()).throw(InputError("file 'x' is not there")), 2, "error: file 'x' is not there\n"),
+        (
+            lambda: (_ for _ in ()).throw(InputError("file 'x' is not there")),
+            2,
+            "error: file 'x' is not there\n",
+        ),
         (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 130, "interrupted\n"),
     ],
     ids=["nothing", "0", "143", "bad input", "Ctrl-C"],
 )
 def test_run_ends_with_the_status_of_what_happened(main, status, stderr, capsys):
     with pytest.raises(SystemExit) as end:
-        utils.run(main)
+        run_main(main)
     assert end.value.code == status
     assert capsys.readouterr() == ("", stderr)
 
 
 def test_a_bug_is_not_dressed_as_bad_input():
     with pytest.raises(ZeroDivisionError):
-        utils.run(lambda: 1 / 0)
+        run_main(lambda: 1 / 0)
 
 
 def test_bad_input_is_one_line_on_stderr_of_a_process():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import utils\n"
         "def main(): raise utils.InputError('no\\nway')\n"
-        "utils.run(main)"
+        "run_main(main)"
     )
-    result = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment())
+    result = subprocess.run(
+        [sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment()
+    )
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no way\n")
 
 
@@ -127,7 +134,13 @@ def test_a_torch_file_that_is_absent_broken_or_cut_short_is_refused_by_name(tmp_
 
 
 def test_save_torch_is_read_back_by_load_torch(tmp_path):
-    value = {"x": torch.randn(5), "n": 3, "best": -float("inf"), "none": None, "names": ["a", {"b": 1.5}]}
+    value = {
+        "x": torch.randn(5),
+        "n": 3,
+        "best": -float("inf"),
+        "none": None,
+        "names": ["a", {"b": 1.5}],
+    }
     utils.save_torch(tmp_path / "x.pth", value)
     found = utils.load_torch(tmp_path / "x.pth")
     assert torch.equal(found.pop("x"), value.pop("x")) and found == value
@@ -145,7 +158,11 @@ def test_draws_depend_on_their_keys_and_on_nothing_else():
     np.random.seed(1)
     utils.rng(9).normal(size=100)
     assert draw(1, 2, 3) == first
-    for keys in ([(0,), (1,)], [(0, 1), (1, 0), (1, 2), (2, 1), (12, 3), (1, 23)], [(1, 2, 3), (3, 2, 1), (1, 3, 2)]):
+    for keys in (
+        [(0,), (1,)],
+        [(0, 1), (1, 0), (1, 2), (2, 1), (12, 3), (1, 23)],
+        [(1, 2, 3), (3, 2, 1), (1, 3, 2)],
+    ):
         assert len({draw(*key) for key in keys}) == len(keys)
 
 
@@ -163,7 +180,10 @@ def test_seeding_torch_makes_the_same_draws_after_any_history():
 def test_provenance_names_the_command_the_versions_and_the_machine():
     found = utils.provenance()
     assert set(found) == {"command", "revision", "versions", "machine"}
-    assert found["versions"]["torch"] == torch.__version__ and found["versions"]["numpy"] == np.__version__
+    assert (
+        found["versions"]["torch"] == torch.__version__
+        and found["versions"]["numpy"] == np.__version__
+    )
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     expected = git.stdout.strip() if git.returncode == 0 else "unknown"
     assert found["revision"].removesuffix(" with uncommitted changes") == expected
@@ -178,15 +198,22 @@ def test_importing_leaves_signals_and_generators_alone():
         "after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)], torch.get_rng_state().tolist()\n"
         "sys.exit(before != after)"
     )
-    result = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment())
+    result = subprocess.run(
+        [sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment()
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
     """As `script | head -1` does, with more output than a pipe holds."""
-    code = "import utils; utils.run(lambda: [print('x' * 100) for _ in range(10000)])"
+    code = "import utils; run_main(lambda: [print('x' * 100) for _ in range(10000)])"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline().strip() == "x" * 100
     process.stdout.close()

@@ -28,12 +28,11 @@ import av
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(HERE.parents[1]))
 
-import edits  # noqa: E402
-import plan  # noqa: E402
-
-import utils  # noqa: E402
+import utils
+from datasets.demo import edits, plan
+from distributed import run_main
 
 FILM = HERE / "film.mp4"
 FILM_SECONDS = 490.0  # then come the credits
@@ -42,23 +41,36 @@ CREDIT = {  # carried inside film.mp4, so that a copy of it alone still says who
     "artist": "Blender Foundation | www.blender.org",
     "copyright": "(c) 2008 Blender Foundation, peach.blender.org, CC BY 3.0",
 }
-ANNOTATIONS = ["demo.json", "demo_ids.txt", "demo_val.json", "demo_val_ids.txt", "demo_train.pickle", "demo_segments.json"]
+ANNOTATIONS = [
+    "demo.json",
+    "demo_ids.txt",
+    "demo_val.json",
+    "demo_val_ids.txt",
+    "demo_train.pickle",
+    "demo_segments.json",
+]
 VERSION = 1  # raise it when the same plan would give other pixels
 
 
 def make_film(source, output=FILM, crf=29):
     """film.mp4 from a copy of the film: credits left out, 456x256, 12 frames a second, a keyframe every two seconds."""
-    source = utils.existing(source, "film")
+    source = utils.require_path(source, "film")
     try:
         encode_film(source, output, crf)
     except (av.FFmpegError, OSError, IndexError) as error:  # IndexError: no video stream
-        raise utils.InputError(f"film {str(source)!r} cannot be re-encoded ({error}); give a video file") from None
+        raise utils.InputError(
+            f"film {str(source)!r} cannot be re-encoded ({error}); give a video file"
+        ) from None
 
 
 def encode_film(source, output, crf):
     """The work of `make_film`; raises what FFmpeg raises."""
     filters = [f"fps={edits.FPS}", "scale={}:{}:flags=lanczos".format(*edits.SIZE)]
-    with av.open(str(source)) as film, utils.atomic(output) as path, av.open(str(path), "w", format="mp4") as target:
+    with (
+        av.open(str(source)) as film,
+        utils.atomic(output) as path,
+        av.open(str(path), "w", format="mp4") as target,
+    ):
         film.streams.video[0].thread_type = "AUTO"
         target.metadata.update(CREDIT)
         options = {"crf": str(crf), "preset": "slower", "g": str(2 * edits.FPS)}
@@ -83,11 +95,21 @@ def write_annotations(folder, clips, shots):
         with utils.atomic(folder / f"{name}_ids.txt") as path:
             path.write_text("".join(f"{clip.id}\n" for clip in parts[part]), encoding="utf-8")
     ids = [clip.id for clip in parts["train"]]
-    spans = {clip.id: [["film", piece.start, piece.end] for piece in clip.pieces] for clip in parts["train"]}
-    training = {"video_pairs": plan.training_pairs(parts["train"]), "index": ids, "negs": list(ids), "segments": spans}
+    spans = {
+        clip.id: [["film", piece.start, piece.end] for piece in clip.pieces]
+        for clip in parts["train"]
+    }
+    training = {
+        "video_pairs": plan.training_pairs(parts["train"]),
+        "index": ids,
+        "negs": list(ids),
+        "segments": spans,
+    }
     with utils.atomic(folder / "demo_train.pickle") as path:
         path.write_bytes(pickle.dumps(training, protocol=2))
-    utils.write_json(folder / "demo_segments.json", {clip.id: plan.segments(clip) for clip in clips})
+    utils.write_json(
+        folder / "demo_segments.json", {clip.id: plan.segments(clip) for clip in clips}
+    )
 
 
 def render_one(clip, output):
@@ -108,12 +130,15 @@ def read_manifest(record):
     try:
         manifest = json.loads(record.read_text()) if record.exists() else {}
         inside = all(
-            Path(name).parts[0] in ("videos", "annotations") and ".." not in name for name in manifest.get("files", [])
+            Path(name).parts[0] in ("videos", "annotations") and ".." not in name
+            for name in manifest.get("files", [])
         )
     except (ValueError, AttributeError, IndexError):
         inside = False
     if not inside:
-        raise utils.InputError(f"{record} is not a build's record; remove it, or choose another --output")
+        raise utils.InputError(
+            f"{record} is not a build's record; remove it, or choose another --output"
+        )
     return manifest
 
 
@@ -130,22 +155,28 @@ def render_all(clips, output, workers):
     clean(output, clips)
     missing = [clip for clip in clips if not (output / clip.file).exists()]
     # Ctrl-C reaches the whole process group: the parent alone answers it
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         tasks = [pool.submit(render_one, clip, output) for clip in missing]
         for task in tqdm(as_completed(tasks), total=len(tasks), unit="video", desc="rendering"):
             task.result()
     except BrokenProcessPool:
-        raise utils.InputError("a worker was killed, by memory perhaps; run it again with fewer --workers") from None
+        raise utils.InputError(
+            "a worker was killed, by memory perhaps; run it again with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def fingerprint(clips):
     """A hash of all that decides the pixels: film, plan, filters, codecs."""
-    film = hashlib.sha256(utils.existing(FILM, "film").read_bytes()).hexdigest()
+    film = hashlib.sha256(utils.require_path(FILM, "film").read_bytes()).hexdigest()
     filters = [edit.filters for edit in edits.EDITS.values()]
-    text = json.dumps([VERSION, film, filters, edits.CODECS, [dataclasses.asdict(clip) for clip in clips]])
+    text = json.dumps(
+        [VERSION, film, filters, edits.CODECS, [dataclasses.asdict(clip) for clip in clips]]
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -154,11 +185,15 @@ def build(output, seed=0, workers=2, limit=None):
     output, shots = Path(output).expanduser(), plan.read_shots()
     clips = plan.plan(seed, shots)
     if limit is not None:
-        clips = [clip for part in plan.PARTS for clip in [c for c in clips if c.part == part][:limit]]
+        clips = [
+            clip for part in plan.PARTS for clip in [c for c in clips if c.part == part][:limit]
+        ]
     record, stamp = output / "build.json", fingerprint(clips)
     manifest = read_manifest(record)
     if manifest.get("stamp") != stamp:
-        for name in manifest.get("files", []):  # an earlier build of another plan: its own files go, and nothing else
+        for name in manifest.get(
+            "files", []
+        ):  # an earlier build of another plan: its own files go, and nothing else
             (output / name).unlink(missing_ok=True)
         for clip in clips:  # nor may a file whose record was lost pass for a new one
             for left in (output / clip.file).parent.glob(f"{clip.id}.*"):
@@ -178,11 +213,21 @@ def build(output, seed=0, workers=2, limit=None):
 def parse():
     parser = utils.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("build", help="make the benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    make.add_argument("--output", required=True, help="folder to write to; may hold an earlier or unfinished build")
-    make.add_argument("--seed", type=int, default=0, help="another seed gives other windows, edits and encodings")
+    make = commands.add_parser(
+        "build", help="make the benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    make.add_argument(
+        "--output",
+        required=True,
+        help="folder to write to; may hold an earlier or unfinished build",
+    )
+    make.add_argument(
+        "--seed", type=int, default=0, help="another seed gives other windows, edits and encodings"
+    )
     make.add_argument("--workers", type=int, default=2, help="processes; one a core")
-    make.add_argument("--limit", type=int, help="only the first few videos of each part, to try things out")
+    make.add_argument(
+        "--limit", type=int, help="only the first few videos of each part, to try things out"
+    )
     film = commands.add_parser("film", help="make film.mp4 from a copy of the film")
     film.add_argument("source", help="Big Buck Bunny, 1280x720 or larger")
     film.add_argument("--output", default=FILM, help="file to write")
@@ -197,8 +242,10 @@ def main():
     if arguments.workers < 1 or (arguments.limit is not None and arguments.limit < 1):
         raise utils.InputError("--workers and --limit count from 1; give a larger number")
     clips = build(arguments.output, arguments.seed, arguments.workers, arguments.limit)
-    print(f"{len(clips)} videos, {sum(clip.duration for clip in clips):.0f} s, under {arguments.output}")
+    print(
+        f"{len(clips)} videos, {sum(clip.duration for clip in clips):.0f} s, under {arguments.output}"
+    )
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_main(main)

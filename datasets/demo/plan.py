@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import edits
+from datasets.demo import edits
 
 HERE = Path(__file__).resolve().parent
 PARTS = {  # the sequences of shots.csv; alternating, so that every part sees meadow and forest, by day and in shade
@@ -76,7 +76,10 @@ def to_frame(time):
 def read_shots(path=HERE / "shots.csv") -> list:
     with open(path, newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
-        return [Shot(to_frame(float(r["start"])), to_frame(float(r["end"])), r["place"], r["sequence"]) for r in rows]
+        return [
+            Shot(to_frame(float(r["start"])), to_frame(float(r["end"])), r["place"], r["sequence"])
+            for r in rows
+        ]
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -128,7 +131,9 @@ def label(query, clip, scenes_of):
 def annotation(clips, shots) -> dict:
     """FIVR's form: {query: {"ND": [ids], "DS": [...], "CS": [...], "IS": [...]}} over the clips of one part."""
     seen = {clip.id: scenes(clip, shots) for clip in clips}
-    table = {clip.id: {"ND": [], "DS": [], "CS": [], "IS": []} for clip in clips if clip.role == "query"}
+    table = {
+        clip.id: {"ND": [], "DS": [], "CS": [], "IS": []} for clip in clips if clip.role == "query"
+    }
     for query in (clip for clip in clips if clip.id in table):
         for clip in clips:
             kind = label(query, clip, lambda side: seen[side.id])
@@ -174,13 +179,24 @@ class Planner:
     def clip(self, name, role, grade, pieces, source=""):
         drawn = edits.draw(self.rng, grade)
         encoding = edits.draw_encoding(self.rng, grade)
-        return Clip(f"{self.part}_{name}", self.part, role, source, grade, tuple(pieces), tuple(drawn), encoding)
+        return Clip(
+            f"{self.part}_{name}",
+            self.part,
+            role,
+            source,
+            grade,
+            tuple(pieces),
+            tuple(drawn),
+            encoding,
+        )
 
     def label(self, query, clip):
         return label(query, clip, lambda side: scenes(side, self.shots))
 
     def windows(self, count, low=8.0, high=14.0):
-        return [window(self.spans, (i + 0.5) / count, self.rng.uniform(low, high)) for i in range(count)]
+        return [
+            window(self.spans, (i + 0.5) / count, self.rng.uniform(low, high)) for i in range(count)
+        ]
 
     def somewhere(self, length):
         return Piece(*window(self.spans, self.rng.random(), length))
@@ -188,7 +204,9 @@ class Planner:
     def copy(self, name, grade, original):
         """A near-duplicate of a clip: both ends moved, sometimes a jump cut, then edits of the grade."""
         start, end = original.pieces[0].start, original.pieces[-1].end
-        low, high = next(span for span in self.spans if span[0] - 0.1 <= start and end <= span[1] + 0.1)
+        low, high = next(
+            span for span in self.spans if span[0] - 0.1 <= start and end <= span[1] + 0.1
+        )
         reach = 0.08 * grade * (end - start)
         while True:
             first = to_frame(min(max(low, start + self.rng.uniform(-0.4, 1) * reach), end))
@@ -196,7 +214,10 @@ class Planner:
             pieces = [Piece(first, last)]
             if grade >= 3 and self.rng.random() < 0.25:
                 cut = first + self.rng.uniform(0.3, 0.6) * (last - first)
-                pieces = [Piece(first, to_frame(cut)), Piece(to_frame(cut + 0.12 * (last - first)), last)]
+                pieces = [
+                    Piece(first, to_frame(cut)),
+                    Piece(to_frame(cut + 0.12 * (last - first)), last),
+                ]
             made = self.clip(name, "copy", grade, pieces, original.id)
             if last - first >= 4 and self.label(original, made) == "ND":
                 return made
@@ -207,10 +228,17 @@ class Planner:
         while True:
             length = self.rng.uniform(3, 6)
             start = to_frame(self.rng.uniform(whole.start, whole.end - length))
-            part = Piece(start, to_frame(start + length), tuple(edits.draw(self.rng, 2, ("time", "turn"))))
+            part = Piece(
+                start, to_frame(start + length), tuple(edits.draw(self.rng, 2, ("time", "turn")))
+            )
             hosts = [self.somewhere(self.rng.uniform(3, 7)) for _ in range(2)]
-            pieces = self.rng.choice([[hosts[0], part, hosts[1]], [hosts[0], hosts[1], part], [part, hosts[0], hosts[1]]])
-            if sum(shared(original, Clip("", "", "", "", 0, (host,), (), {})) for host in hosts) > 0:
+            pieces = self.rng.choice(
+                [[hosts[0], part, hosts[1]], [hosts[0], hosts[1], part], [part, hosts[0], hosts[1]]]
+            )
+            if (
+                sum(shared(original, Clip("", "", "", "", 0, (host,), (), {})) for host in hosts)
+                > 0
+            ):
                 continue
             made = self.clip(name, "excerpt", grade, pieces, original.id)
             if self.label(original, made) == "DS":
@@ -225,10 +253,14 @@ def plan_evaluation(seed, part, shots, queries, copies, excerpts, windows) -> li
         query = planner.clip(f"q{number:02d}", "query", 1, [Piece(*span)])
         clips.append(query)
         grades = [2, 4, 4, 4, 4][:copies]
-        clips += [planner.copy(f"q{number:02d}_copy{i}", grade, query) for i, grade in enumerate(grades)]
+        clips += [
+            planner.copy(f"q{number:02d}_copy{i}", grade, query) for i, grade in enumerate(grades)
+        ]
         clips += [planner.excerpt(f"q{number:02d}_in{i}", 2, query) for i in range(excerpts)]
     for number, span in enumerate(planner.windows(windows)):
-        clips.append(planner.clip(f"w{number:03d}", "window", rng.choice([3, 4, 4, 4]), [Piece(*span)]))
+        clips.append(
+            planner.clip(f"w{number:03d}", "window", rng.choice([3, 4, 4, 4]), [Piece(*span)])
+        )
     return clips
 
 
@@ -239,7 +271,9 @@ def plan_training(seed, shots, windows, grades=(3, 4, 4, 4, 4, 4, 4)) -> list:
     for number, span in enumerate(planner.windows(windows)):
         plain = planner.clip(f"w{number:02d}", "plain", 1, [Piece(*span)])
         clips.append(plain)
-        clips += [planner.copy(f"w{number:02d}_copy{i}", grade, plain) for i, grade in enumerate(grades)]
+        clips += [
+            planner.copy(f"w{number:02d}_copy{i}", grade, plain) for i, grade in enumerate(grades)
+        ]
         clips.append(planner.excerpt(f"w{number:02d}_in", 2, plain))
     return clips
 
@@ -276,7 +310,13 @@ def segments(clip) -> dict:
     rate, at, spans = edits.speed(clip.edits), 0.0, []
     for piece in clip.pieces:
         end = at + (piece.end - piece.start) / rate
-        spans.append({"film": [piece.start, piece.end], "video": [round(at, 4), round(end, 4)], "edits": list(piece.edits)})
+        spans.append(
+            {
+                "film": [piece.start, piece.end],
+                "video": [round(at, 4), round(end, 4)],
+                "edits": list(piece.edits),
+            }
+        )
         at = end
     facts = {
         "role": clip.role,

@@ -1,0 +1,1 @@
+"""Evaluation sets: annotations, protocols, and their downloads."""

@@ -1,0 +1,1 @@
+"""The embedded benchmark: plan, edits, build."""

@@ -1,0 +1,1 @@
+"""From descriptors to rankings: encode, compare, measures of similarity, reports."""

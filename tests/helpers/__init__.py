@@ -1,0 +1,1 @@
+"""What tests share: running scripts, small files, synthetic worlds, clips, oracles."""

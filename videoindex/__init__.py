@@ -1,0 +1,1 @@
+"""Search your own videos, as a library: `videoindex.index.VideoIndex`."""
