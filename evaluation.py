@@ -100,7 +100,7 @@ def results(args, store, queries, database, dist):
     if args.baseline or not args.model_path:
         rerank = [] if args.model_path else args.rerank
         yield from of_encoder(
-            "mean", ENCODERS["mean"](store.channels), *sides, args.baseline, rerank, args, dist
+            "mean", ENCODERS["mean"](store.feature_size), *sides, args.baseline, rerank, args, dist
         )
     for path in args.model_path:
         name, encoder, features = load_encoder(path, args.nhead)
@@ -337,7 +337,7 @@ def main():
         chosen = load_evaluation_set(args.dataset, args.annotation_dir, store)
         queries, database = videos_with_features(chosen, store)
     if dist.is_main:
-        print(f"{heading(args.dataset, chosen, store)}; {store.channels} channels")
+        print(f"{heading(args.dataset, chosen, store)}; {store.feature_size} channels")
     summaries, stages, seconds = {}, {}, {}
     for row, table, spent, stage, short in results(args, store, queries, database, dist):
         with dist.exit_together_on_error():

@@ -183,7 +183,7 @@ def _problem(path, what, width):
         return f"{what} ({path}) missing"
     if width:
         try:
-            channels = FeatureStore(path).channels
+            channels = FeatureStore(path).feature_size
         except InputError as error:
             return str(error)
         if channels != width:
@@ -301,7 +301,7 @@ def _evaluation_seconds(command, videos=200, asked=3):
         load_evaluation_set(given.dataset, given.annotation_dir, store), store
     )
     kind = given.encoder or "tca"
-    encoder = ENCODERS[kind](**ENCODERS[kind].arguments(store.channels, given))
+    encoder = ENCODERS[kind](**ENCODERS[kind].arguments(store.feature_size, given))
     video_encoder = VideoEncoder(encoder, store, given.padding_size, given.device)
     few, some = queries[:asked], database[:: max(len(database) // videos, 1)]
     began = time.perf_counter()

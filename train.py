@@ -373,7 +373,7 @@ class Trainer:
             )
             warn_if_features_differ(self.features, self.held_out[1], "this run")
         seed_torch(args.seed)
-        self.arguments = ENCODERS[args.encoder].arguments(store.channels, args)
+        self.arguments = ENCODERS[args.encoder].arguments(store.feature_size, args)
         encoder = ENCODERS[args.encoder](**self.arguments)
         if self.held_out:
             check_feature_size(encoder, self.held_out[1])

@@ -47,7 +47,7 @@ def lengths_of(count, draw):
 class MadeUp:
     """A feature store whose rows are computed as they are read: a stretch of one block of noise, another for each video."""
 
-    path, channels, meta = "features made up as they are read", C, {}
+    path, feature_size, meta = "features made up as they are read", C, {}
 
     def __init__(self, lengths, draw):
         self.lengths = {f"v{i:06}": int(T) for i, T in enumerate(lengths)}

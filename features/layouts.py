@@ -62,7 +62,7 @@ def open_source(path, **options):
     return (NpyFolder if Path(path).expanduser().is_dir() else FeatureStore)(path, **options)
 
 
-def write_datasets(path, lengths, read, dtype, channels, meta):
+def write_datasets(path, lengths, read, dtype, feature_size, meta):
     """One dataset a video, as the released code reads; arguments as those of `write_store`."""
     folders = {video[:i] for video in lengths for i, letter in enumerate(video) if letter == "/"}
     if clash := sorted(folders & set(lengths)):
@@ -75,10 +75,10 @@ def write_datasets(path, lengths, read, dtype, channels, meta):
             rows = read(video)
             sums[video] = rows_checksum(rows)
             file.create_dataset(video, data=rows).attrs["checksum"] = sums[video]
-        file.attrs.update({**meta, "checksum": store_checksum(dtype, channels, lengths, sums)})
+        file.attrs.update({**meta, "checksum": store_checksum(dtype, feature_size, lengths, sums)})
 
 
-def write_folder(path, lengths, read, dtype, channels, meta):
+def write_folder(path, lengths, read, dtype, feature_size, meta):
     """A folder of ID.npy and a description, written aside and renamed; arguments as those of `write_store`."""
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -93,7 +93,7 @@ def write_folder(path, lengths, read, dtype, channels, meta):
             np.save(file, rows)
         description = {
             "meta": meta,
-            "checksum": store_checksum(dtype, channels, lengths, sums),
+            "checksum": store_checksum(dtype, feature_size, lengths, sums),
             "checksums": sums,
         }
         utils.write_json(aside / DESCRIPTION, description)

@@ -29,14 +29,14 @@ class FeatureStore(Mapping):
     - the packed layout of `write_store`: `frames (sum T, C)` contiguous, `offsets (N+1,)`, `ids (N,)`. It is read through a
       memory map, so a slice costs no copy and data-loading workers share its pages.
 
-    channels: the width that is asked for; by default that of most videos. skip_bad: leave out a video of another width, an
+    feature_size: the width that is asked for; by default that of most videos. skip_bad: leave out a video of another width, an
     empty one and one that holds no numbers, instead of raising; `bad` has their reasons.
-    Attributes: `path`, `lengths` (id -> T), `channels` (C), `dtype`, `meta` (the file's attributes), `checksum` (that of
+    Attributes: `path`, `lengths` (id -> T), `feature_size` (C), `dtype`, `meta` (the file's attributes), `checksum` (that of
     `write_store`, or None), `bad` (id -> reason). Rows come in the stored type.
     Raises InputError, naming file and id, for a missing id, a bad video, or a NaN or infinite value.
     """
 
-    def __init__(self, path, channels=None, skip_bad=False):
+    def __init__(self, path, feature_size=None, skip_bad=False):
         self.path = require_path(path, "feature file")
         self._handle, self._frames, self._sums = (None, None), None, None
         found, self.meta = self._scan()
@@ -46,9 +46,9 @@ class FeatureStore(Mapping):
                 f"feature file {str(path)!r} holds no video; extract features into it first"
             )
         widths = Counter(shape[-1] for shape, _ in found.values() if shape)
-        self.channels = channels or max(widths, key=widths.get, default=0)
+        self.feature_size = feature_size or max(widths, key=widths.get, default=0)
         good = {video for video, (shape, dtype) in found.items() if self._fits(shape, dtype)}
-        wanted = f"(T, {self.channels})"
+        wanted = f"(T, {self.feature_size})"
         self.bad = {
             video: dtype
             if isinstance(dtype, str)
@@ -75,7 +75,7 @@ class FeatureStore(Mapping):
     def _fits(self, shape, dtype):
         return (
             len(shape) in (2, 3)
-            and shape[-1] == self.channels
+            and shape[-1] == self.feature_size
             and 0 not in shape
             and dtype.kind in "fiu"
         )
@@ -198,7 +198,7 @@ class FeatureStore(Mapping):
         lengths and a sample of the values, which also tell a file that has no checksum or was edited under it."""
         some = list(self.lengths)[:: len(self.lengths) // 1000 + 1]
         sample = [np.asarray(self[video][[0, -1]], np.float32).tobytes().hex() for video in some]
-        return digest([self.checksum, self.channels, self.lengths, sample])
+        return digest([self.checksum, self.feature_size, self.lengths, sample])
 
     def __contains__(self, video):
         return video in self.lengths
@@ -249,7 +249,7 @@ def rows_checksum(rows):
     return hashlib.sha256(rows).hexdigest()[:16]
 
 
-def store_checksum(dtype, channels, lengths, sums):
+def store_checksum(dtype, feature_size, lengths, sums):
     """The checksum of a whole store from those of its rows: the same whatever its layout and the order of its videos.
 
     lengths {id: T}, sums {id: rows_checksum}.
@@ -257,13 +257,13 @@ def store_checksum(dtype, channels, lengths, sums):
     return digest(
         [
             np.dtype(dtype).name,
-            channels,
+            feature_size,
             {video: [int(T), sums[video]] for video, T in lengths.items()},
         ]
     )
 
 
-def write_store(path, lengths, read, dtype, channels, meta):
+def write_store(path, lengths, read, dtype, feature_size, meta):
     """Write the packed layout, whole or not at all: lengths {id: T}; read(id) -> the (T, C) rows, asked for once each.
 
     Videos lie in the order of their ids. `checksums` holds one of each video's rows, the attribute `checksum` one of all.
@@ -271,7 +271,7 @@ def write_store(path, lengths, read, dtype, channels, meta):
     ids = sorted(lengths)  # the same file whatever order videos came in
     offsets, sums = np.cumsum([0] + [lengths[video] for video in ids]), {}
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        frames = file.create_dataset("frames", (offsets[-1], channels), dtype)
+        frames = file.create_dataset("frames", (offsets[-1], feature_size), dtype)
         for video, start, end in zip(ids, offsets, offsets[1:], strict=False):
             rows = np.ascontiguousarray(read(video))
             frames[start:end] = rows
@@ -279,7 +279,7 @@ def write_store(path, lengths, read, dtype, channels, meta):
         file["ids"] = np.array(ids, dtype=h5py.string_dtype())
         file["offsets"] = offsets
         file["checksums"] = np.array([sums[video] for video in ids], "S16")
-        file.attrs.update({**meta, "checksum": store_checksum(dtype, channels, lengths, sums)})
+        file.attrs.update({**meta, "checksum": store_checksum(dtype, feature_size, lengths, sums)})
 
 
 class StoreWriter:

@@ -61,9 +61,9 @@ def write(path, videos, layout=None, dtype=None):
             return checked(video, videos[video].read_verified(video), dtype)
 
         lengths = {video: store.lengths[video] for video, store in videos.items()}
-        LAYOUTS[layout](path, lengths, read, dtype, stores[0].channels, stores[0].meta)
+        LAYOUTS[layout](path, lengths, read, dtype, stores[0].feature_size, stores[0].meta)
     print(
-        f"{path}: {len(videos)} videos, {sum(lengths.values())} frames of {stores[0].channels}, {dtype.name}, {layout}"
+        f"{path}: {len(videos)} videos, {sum(lengths.values())} frames of {stores[0].feature_size}, {dtype.name}, {layout}"
     )
 
 
@@ -122,7 +122,7 @@ def run_merge(options):
     for path in options.sources:
         store = open_source(path)
         first = first or store
-        kinds = [{"width": s.channels, "dtype": s.dtype.name, **s.meta} for s in (first, store)]
+        kinds = [{"width": s.feature_size, "dtype": s.dtype.name, **s.meta} for s in (first, store)]
         for key in kinds[0] | kinds[1]:
             here, there = (kind.get(key) for kind in kinds)
             if here != there:
@@ -171,7 +171,7 @@ def describe(store):
         "path": str(store.path),
         "videos": len(store),
         "frames": int(lengths.sum()),
-        "channels": int(store.channels),
+        "channels": int(store.feature_size),
         "dtype": store.dtype.name,
         "bytes": sum(file.stat().st_size for file in files),
         "lengths": {"mean": float(lengths.mean())}
@@ -220,7 +220,7 @@ def run_verify(options):
         print(f"{video}\t{reason}")
     whole = store.checksum in (
         None,
-        store_checksum(store.dtype, store.channels, store.lengths, sums),
+        store_checksum(store.dtype, store.feature_size, store.lengths, sums),
     )
     checksum = (
         "it has no checksum"

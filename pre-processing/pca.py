@@ -31,9 +31,9 @@ from utils import InputError
 def run_fit(options):
     stores = [FeatureStore(path) for path in options.features]
     for store in stores[1:]:
-        if store.channels != stores[0].channels:
+        if store.feature_size != stores[0].feature_size:
             raise InputError(
-                f"{str(store.path)!r} has width {store.channels}, {str(stores[0].path)!r} has {stores[0].channels}; "
+                f"{str(store.path)!r} has width {store.feature_size}, {str(stores[0].path)!r} has {stores[0].feature_size}; "
                 "fit on features of one kind"
             )
     found = fit_pca(stores, options.components, options.frames_per_video, options.seed)
@@ -47,7 +47,7 @@ def run_fit(options):
         found.explained()[options.components - 1],
     )
     print(
-        f"{options.output}: {stores[0].channels} -> {options.components}, {kind}, fitted on {found.frames} frames; "
+        f"{options.output}: {stores[0].feature_size} -> {options.components}, {kind}, fitted on {found.frames} frames; "
         f"{kept:.1%} of the variance kept, curve in {curve}"
     )
 
@@ -78,7 +78,7 @@ def plot(path, found, components):
 def run_apply(options):
     store = FeatureStore(options.features)
     projection = load_projection(options.pca, options.components)
-    projection.check(store.channels, repr(options.features))
+    projection.check(store.feature_size, repr(options.features))
     if Path(options.output).resolve() == Path(options.features).resolve():
         raise InputError(f"--output {options.output!r} is the input; name another file")
     sources = dict.fromkeys(store, store.fingerprint())
@@ -89,7 +89,7 @@ def run_apply(options):
             if video not in writer.done:
                 writer.add(video, projection(store.read_verified(video)))
     print(
-        f"{options.output}: {len(store)} videos, {store.channels} -> {projection.matrix.shape[1]}"
+        f"{options.output}: {len(store)} videos, {store.feature_size} -> {projection.matrix.shape[1]}"
     )
 
 

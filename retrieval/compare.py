@@ -64,7 +64,9 @@ class Comparison:
                 "frame" in self.levels
             ):  # an encoder that has none says so before anything is encoded
                 video_encoder.encoder.frames(
-                    torch.zeros(1, 1, video_encoder.store.channels, device=video_encoder.device),
+                    torch.zeros(
+                        1, 1, video_encoder.store.feature_size, device=video_encoder.device
+                    ),
                     torch.ones(1, 1) > 0,
                 )
             plan = self._plan(memory * 2**30, metrics, dtype)

@@ -41,9 +41,9 @@ def levels_of(encoder):
 
 
 def check_feature_size(encoder, store):
-    if encoder.feature_size != store.channels:
+    if encoder.feature_size != store.feature_size:
         raise InputError(
-            f"the encoder takes features of {encoder.feature_size} channels, {str(store.path)!r} has {store.channels};"
+            f"the encoder takes features of {encoder.feature_size} channels, {str(store.path)!r} has {store.feature_size};"
             " use the features (and PCA) it was trained on"
         )
 
@@ -110,7 +110,7 @@ class VideoEncoder:
 
         Measured on one TCA layer: 50 bytes a channel of every frame; attention 4 bytes a pair of frames and head, of 8.
         """
-        width = max(self.store.channels, self.encoder.descriptor_size)
+        width = max(self.store.feature_size, self.encoder.descriptor_size)
         return max(frames, longest) * (58 * width + 36 * longest)
 
     def identity(self):

@@ -206,7 +206,7 @@ def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path):
     pca_script.main(["apply", str(plain), *words, "--output", str(tmp_path / "after.hdf5")])
     within = FeatureStore(extract("within.hdf5", *words))
     after = FeatureStore(tmp_path / "after.hdf5")
-    assert within.channels == 4 and within.lengths == after.lengths
+    assert within.feature_size == 4 and within.lengths == after.lengths
     assert all(
         np.abs(np.float32(after[video]) - np.float32(within[video])).max() < 2e-3 for video in after
     )

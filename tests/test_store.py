@@ -37,7 +37,7 @@ def test_a_store_gives_back_what_was_written_under_any_id_in_either_layout(layou
     assert set(store) == set(features) == set(store.keys()) and len(store) == len(features)
     assert (
         store.lengths == {video: len(frames) for video, frames in features.items()}
-        and store.channels == 8
+        and store.feature_size == 8
     )
     for video, frames in features.items():
         assert video in store and store[video].dtype == dtype
@@ -124,7 +124,7 @@ def test_region_features_are_averaged_over_their_regions_with_one_notice(dtype, 
     features = regions | some_features(IDS[4:], dtype=dtype)
     path = write_released(tmp_path / "x.hdf5", features)
     store = FeatureStore(path)
-    assert store.channels == 8 and store.lengths == {
+    assert store.feature_size == 8 and store.lengths == {
         video: len(frames) for video, frames in features.items()
     }
     for video in IDS:
@@ -195,8 +195,8 @@ def test_a_missing_video_is_named_with_its_file(layout, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_width_than_asked_for_is_refused(layout, tmp_path):
     path = LAYOUTS[layout](tmp_path / "x.hdf5", some_features(width=8))
-    refusal(path, "8", "1024", channels=1024)
-    assert FeatureStore(path, channels=8).channels == 8
+    refusal(path, "8", "1024", feature_size=1024)
+    assert FeatureStore(path, feature_size=8).feature_size == 8
 
 
 @pytest.mark.parametrize("layout", ["released", "packed"])
@@ -313,7 +313,7 @@ ADD = """
 import os, signal, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from data import StoreWriter
+from features.store import StoreWriter
 path, first, last, end = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 with StoreWriter(path, meta={"backbone": "x"}) as writer:
     print(sorted(writer.done))
