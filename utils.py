@@ -1,4 +1,7 @@
-"""What every script shares: bad-input errors, atomic and untrusted files, seeds, provenance, dist. No import of ours."""
+"""What every script shares: input errors, arguments, files, seeds, provenance.
+
+The bottom of the imports: this module imports none of ours.
+"""
 
 import argparse
 import contextlib
@@ -13,21 +16,28 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+# --- errors and arguments -----------------------------------------------------------------------
+
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message is one line: what, where, and what to do about it."""
+    """Something the user gave is wrong. The message is one line: what, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose description keeps its lines and whose errors are one line, as all our errors are."""
+    """An argument parser that keeps the lines of its description and raises InputError."""
 
     def __init__(
-        self, description=None, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        self,
+        description: str | None = None,
+        formatter_class: type = argparse.RawDescriptionHelpFormatter,
+        **options: Any,
     ):
         super().__init__(description=description, formatter_class=formatter_class, **options)
 
@@ -35,59 +45,68 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def check_ranges(args, ranges):
-    """InputError when a number of `args` lies outside its `ranges`: {flag: (lowest, highest)}."""
+def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise InputError if an argument is outside its range, given as {flag: (lowest, highest)}."""
     for flag, (lowest, highest) in ranges.items():
         value = getattr(args, flag.replace("-", "_"))
         if not lowest <= value <= highest:
             raise InputError(f"--{flag} {value} is out of range; it must be {lowest} to {highest}")
 
 
+def require_path(path: str | os.PathLike, what: str) -> Path:
+    """Return `path` as a Path if it exists, else raise an InputError that names it as `what`."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{what} {str(path)!r} does not exist; check the path")
+    return path
+
+
+# --- writing files ------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def atomic(path):
-    """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    Gives a temporary path in the same folder. It replaces `path` if the block succeeds, and is
+    removed if the block raises. Missing parent folders are created.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes it private; a result is not
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp creates private files
         os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
 
 
-def remove_leftovers(path):
-    """Remove what `atomic(path)` left in runs that were killed."""
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove the temporary files that `atomic(path)` left behind in killed runs."""
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
-        left.unlink()
+    random_part = "?" * 8  # as mkstemp names its files
+    pattern = f".{glob.escape(path.name)}.{random_part}{glob.escape(path.suffix)}"
+    for leftover in path.parent.glob(pattern):
+        leftover.unlink()
 
 
 def _umask():
-    mask = os.umask(0)
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     return mask
 
 
-def require_path(path, what):
-    """`path` as a Path, or an InputError that says which `what` is not there."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"{what} {str(path)!r} is not there; check the path")
-    return path
-
-
-def write_json(path, value):
-    """Write a JSON-like value; NaN, which JSON does not know, becomes null."""
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a JSON-like value atomically, with NaN as null (JSON has no NaN)."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(nan_to_none(value), indent=1) + "\n", encoding="utf-8")
 
 
-def nan_to_none(value):
-    """A JSON-like value with None where it has NaN."""
+def nan_to_none(value: Any) -> Any:
+    """A copy of a JSON-like value, with None in place of NaN and lists in place of tuples."""
     if isinstance(value, dict):
         return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,22 +114,32 @@ def nan_to_none(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-# --- untrusted files -------------------------------------------------------------------------------------------------
+def save_torch(path: str | os.PathLike, value: Any) -> None:
+    """`torch.save`, atomically: a killed run leaves the old file or the new one."""
+    with atomic(path) as temporary:
+        torch.save(value, temporary)
+
+
+# --- reading files that others wrote ------------------------------------------------------------
 
 
 class _BuiltinUnpickler(pickle.Unpickler):
-    """Allows the containers that public annotation files hold, and nothing that could run code."""
+    """Unpickles the containers of public annotation files, and nothing that could run code."""
 
     ALLOWED = {"set": set, "frozenset": frozenset}
 
     def find_class(self, module, name):
         if module in ("builtins", "__builtin__") and name in self.ALLOWED:
             return self.ALLOWED[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
 
 
-def load_pickle(path, what="annotation file"):
-    """A pickle of builtin containers, strings and numbers; anything else in it is refused, not executed."""
+def load_pickle(path: str | os.PathLike, what: str = "annotation file") -> Any:
+    """Load a pickle of builtin containers, strings and numbers.
+
+    Raises:
+        InputError: the file is not a pickle, or holds any other type, which is never executed
+    """
     path = require_path(path, what)
     try:
         with open(path, "rb") as file:
@@ -121,86 +150,97 @@ def load_pickle(path, what="annotation file"):
         ) from None
 
 
-def load_torch(path, what="model file"):
-    """`torch.load` on the CPU, tensors and plain containers only."""
+def load_torch(path: str | os.PathLike, what: str = "model file") -> Any:
+    """Load a PyTorch file onto the CPU: tensors and plain containers only.
+
+    Raises:
+        InputError: the file cannot be read, or holds any other type, which is never executed
+    """
     path = require_path(path, what)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and storage errors, by file
+    except Exception as error:  # errors of zip, of pickle, of a storage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{what} {str(path)!r} cannot be read ({reason}); is it complete, and a PyTorch file?"
         ) from None
 
 
-def save_torch(path, value):
-    """`torch.save`, written aside and renamed: a killed run leaves the old file or the new one, never half of one."""
-    with atomic(path) as temporary:
-        torch.save(value, temporary)
+# --- hashes -------------------------------------------------------------------------------------
 
 
-def digest(value):
-    """A short SHA-256 of a JSON-like value: the same for equal values, whatever file they came from."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:16]
+def digest(value: Any) -> str:
+    """A short SHA-256 of a JSON-like value. Equal values have equal digests."""
+    text = json.dumps(value, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_sha256(path):
-    """The SHA-256 of a file's content, as hexadecimal text."""
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- seeds and provenance --------------------------------------------------------------------------------------------
+# --- seeds and provenance -----------------------------------------------------------------------
 
 
-def seeded_rng(*keys):
-    """A NumPy generator that depends on nothing but the non-negative integers `keys` (seed, epoch, index, ...)."""
-    return np.random.default_rng(
-        [len(keys), *keys]
-    )  # their number too: trailing zeros alone change nothing
+def seeded_rng(*keys: int) -> np.random.Generator:
+    """A NumPy generator that depends on these non-negative integers alone (seed, epoch, ...)."""
+    # The number of keys is a key too: NumPy ignores zeros at the end of a seed.
+    return np.random.default_rng([len(keys), *keys])
 
 
-def seed_torch(*keys):
-    """Seed every torch generator from the integers `keys`; done anew each step, a resumed run draws as an unbroken one."""
+def seed_torch(*keys: int) -> None:
+    """Seed all torch generators from these integers.
+
+    Called before every step, so that a resumed run draws the same numbers as an unbroken one.
+    """
     torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
 
 
-def provenance():
-    """What a figure needs beside it: command, git revision, versions, machine."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here)]
-        revision = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        ).stdout.strip()
-        revision += " with uncommitted changes" if changed else ""
-    except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
+def provenance() -> dict:
+    """What is stored beside every result: command, git revision, versions, machine."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "revision": revision,
+        "revision": _git_revision(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
     }
 
 
-def tune_malloc():
-    """Have the C library (glibc, elsewhere nothing happens) keep up to 1 GiB that was freed, for the next batch.
+def _git_revision():
+    """The revision of this checkout, and whether it was changed; "unknown" without git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        revision = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{revision} with uncommitted changes" if changes else revision
 
-    By default it gives large blocks back at once, and the kernel clears every page anew: up to a third of the time of a CPU
-    that computes maps of many MB, and now more, now less of it. To be called before threads are started.
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def tune_malloc() -> None:
+    """Make glibc keep up to 1 GiB of freed memory for the next batch. Elsewhere, do nothing.
+
+    By default glibc returns large blocks to the kernel at once, which then has to clear every page
+    again: up to a third of the time of a CPU that computes feature maps of many MB. Call this
+    before threads are started.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(M_MMAP_THRESHOLD, 1 << 30):  # refused by an old one
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30):  # old versions of glibc refuse this size
             mallopt(M_TRIM_THRESHOLD, 1 << 30)
-            mallopt(M_ARENA_MAX, 1)  # the heap of another thread ends at 64 MB
+            mallopt(M_ARENA_MAX, 1)  # the other arenas, one a thread, cannot grow beyond 64 MB

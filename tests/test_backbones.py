@@ -124,7 +124,7 @@ def test_bfloat16_stays_near_float32():
         ("resnet18", "random", ["layer9"], "layer9"),
         ("resnet18", "random", ["layer2", "fc"], r"\(1000,\) are not all maps"),
         ("swin_t", "random", ["features.1"], r"\(56, 56, 96\) are not all maps"),
-        ("resnet50", "nowhere.pth", None, "not there"),
+        ("resnet50", "nowhere.pth", None, "does not exist"),
     ],
 )
 def test_a_wrong_backbone_is_an_input_error(name, weights, stages, message):

@@ -116,5 +116,5 @@ def test_files_that_do_not_fit_are_refused_by_what_does_not(tmp_path):
     path.write_bytes(np.arange(100).tobytes())
     with pytest.raises(InputError, match="comparator file .* cannot be read"):
         load_comparator(path)
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         load_comparator(tmp_path / "none.pth")

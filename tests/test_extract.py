@@ -602,7 +602,7 @@ def test_frames_in_memory_follow_the_batch_not_the_video(tmp_path, monkeypatch):
 
 
 BAD = [
-    (["nowhere"], "'nowhere' is not there"),
+    (["nowhere"], "'nowhere' does not exist"),
     (["hollow"], "holds no video"),
     (["videos", "--backbone", "resnet51"], "unknown backbone 'resnet51'"),
     (["videos", "--pca", "narrow.npz"], "width 1752.*width 4"),

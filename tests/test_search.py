@@ -718,7 +718,7 @@ def test_bad_clips_are_one_line_each(library, tmp_path):
 
 
 def test_what_is_no_index_is_one_line(library, tmp_path):
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         VideoIndex.load(tmp_path / "none")
     with pytest.raises(InputError, match="no index.db"):
         VideoIndex.load(library.videos)

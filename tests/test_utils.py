@@ -1,4 +1,4 @@
-"""Exit statuses, files that are whole or not there, files that cannot run code, draws by their keys alone."""
+"""How scripts end, atomic files, untrusted files, seeds, provenance."""
 
 import json
 import os
@@ -10,11 +10,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.commands import ROOT, environment
+from helpers.commands import ROOT, environment, python
 
 import utils
 from distributed import run_main
 from utils import InputError
+
+# --- how a script ends --------------------------------------------------------------------------
+
+
+def raises(error):
+    """A `main` that raises this error."""
+
+    def main():
+        raise error
+
+    return main
 
 
 @pytest.mark.parametrize(
@@ -23,190 +34,42 @@ from utils import InputError
         (lambda: None, None, ""),
         (lambda: 0, 0, ""),
         (lambda: 143, 143, ""),
-        (
-            lambda: (_ for _ in ()).throw(InputError("file 'x' is not there")),
-            2,
-            "error: file 'x' is not there\n",
-        ),
-        (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 130, "interrupted\n"),
+        (raises(InputError("no\nsuch file")), 2, "error: no such file\n"),
+        (raises(PermissionError("not allowed")), 2, "error: not allowed\n"),
+        (raises(KeyboardInterrupt()), 130, "interrupted\n"),
+        (raises(SystemExit(3)), 3, ""),
     ],
-    ids=["nothing", "0", "143", "bad input", "Ctrl-C"],
+    ids=["None", "0", "143", "InputError", "OSError", "Ctrl-C", "SystemExit"],
 )
-def test_run_ends_with_the_status_of_what_happened(main, status, stderr, capsys):
+def test_run_main_exit_status(main, status, stderr, capsys):
     with pytest.raises(SystemExit) as end:
         run_main(main)
     assert end.value.code == status
     assert capsys.readouterr() == ("", stderr)
 
 
-def test_a_bug_is_not_dressed_as_bad_input():
+def test_run_main_does_not_hide_a_bug():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
 
 
-def test_bad_input_is_one_line_on_stderr_of_a_process():
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import utils\n"
-        "def main(): raise utils.InputError('no\\nway')\n"
+def test_run_main_prints_bad_input_as_one_line():
+    result = python(
+        "from distributed import run_main\n"
+        "from utils import InputError\n"
+        "def main():\n"
+        "    raise InputError('no\\nway')\n"
         "run_main(main)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment()
     )
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no way\n")
 
 
-# --- atomic files ----------------------------------------------------------------------------------------------------
-
-
-def test_atomic_replaces_only_when_the_block_ends_well(tmp_path):
-    path = tmp_path / "deep" / "er" / "x.txt"
-    with utils.atomic(path) as temporary:
-        assert temporary.parent == path.parent and not path.exists()
-        temporary.write_text("old")
-    assert path.read_text() == "old" and os.listdir(path.parent) == ["x.txt"]
-    with utils.atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and os.listdir(path.parent) == ["x.txt"]
-
-
-@pytest.mark.parametrize("error", [ValueError, InputError, KeyboardInterrupt, SystemExit])
-def test_atomic_leaves_the_old_file_and_nothing_else_on_failure(error, tmp_path):
-    path = tmp_path / "x.txt"
-    with pytest.raises(error), utils.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise error
-    assert not list(tmp_path.iterdir())
-    path.write_text("old")
-    with pytest.raises(error), utils.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise error
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_an_atomic_file_is_readable_as_any_other_new_file(tmp_path):
-    utils.write_json(tmp_path / "ours.json", {})
-    (tmp_path / "plain.json").write_text("{}")
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours.json", "plain.json")]
-    assert modes[0] == modes[1]
-
-
-def test_write_json_is_read_back(tmp_path):
-    value = {"b": [1, 2.5, None], "a": {"ü": "x"}}
-    utils.write_json(tmp_path / "x.json", value)
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
-
-
-# --- files of others -------------------------------------------------------------------------------------------------
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.target}'",)
-
-
-def test_code_in_a_torch_file_is_refused_and_not_run(tmp_path):
-    target = tmp_path / "owned"
-    torch.save({"x": Malicious(target)}, tmp_path / "x.pth")
-    with pytest.raises(InputError) as error:
-        utils.load_torch(tmp_path / "x.pth")
-    assert "x.pth" in str(error.value) and "\n" not in str(error.value) and not target.exists()
-    torch.load(tmp_path / "x.pth", weights_only=False)
-    assert target.exists(), "the file was harmless, so the test above says nothing"
-
-
-def test_a_torch_file_that_is_absent_broken_or_cut_short_is_refused_by_name(tmp_path):
-    path = tmp_path / "x.pth"
-    utils.save_torch(path, {"x": torch.randn(1000)})
-    whole = path.read_bytes()
-    for content in (b"", b"text", whole[:100], whole[:-100]):
-        path.write_bytes(content)
-        with pytest.raises(InputError) as error:
-            utils.load_torch(path)
-        assert "x.pth" in str(error.value) and "\n" not in str(error.value)
-    path.unlink()
-    with pytest.raises(InputError, match="x.pth.*not there"):
-        utils.load_torch(path)
-
-
-def test_save_torch_is_read_back_by_load_torch(tmp_path):
-    value = {
-        "x": torch.randn(5),
-        "n": 3,
-        "best": -float("inf"),
-        "none": None,
-        "names": ["a", {"b": 1.5}],
-    }
-    utils.save_torch(tmp_path / "x.pth", value)
-    found = utils.load_torch(tmp_path / "x.pth")
-    assert torch.equal(found.pop("x"), value.pop("x")) and found == value
-
-
-# --- draws and provenance --------------------------------------------------------------------------------------------
-
-
-def test_draws_depend_on_their_keys_and_on_nothing_else():
-    def draw(*keys):
-        return tuple(utils.rng(*keys).integers(0, 2**60, 4).tolist())
-
-    np.random.seed(0)
-    first = draw(1, 2, 3)
-    np.random.seed(1)
-    utils.rng(9).normal(size=100)
-    assert draw(1, 2, 3) == first
-    for keys in (
-        [(0,), (1,)],
-        [(0, 1), (1, 0), (1, 2), (2, 1), (12, 3), (1, 23)],
-        [(1, 2, 3), (3, 2, 1), (1, 3, 2)],
-    ):
-        assert len({draw(*key) for key in keys}) == len(keys)
-
-
-def test_seeding_torch_makes_the_same_draws_after_any_history():
-    def draw(*keys):
-        utils.seed_torch(*keys)
-        return tuple(torch.rand(4).tolist())
-
-    first = draw(1, 2)
-    torch.rand(77)
-    assert draw(1, 2) == first
-    assert len({draw(*keys) for keys in [(0, 1), (1, 0), (1, 2), (2, 1), (1, 3)]}) == 5
-
-
-def test_provenance_names_the_command_the_versions_and_the_machine():
-    found = utils.provenance()
-    assert set(found) == {"command", "revision", "versions", "machine"}
-    assert (
-        found["versions"]["torch"] == torch.__version__
-        and found["versions"]["numpy"] == np.__version__
-    )
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    expected = git.stdout.strip() if git.returncode == 0 else "unknown"
-    assert found["revision"].removesuffix(" with uncommitted changes") == expected
-
-
-def test_importing_leaves_signals_and_generators_alone():
+def test_run_main_broken_pipe_is_silent():
+    """As in `script | head -1`, with more output than a pipe holds."""
     code = (
-        "import sys, signal, random; sys.path.insert(0, sys.argv[1])\n"
-        "import numpy, torch\n"
-        "before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)], torch.get_rng_state().tolist()\n"
-        "import utils, data, model, losses, similarity, evaluation, train\n"
-        "after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)], torch.get_rng_state().tolist()\n"
-        "sys.exit(before != after)"
+        "from distributed import run_main\n"
+        "run_main(lambda: [print('x' * 100) for _ in range(10000)])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, ROOT], capture_output=True, text=True, env=environment()
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
-    """As `script | head -1` does, with more output than a pipe holds."""
-    code = "import utils; run_main(lambda: [print('x' * 100) for _ in range(10000)])"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -217,4 +80,208 @@ def test_output_that_nobody_reads_any_more_ends_a_script_without_a_word():
     )
     assert process.stdout.readline().strip() == "x" * 100
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE
+    process.stderr.close()
+
+
+def test_import_leaves_signals_and_random_state_alone():
+    result = python(
+        "import signal, sys\n"
+        "import torch\n"
+        "def state():\n"
+        "    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]\n"
+        "    return handlers, torch.get_rng_state().tolist()\n"
+        "before = state()\n"
+        "import train, evaluation, search, reproduce, visualize\n"
+        "import features.extraction, retrieval.report, videoindex.index, datasets.registry\n"
+        "sys.exit(before != state())"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def test_parser_error_is_one_line_with_the_way_to_help():
+    parser = utils.Parser(prog="script.py")
+    parser.add_argument("--size", type=int)
+    with pytest.raises(InputError, match="invalid int value: 'x'; see script.py --help"):
+        parser.parse_args(["--size", "x"])
+
+
+def test_check_ranges_includes_both_ends():
+    parser = utils.Parser()
+    parser.add_argument("--batch-sz", type=int)
+    for size in (1, 8):
+        utils.check_ranges(parser.parse_args(["--batch-sz", str(size)]), {"batch-sz": (1, 8)})
+    for size in (0, 9):
+        args = parser.parse_args(["--batch-sz", str(size)])
+        with pytest.raises(InputError, match=f"--batch-sz {size} is out of range.* 1 to 8"):
+            utils.check_ranges(args, {"batch-sz": (1, 8)})
+
+
+# --- atomic files -------------------------------------------------------------------------------
+
+
+def test_atomic_replaces_the_file_only_if_the_block_succeeds(tmp_path):
+    path = tmp_path / "deep" / "er" / "x.txt"
+    with utils.atomic(path) as temporary:
+        assert temporary.parent == path.parent
+        assert not path.exists()
+        temporary.write_text("old")
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["x.txt"]
+
+    with utils.atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["x.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, InputError, KeyboardInterrupt, SystemExit])
+def test_atomic_keeps_the_old_file_if_the_block_raises(error, tmp_path):
+    path = tmp_path / "x.txt"
+    with pytest.raises(error), utils.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+    path.write_text("old")
+    with pytest.raises(error), utils.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_file_has_the_mode_of_any_new_file(tmp_path):
+    utils.write_json(tmp_path / "ours.json", {})
+    (tmp_path / "plain.json").write_text("{}")
+    ours, plain = ((tmp_path / name).stat().st_mode for name in ("ours.json", "plain.json"))
+    assert stat.S_IMODE(ours) == stat.S_IMODE(plain)
+
+
+def test_remove_leftovers_of_a_killed_run_and_nothing_else(tmp_path):
+    path = tmp_path / "a[1].pth"
+    code = (
+        "import os, signal, sys, utils\n"
+        "with utils.atomic(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert python(code, path).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1  # SIGKILL leaves it no time to clean up
+
+    others = ["a[1].pth", ".a[1].pth.short.pth", ".a1.pth.12345678.pth", ".a[1].pth.12345678.txt"]
+    for name in others:
+        (tmp_path / name).touch()
+    utils.remove_leftovers(path)
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_write_json_round_trip(tmp_path):
+    value = {"b": [1, 2.5, None], "a": {"ü": "x"}}
+    utils.write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
+
+
+def test_write_json_nan_becomes_null(tmp_path):
+    utils.write_json(tmp_path / "x.json", {"mAP": [float("nan"), (1.0, float("nan"))]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"mAP": [None, [1.0, None]]}
+
+
+# --- files that others wrote --------------------------------------------------------------------
+
+
+class Malicious:
+    """Creates the file `target` when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.target}'",)
+
+
+def test_load_torch_does_not_run_code(tmp_path):
+    target = tmp_path / "owned"
+    torch.save({"x": Malicious(target)}, tmp_path / "x.pth")
+    with pytest.raises(InputError) as error:
+        utils.load_torch(tmp_path / "x.pth")
+    assert "x.pth" in str(error.value) and "\n" not in str(error.value)
+    assert not target.exists()
+
+    torch.load(tmp_path / "x.pth", weights_only=False)
+    assert target.exists(), "the file was harmless, so the test above proves nothing"
+
+
+def test_load_torch_reports_a_broken_or_missing_file(tmp_path):
+    path = tmp_path / "x.pth"
+    utils.save_torch(path, {"x": torch.randn(1000)})
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:100], whole[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            utils.load_torch(path)
+        assert "x.pth" in str(error.value) and "\n" not in str(error.value)
+    path.unlink()
+    with pytest.raises(InputError, match="x.pth.*does not exist"):
+        utils.load_torch(path)
+
+
+def test_save_torch_round_trip(tmp_path):
+    value = {
+        "x": torch.randn(5),
+        "n": 3,
+        "best": -float("inf"),
+        "none": None,
+        "names": ["a", {"b": 1.5}],
+    }
+    utils.save_torch(tmp_path / "x.pth", value)
+    loaded = utils.load_torch(tmp_path / "x.pth")
+    assert torch.equal(loaded.pop("x"), value.pop("x"))
+    assert loaded == value
+
+
+# --- seeds and provenance -----------------------------------------------------------------------
+
+
+def test_seeded_rng_depends_on_its_keys_alone():
+    def draw(*keys):
+        return tuple(utils.seeded_rng(*keys).integers(0, 2**60, 4).tolist())
+
+    np.random.seed(0)
+    first = draw(1, 2, 3)
+    np.random.seed(1)
+    utils.seeded_rng(9).normal(size=100)
+    assert draw(1, 2, 3) == first
+    for keys in (
+        [(0,), (1,), (0, 0), (1, 0)],  # zeros at the end count
+        [(0, 1), (1, 0), (1, 2), (2, 1), (12, 3), (1, 23)],
+        [(1, 2, 3), (3, 2, 1), (1, 3, 2)],
+    ):
+        assert len({draw(*key) for key in keys}) == len(keys)
+
+
+def test_seed_torch_gives_the_same_numbers_after_any_history():
+    def draw(*keys):
+        utils.seed_torch(*keys)
+        return tuple(torch.rand(4).tolist())
+
+    first = draw(1, 2)
+    torch.rand(77)
+    assert draw(1, 2) == first
+    assert len({draw(*keys) for keys in [(0, 1), (1, 0), (1, 2), (2, 1), (1, 3)]}) == 5
+
+
+def test_provenance_has_command_revision_versions_machine():
+    stored = utils.provenance()
+    assert set(stored) == {"command", "revision", "versions", "machine"}
+    assert stored["versions"]["torch"] == torch.__version__
+    assert stored["versions"]["numpy"] == np.__version__
+
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    expected = git.stdout.strip() if git.returncode == 0 else "unknown"
+    assert stored["revision"].removesuffix(" with uncommitted changes") == expected

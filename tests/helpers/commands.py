@@ -1,4 +1,4 @@
-"""Scripts run as users run them: in a process of their own, from the repository's root."""
+"""Run scripts as users do, in a process of their own; or call their `main` in this process."""
 
 import os
 import subprocess
@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**changes):
+    """This process's environment, with one thread and no PYTHONPATH, and with `changes`."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **changes}
 
 
 def cli(script, *arguments, **changes):
-    """Run `python script arguments` from the repository's root; gives returncode, stdout, stderr."""
+    """Run `python script arguments` from the root; gives returncode, stdout, stderr."""
     command = [sys.executable, script, *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300
@@ -26,43 +27,54 @@ def cli(script, *arguments, **changes):
 
 
 def clis(*commands):
-    """Several `cli` calls, two at a time (most of a short call is imports)."""
+    """Several `cli` calls, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda command: cli(*command), commands))
 
 
+def python(code, *arguments, **changes):
+    """Run `python -c code arguments` from the root, like `cli`."""
+    return cli("-c", code, *arguments, **changes)
+
+
 def start(script, *arguments, **options):
-    """The same, not waited for; options of Popen."""
+    """Start a script and return its Popen at once; `options` are those of Popen."""
     command = [sys.executable, script, *map(str, arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes, **options)
 
 
 def one_error(result):
-    """The line of a call that failed on bad input: exit status 2, one line on stderr and nothing else there."""
-    assert result.returncode == 2, (
-        f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
-    )
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    """The message of a call that failed on bad input: status 2, and one line alone on stderr."""
+    assert result.returncode == 2, report(result)
+    lines = stderr_lines(result)
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
 
 
 def error_after_progress(result):
-    """The same for a failure in the middle of work, when a progress bar has been drawn: the error is the last line."""
-    assert result.returncode == 2, (
-        f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
-    )
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    others = [
-        line for line in lines[:-1] if "%|" not in line and "it/s" not in line and "/s]" not in line
-    ]
-    assert lines[-1].startswith("error: ") and not others, result.stderr
-    return lines[-1]
+    """The message of a call that failed while it worked: only progress bars stand before it."""
+    assert result.returncode == 2, report(result)
+    *before, last = stderr_lines(result)
+    others = [line for line in before if not is_progress(line)]
+    assert last.startswith("error: ") and not others, result.stderr
+    return last
+
+
+def is_progress(line):
+    return any(mark in line for mark in ("%|", "it/s", "/s]"))
+
+
+def stderr_lines(result):
+    return [line for line in result.stderr.splitlines() if line.strip()]
+
+
+def report(result):
+    return f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
 
 
 def refused(main, *arguments):
-    """The one-line message of the InputError that a script's `main` raises on these arguments, in this process."""
+    """The one-line message of the InputError that a script's `main` raises, in this process."""
     with pytest.raises(InputError) as caught:
         main([str(argument) for argument in arguments])
     message = str(caught.value)
