@@ -1,4 +1,4 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and the settings of a test process."""
 
 import os
 import random
@@ -12,59 +12,66 @@ import torch
 from helpers.files import write_packed, write_pickle, write_released
 from helpers.worlds import make_pairs, make_set, write_set
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # in the background of a shell it is ignored, here and in scripts
-torch.set_num_threads(
-    1
-)  # as the scripts of helpers.commands: one thread, so that sums have one order
+# A shell ignores SIGINT for what it starts in the background, and our scripts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# One thread, as in the scripts that `helpers.commands` starts: sums have one order.
+torch.set_num_threads(1)
 
-SEED = os.environ.get("TEST_SEED") or str(random.SystemRandom().randrange(2**32))
+# The seed of random kill points. In the environment, so that all processes of a test run share it.
+TEST_SEED = os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**32)))
 
 
 @pytest.fixture
 def kill_rng(request):
-    """A random.Random for kill points: of TEST_SEED and the test's name, so that a failure can be repeated."""
-    return random.Random(f"{SEED} {request.node.nodeid}")
+    """A random.Random for the moments at which a test kills a process.
+
+    Its seed is TEST_SEED and the name of the test, so that a failure can be repeated.
+    """
+    return random.Random(f"{TEST_SEED} {request.node.nodeid}")
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print the seed of the kill points beside failures."""
+    """Print the seed of the kill points if a test failed."""
     if terminalreporter.stats.get("failed"):
-        terminalreporter.write_line(f"random kill points: repeat them with TEST_SEED={SEED}")
+        terminalreporter.write_line(f"random kill points: repeat them with TEST_SEED={TEST_SEED}")
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Training pairs, a held-out set (DEMO-VAL) and a test set (DEMO) of other films, on disk."""
-    folder, draw = tmp_path_factory.mktemp("world"), np.random.default_rng(7)
+    """Files of a small synthetic benchmark: training pairs, DEMO-VAL and DEMO, of other films."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(7)
     noise = 0.6
-    pairs, annotation = make_pairs(draw, films=12, copies=4, background=80, noise=noise)
-    here = SimpleNamespace(
-        folder=folder, annotation=annotation, pairs=pairs, annotations=folder / "annotations"
+
+    pairs, annotation = make_pairs(rng, films=12, copies=4, background=80, noise=noise)
+    stored = {video: frames.astype(np.float16) for video, frames in pairs.items()}
+    world = SimpleNamespace(
+        folder=folder,
+        annotation=annotation,
+        pairs=pairs,
+        vcdb=write_pickle(folder / "vcdb.pickle", annotation),
+        train_features=write_packed(folder / "train.hdf5", stored),
+        annotations=folder / "annotations",
     )
-    here.annotations.mkdir()
-    here.train_features = write_packed(
-        folder / "train.hdf5", {k: v.astype(np.float16) for k, v in pairs.items()}
-    )
-    here.vcdb = write_pickle(folder / "vcdb.pickle", annotation)
-    for stem, attribute in (("demo", "test"), ("demo_val", "val")):
-        features, labels, database = make_set(draw, films=10, copies=4, distractors=40, noise=noise)
-        write_set(here.annotations, stem, labels, database)
-        setattr(
-            here, f"{attribute}_features", write_released(folder / f"{attribute}.hdf5", features)
-        )
-        setattr(
-            here, attribute, SimpleNamespace(features=features, labels=labels, database=database)
-        )
-    here.train_flags = ["--annotation_path", here.vcdb, "--feature_path", here.train_features]
-    return here
+    world.train_flags = ["--annotation_path", world.vcdb, "--feature_path", world.train_features]
+
+    def write_evaluation_set(part, stem):
+        """Write its annotation files and features; returns the path of the features and the set."""
+        features, labels, database = make_set(rng, films=10, copies=4, distractors=40, noise=noise)
+        write_set(world.annotations, stem, labels, database)
+        made = SimpleNamespace(features=features, labels=labels, database=database)
+        return write_released(folder / f"{part}.hdf5", features), made
+
+    world.annotations.mkdir()
+    world.test_features, world.test = write_evaluation_set("test", "demo")
+    world.val_features, world.val = write_evaluation_set("val", "demo_val")
+    return world
 
 
 @pytest.fixture(scope="session")
 def annotations():
-    """The folder of the official annotation files, where the environment names one."""
+    """The folder of the official annotation files, if the environment names one."""
     if not os.environ.get("TCA_ANNOTATIONS"):
         pytest.skip("TCA_ANNOTATIONS does not name the folder of the official annotation files")
     return Path(os.environ["TCA_ANNOTATIONS"])

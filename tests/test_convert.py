@@ -344,7 +344,7 @@ def test_what_is_not_of_one_kind_is_not_merged(tmp_path):
     one = write_ours(tmp_path / "one.hdf5", some_features(["a", "b"]), **META)
     others = {
         "twice": (some_features(["b", "c"]), "float16", META, ["'b'"]),
-        "wide": (some_features(["c"], width=9), "float16", META, ["width 8", "9"]),
+        "wide": (some_features(["c"], feature_size=9), "float16", META, ["width 8", "9"]),
         "type": (some_features(["c"]), "float32", META, ["float16", "float32"]),
         "meta": (
             some_features(["c"]),

@@ -194,7 +194,7 @@ def test_a_missing_video_is_named_with_its_file(layout, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_width_than_asked_for_is_refused(layout, tmp_path):
-    path = LAYOUTS[layout](tmp_path / "x.hdf5", some_features(width=8))
+    path = LAYOUTS[layout](tmp_path / "x.hdf5", some_features(feature_size=8))
     refusal(path, "8", "1024", feature_size=1024)
     assert FeatureStore(path, feature_size=8).feature_size == 8
 
@@ -256,7 +256,7 @@ def test_a_file_that_is_not_hdf5_is_refused(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_file_cut_short_is_refused(layout, tmp_path):
-    whole = LAYOUTS[layout](tmp_path / "x.hdf5", some_features(width=512)).read_bytes()
+    whole = LAYOUTS[layout](tmp_path / "x.hdf5", some_features(feature_size=512)).read_bytes()
     for part in (0.1, 0.5, 0.9, 0.99):
         (tmp_path / "cut.hdf5").write_bytes(whole[: int(len(whole) * part)])
         refusal(tmp_path / "cut.hdf5")

@@ -1,4 +1,7 @@
-"""Feature files, annotations and logs, written without the code under test where a test needs that."""
+"""Feature files, annotations and logs, written without the code under test where a test needs it.
+
+T frames of C channels a video.
+"""
 
 import json
 import pickle
@@ -9,9 +12,20 @@ import numpy as np
 
 from features.store import StoreWriter
 
+# Video ids that are hard to store: slashes, spaces, other alphabets, dots, great length.
+IDS = ["plain", "with space", "a/b/c", "ünï/çødé 视频", "-dash", "dot.mp4", "x" * 200]
+
+
+def some_features(ids=IDS, feature_size=8, dtype=np.float16, seed=0):
+    """{id: (T, C) array} of random numbers, T from 1 to 8."""
+    rng = np.random.default_rng(seed)
+    return {
+        video: rng.normal(size=(rng.integers(1, 9), feature_size)).astype(dtype) for video in ids
+    }
+
 
 def write_released(path, features):
-    """One dataset a video: the released layout."""
+    """The released layout: one dataset a video."""
     with h5py.File(path, "w") as file:
         for video, frames in features.items():
             file[video] = frames
@@ -19,25 +33,19 @@ def write_released(path, features):
 
 
 def write_packed(path, features, offsets=None, ids=None, **options):
-    """frames, offsets, ids: the packed layout, written without our writer."""
+    """The packed layout (frames, offsets, ids), by h5py alone."""
+    lengths = [len(frames) for frames in features.values()]
+    offsets = np.cumsum([0, *lengths]) if offsets is None else np.asarray(offsets)
+    ids = list(features) if ids is None else ids
     with h5py.File(path, "w") as file:
-        lengths = [len(frames) for frames in features.values()]
         file.create_dataset("frames", data=np.concatenate(list(features.values())), **options)
-        file["offsets"] = np.cumsum([0] + lengths) if offsets is None else np.asarray(offsets)
-        file["ids"] = np.array(list(features) if ids is None else ids, dtype=h5py.string_dtype())
+        file["offsets"] = offsets
+        file["ids"] = np.array(ids, dtype=h5py.string_dtype())
     return path
 
 
-IDS = ["plain", "with space", "a/b/c", "ünï/çødé 视频", "-dash", "dot.mp4", "x" * 200]
-
-
-def some_features(ids=IDS, width=8, dtype=np.float16, seed=0):
-    draw = np.random.default_rng(seed)
-    return {video: draw.normal(size=(draw.integers(1, 9), width)).astype(dtype) for video in ids}
-
-
 def write_ours(path, features, dtype="float16", **meta):
-    """The packed layout, by our writer."""
+    """The packed layout, by StoreWriter."""
     with StoreWriter(path, dtype, meta) as writer:
         for video, frames in features.items():
             writer.add(video, frames)
@@ -50,11 +58,9 @@ def write_pickle(path, value):
 
 
 def read_log(folder):
+    """The complete lines of a run's log.jsonl, as dicts; [] if there is no log."""
     path = Path(folder) / "log.jsonl"
     if not path.exists():
         return []
-    return [
-        json.loads(line)
-        for line in path.read_text().splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
