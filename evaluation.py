@@ -132,7 +132,7 @@ def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, d
     )
     comparison = Comparison(
         VideoEncoder(encoder, store, args.padding_size, args.device, amp), queries, database, [*video, *frame], dist,
-        args.memory, kept, indexed=bool(rerank), progress=True, comparator=args.comparator, dtype=amp or torch.float32,
+        args.memory, kept, use_faiss=bool(rerank), progress=True, comparator=args.comparator, dtype=amp or torch.float32,
     )  # fmt: skip
     whole = [*video, *(frame if len(rerank) != 1 else [])]
     found = comparison.tables(whole)

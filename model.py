@@ -500,11 +500,11 @@ class MoCo(nn.Module):
         with torch.autocast(x.device.type, dtype=self.amp, enabled=self.amp is not None):
             return encode_by_length(encoder, x, num_frames).float()
 
-    def forward(self, anchors, positives, negatives, negative_ids=None, shares=None):
+    def forward(self, anchors, positives, negatives, negative_ids=None, false_negative_mask=None):
         """Logits (N, 1+K) and labels (N,), all 0: the positive is the first column.
 
         anchors, positives: (x, num_frames (N,)), x padded (N, T, C) or packed (sum T, C); negatives: the same of M videos.
-        negative_ids (M,) int64 numbers the negatives; shares(bank_ids (K,)) -> (N, K) bool, true where a bank entry shares
+        negative_ids (M,) int64 numbers the negatives; false_negative_mask(bank_ids (K,)) -> (N, K) bool, true where a bank entry shares
         material with an anchor: those logits are -inf, which every loss leaves out.
         """
         q = self.describe(self.encoder_q, *anchors)  # (N, D)
@@ -520,8 +520,8 @@ class MoCo(nn.Module):
         )  # (D, K), (K,)
         positive = (q * p).sum(1, keepdim=True)  # (N, 1)
         negative = q @ bank.to(q.dtype)  # (N, K)
-        if shares is not None:
-            negative = negative.masked_fill(shares(bank_ids), -torch.inf)
+        if false_negative_mask is not None:
+            negative = negative.masked_fill(false_negative_mask(bank_ids), -torch.inf)
         if self.K:
             self.enqueue(n, ids)
         logits = torch.cat([positive, negative], 1) / self.T  # (N, 1+K)

@@ -54,7 +54,7 @@ from distributed import Distributed, check_device, default_device, init_distribu
 from features.store import FeatureStore, warn_if_features_differ
 from losses import LOSSES
 from model import ENCODERS, MoCo
-from retrieval.compare import tables
+from retrieval.compare import compare_collections
 from retrieval.encode import check_feature_size, encode_distributed, level_of, levels_of
 from retrieval.similarity import METRICS
 from utils import (
@@ -593,7 +593,7 @@ class Trainer:
             self.args.padding_size,
             self.args.device,
         )
-        table = tables(
+        table = compare_collections(
             encoder, store, queries, database, [metric], padding_size, device, dist=self.dist
         )
         figures = chosen.evaluate_table(queries, database, table[metric])

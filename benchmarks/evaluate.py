@@ -5,7 +5,7 @@
 
 Features are made up, of realistic lengths (log-normal, median 60 frames, cut at 300), C = 1024, in half precision. The plain
 way is the released recipe: every video encoded alone, padded to 300 frames; then one einsum a pair, of the real frames.
-It is measured on a few videos and pairs and scaled to all, because it is linear in both. Ours is `streaming.tables` on the
+It is measured on a few videos and pairs and scaled to all, because it is linear in both. Ours is `compare_collections` on the
 whole, reading included, from a packed file. Rates of this machine are measured in the same run, by products of the encoder's
 shapes.
 
@@ -30,7 +30,7 @@ from datasets.fivr import FIVR
 from distributed import run_main
 from features.store import FeatureStore, write_store
 from model import TCA, Mean
-from retrieval.compare import MEMORY, tables
+from retrieval.compare import MEMORY, compare_collections
 from retrieval.encode import VideoEncoder, crop
 from retrieval.similarity import pack_descriptors, similarity_tables
 from utils import Parser, check_ranges, provenance, write_json
@@ -177,7 +177,14 @@ def ratios(args):
             shares = efficiency(encoder, store, queries, database, amp, peaks[name])
             for row, metric in ROWS.items():
                 seconds, _ = timed(
-                    tables, encoder, store, queries, database, [metric], PADDING, amp=amp
+                    compare_collections,
+                    encoder,
+                    store,
+                    queries,
+                    database,
+                    [metric],
+                    PADDING,
+                    amp=amp,
                 )
                 found["rows"].append(
                     {"row": row, "type": name, "seconds": seconds, "ratio": plain[row] / seconds}
@@ -205,7 +212,9 @@ def within(minutes, encoder, store, queries, database, metric, options):
     amount, took = 64, 0.0
     while True:
         some = database[:amount]
-        took, _ = timed(tables, encoder, store, queries, some, [metric], PADDING, **options)
+        took, _ = timed(
+            compare_collections, encoder, store, queries, some, [metric], PADDING, **options
+        )
         if took > 0.2 * 60 * minutes or amount == len(database):
             break
         amount = min(int(amount * max(1.5, min(8, 0.7 * 60 * minutes / took))), len(database))
@@ -228,7 +237,7 @@ def fivr200k(args):
     }
     chosen = FIVR(queries, database, labels, "made up")
     seconds, whole = timed(
-        tables, Mean(C), store, queries, database, ["cosine"], PADDING, **options
+        compare_collections, Mean(C), store, queries, database, ["cosine"], PADDING, **options
     )
     scoring, _ = timed(chosen.evaluate_table, queries, database, whole["cosine"])
     found = {

@@ -1,6 +1,6 @@
 """A set's queries against its database, under a memory bound: queries are held, the database passes by batch by batch.
 
-`tables` gives whole tables of similarities (Q, N); `Comparison` also compares chosen pairs only, which two-stage search needs:
+`compare_collections` gives whole tables of similarities (Q, N); `Comparison` also compares chosen pairs only, which two-stage search needs:
 rank by video descriptors, `shortlist` the first R, compare those by frames, order by `two_stage`.
 """
 
@@ -32,7 +32,7 @@ class Comparison:
     """Compares `queries` with `database` (lists of ids) by `metrics`; each video of the database is described once a call.
 
     video_encoder: a `VideoEncoder`; its batches are made smaller where the bound asks for it. memory: GiB that this process may hold,
-    what it holds already included; InputError when the queries, the tables and one batch do not fit. indexed: cosine is
+    what it holds already included; InputError when the queries, the tables and one batch do not fit. use_faiss: cosine is
     computed by FAISS, over all video descriptors of this process at once, which are then held. cache: the folder that
     descriptors are kept in (`cached`). dtype: what frame descriptors are multiplied in.
 
@@ -43,7 +43,7 @@ class Comparison:
     """
 
     def __init__(
-        self, video_encoder, queries, database, metrics, dist=None, memory=math.inf, cache=None, indexed=False, progress=False,
+        self, video_encoder, queries, database, metrics, dist=None, memory=math.inf, cache=None, use_faiss=False, progress=False,
         comparator=None, dtype=torch.float32,
     ):  # fmt: skip
         self.video_encoder, self.queries, self.database = (
@@ -51,7 +51,7 @@ class Comparison:
             list(queries),
             list(database),
         )
-        self.dist, self.indexed = dist or Distributed(), indexed
+        self.dist, self.use_faiss = dist or Distributed(), use_faiss
         self.progress = progress and self.dist.is_main
         self.levels = [level for level in LEVELS if level in map(level_of, metrics)]
         self.frames = {
@@ -87,7 +87,7 @@ class Comparison:
                 self.progress,
             )
         with self.dist.exit_together_on_error():
-            self.held = self._describe_queries(dtype)
+            self.query_descriptors = self._describe_queries(dtype)
 
     def _plan(self, memory, metrics, dtype):
         """Frames a batch and bytes a chunk of similarities may take, so that all together stays under `memory` bytes."""
@@ -99,7 +99,7 @@ class Comparison:
         held += (
             4 * Q * N * (2 * len(metrics) + 1)
         )  # tables: this process's columns, and all of them in order
-        held += self.indexed * (4 * N * D + 12 * Q * N) // size
+        held += self.use_faiss * (4 * N * D + 12 * Q * N) // size
         left = memory - resident_bytes() - held
         longest, frames = max(self.frames.values()), self.video_encoder.frames
         while (
@@ -134,16 +134,18 @@ class Comparison:
                     parts[level][video].copy_(part)
         return held
 
-    def tables(self, metrics, only=None):
-        """{metric: similarities (Q, N) float32}. only (Q, N) bool: the pairs to compare; the others are NaN."""
+    def tables(self, metrics, pair_mask=None):
+        """{metric: similarities (Q, N) float32}. pair_mask (Q, N) bool: the pairs to compare; the others are NaN."""
         videos = (
             self.database
-            if only is None
-            else [self.database[i] for i in np.flatnonzero(only.any(0))]
+            if pair_mask is None
+            else [self.database[i] for i in np.flatnonzero(pair_mask.any(0))]
         )
         batches = list(self.video_encoder.batches(videos))
         with self.dist.exit_together_on_error():
-            mine = self._compare(batches[self.dist.rank :: self.dist.world_size], metrics, only)
+            mine = self._compare(
+                batches[self.dist.rank :: self.dist.world_size], metrics, pair_mask
+            )
         order = [
             video
             for rank in range(self.dist.world_size)
@@ -159,15 +161,15 @@ class Comparison:
             )
         return found
 
-    def _compare(self, batches, metrics, only):
+    def _compare(self, batches, metrics, pair_mask):
         """{metric: (n, Q)} of the n videos of `batches`, in their order."""
         levels = [level for level in self.levels if level in map(level_of, metrics)]
         n, end = sum(map(len, batches)), 0
         out = {metric: np.empty((n, len(self.queries)), np.float32) for metric in metrics}
-        by_index = self.indexed and "cosine" in metrics
+        use_faiss = self.use_faiss and "cosine" in metrics
         vectors = (
             np.empty((n, self.video_encoder.encoder.descriptor_size), np.float32)
-            if by_index
+            if use_faiss
             else None
         )
         with tqdm(
@@ -176,16 +178,18 @@ class Comparison:
             for batch in batches:
                 start, end = end, end + len(batch)
                 described, began = self.video_encoder(batch, levels), time.perf_counter()
-                if by_index:
+                if use_faiss:
                     vectors[start:end] = described["video"].data.cpu()
                 for level in levels:
                     wanted = [
                         metric
                         for metric in metrics
-                        if level_of(metric) == level and not (by_index and metric == "cosine")
+                        if level_of(metric) == level and not (use_faiss and metric == "cosine")
                     ]
                     pairs = (
-                        None if only is None else only[:, [self.place[video] for video in batch]]
+                        None
+                        if pair_mask is None
+                        else pair_mask[:, [self.place[video] for video in batch]]
                     )
                     for metric, block in self._similar(
                         level, described[level], wanted, pairs
@@ -193,15 +197,15 @@ class Comparison:
                         out[metric][start:end] = block.T
                 self.seconds += time.perf_counter() - began
                 bar.update(len(batch))
-        if by_index:
+        if use_faiss:
             began = time.perf_counter()
-            out["cosine"] = _by_faiss(self.held["video"].data.cpu().numpy(), vectors)
+            out["cosine"] = _by_faiss(self.query_descriptors["video"].data.cpu().numpy(), vectors)
             self.seconds += time.perf_counter() - began
         return out
 
     def _similar(self, level, targets, metrics, pairs):
         """{metric: (Q, n)} of the queries and a batch; pairs (Q, n) bool or None, as `tables`."""
-        queries = self.held[level]
+        queries = self.query_descriptors[level]
         if not metrics or pairs is None:
             return similarity_tables(queries, targets, metrics, **self.options) if metrics else {}
         found = {metric: np.full(pairs.shape, np.nan, np.float32) for metric in metrics}
@@ -241,7 +245,7 @@ def _by_faiss(queries, vectors):
     return out
 
 
-def tables(
+def compare_collections(
     encoder, store, queries, database, metrics, padding_size=300, device="cpu", progress=False, dist=None, memory=math.inf,
     amp=None, cache=None, comparator=None,
 ):  # fmt: skip

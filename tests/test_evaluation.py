@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from helpers.commands import ROOT, cli, clis, environment, error_after_progress, one_error
-from helpers.files import write_packed, write_released
+from helpers.encoders import encode_one_by_one, untrained_tca
+from helpers.files import folder_contents, write_packed, write_released
 from helpers.oracles import TASKS, by_loop
 from helpers.worlds import C, make_set, write_set
 
@@ -19,7 +19,7 @@ from evaluation import parse, table_lines
 from features.store import FeatureStore
 from model import TCA, Mean, NetVLAD
 from retrieval.comparator import VideoComparator
-from retrieval.encode import crop, describe
+from retrieval.encode import crop
 from retrieval.similarity import similarity_table
 from utils import InputError
 
@@ -28,21 +28,12 @@ METRICS = ["cosine", "euclidean", "chamfer", "sym_chamfer"]  # those that the lo
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
-
-def saved_encoder(seed):
-    torch.manual_seed(seed)
-    return TCA(C, 4, 1, 64).eval()
-
-
 @pytest.fixture(scope="module")
 def models(world, tmp_path_factory):
     """Three encoders' bare state dicts."""
     folder = tmp_path_factory.mktemp("models")
     for seed in range(3):
-        torch.save(saved_encoder(seed).state_dict(), folder / f"{seed}.pth")
+        torch.save(untrained_tca(seed).state_dict(), folder / f"{seed}.pth")
     torch.save(TCA(64, 4, 1, 64).state_dict(), folder / "wide.pth")
     torch.save({"encoder": "netvlad", "arguments": (small := dict(feature_size=C, num_clusters=4, output_dim=16)),
                 "state_dict": NetVLAD(**small).state_dict()}, folder / "netvlad.pth")  # fmt: skip
@@ -211,7 +202,7 @@ def test_every_metrics_figures_equal_own_loops_from_the_features_on(results, wor
     table = printed(found["one"].stdout)
     assert set(figures) == set(table) == {*ROWS.values(), NAMES["cosine"], NAMES["chamfer"]}
     for metric, row in ROWS.items():
-        expected = brute_figures(saved_encoder(0), world.test, metric)
+        expected = brute_figures(untrained_tca(0), world.test, metric)
         assert figures[row] == [pytest.approx(expected, abs=1e-6)]
         assert table[row] == {task: f"{value:.4f}" for task, value in expected.items()}
 
@@ -237,7 +228,7 @@ def test_the_mean_needs_no_model(results, world):
 
 def test_several_models_give_the_mean_and_the_sample_standard_deviation(results, world):
     out, found = results
-    expected = [brute_figures(saved_encoder(seed), world.test, "cosine") for seed in range(3)]
+    expected = [brute_figures(untrained_tca(seed), world.test, "cosine") for seed in range(3)]
     figures = json.loads((out / "three.json").read_text())["figures"]
     assert figures == {"TCA_c": [pytest.approx(one, abs=1e-6) for one in expected]}
     cells = printed(found["three"].stdout)["TCA_c"]
@@ -280,7 +271,7 @@ def test_saved_similarities_scored_again_give_the_printed_figures(results, world
     assert printed(found["saved"].stdout)["TCA_c"] == {
         task: f"{value:.4f}" for task, value in again.items()
     }
-    expected = brute_figures(saved_encoder(0), world.test, "cosine", padding_size=5)
+    expected = brute_figures(untrained_tca(0), world.test, "cosine", padding_size=5)
     assert again == pytest.approx(expected, abs=1e-6)
 
 
@@ -330,7 +321,7 @@ def test_processes_give_the_figures_of_one_to_the_last_bit(results, models, base
         again.returncode == 0
         and json.loads((tmp_path / "cached.json").read_text())["figures"] == one["figures"]
     )
-    assert len(contents(tmp_path / "cache")) == 2
+    assert len(folder_contents(tmp_path / "cache")) == 2
 
 
 def test_an_error_of_one_process_is_told_once(world, models, base, tmp_path):
@@ -350,21 +341,10 @@ def test_an_error_of_one_process_is_told_once(world, models, base, tmp_path):
 
 def test_two_stage_figures_equal_own_rankings(results, world):
     out, found = results
-    part, encoder = world.test, saved_encoder(0)
-    described = dict(
-        zip(
-            part.database,
-            describe(encoder, FeatureStore(world.test_features), part.database, True),
-            strict=True,
-        )
-    )
-    frames = dict(
-        zip(
-            part.database,
-            describe(encoder, FeatureStore(world.test_features), part.database, False),
-            strict=True,
-        )
-    )
+    part, encoder = world.test, untrained_tca(0)
+    store = FeatureStore(world.test_features)
+    described = encode_one_by_one(encoder, store, part.database, "video")
+    frames = encode_one_by_one(encoder, store, part.database, "frame")
     figures = json.loads((out / "rerank.json").read_text())["figures"]
     for R in (4, 20, 1000):
         ranks = {}
@@ -399,7 +379,7 @@ def test_the_trade_off_goes_from_no_frames_to_all(results, world):
         assert line["share"] == pytest.approx(
             line["figures"]["DSVR"] / figures["TCA_sym"][0]["DSVR"]
         )
-    saved = brute_recall(saved_encoder(0), world.test, 20)
+    saved = brute_recall(untrained_tca(0), world.test, 20)
     (line,) = [line for line in curve if line["R"] == 20]
     assert line["recall"] == pytest.approx(saved) and f"{saved:.1%}" in found["rerank"].stdout
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")

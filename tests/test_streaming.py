@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from helpers.files import write_released
+from helpers.encoders import untrained_tca
+from helpers.files import folder_contents, write_released
 from helpers.worlds import C
-from test_evaluation import METRICS, contents, saved_encoder
 
 from features.store import FeatureStore
 from model import LSTM, TCA, Mean
-from retrieval.compare import Comparison, shortlist, tables, two_stage
+from retrieval.compare import Comparison, compare_collections, shortlist, two_stage
 from retrieval.encode import VideoEncoder, cache_descriptors, crop, describe
+
+METRICS = ["cosine", "euclidean", "chamfer", "sym_chamfer"]
 
 # --- describing ------------------------------------------------------------------------------------------------------
 
@@ -30,7 +32,7 @@ def test_crop_takes_the_middle_and_0_takes_all():
 def test_describing_in_batches_equals_one_video_at_a_time_in_the_order_asked_for(
     world, padding_size
 ):
-    store, encoder = FeatureStore(world.test_features), saved_encoder(3)
+    store, encoder = FeatureStore(world.test_features), untrained_tca(3)
     videos = sorted(store, key=lambda video: video[::-1])
     for video_level in (True, False):
         found = describe(encoder, store, videos, video_level, padding_size)
@@ -70,14 +72,16 @@ def test_all_metrics_of_both_levels_take_one_encoding_pass(world, encoder):
     ).register_forward_pre_hook(count)
     torch.backends.mha.set_fastpath_enabled(False)  # it passes the hooks by
     queries = list(world.test.labels)
-    both = tables(encoder, store, queries, world.test.database, METRICS)
+    both = compare_collections(encoder, store, queries, world.test.database, METRICS)
     torch.backends.mha.set_fastpath_enabled(True)
     given = sum(store.lengths[video] for video in [*queries, *world.test.database])
     assert (
         given <= frames <= 1.25 * given + 1
     )  # the padding of batches of like length, and the frame that asks for the level
     for level in ("cosine", "euclidean"), ("chamfer", "sym_chamfer"):
-        for metric, table in tables(encoder, store, queries, world.test.database, level).items():
+        for metric, table in compare_collections(
+            encoder, store, queries, world.test.database, level
+        ).items():
             np.testing.assert_allclose(both[metric], table, atol=2e-6)
 
 
@@ -100,7 +104,7 @@ def test_batches_hold_every_video_once_whatever_their_size(world):
 def test_cached_descriptors_are_those_of_the_encoder_and_cost_no_encoding(world, tmp_path):
     store, encoder, videos = (
         FeatureStore(world.test_features),
-        saved_encoder(3),
+        untrained_tca(3),
         world.test.database,
     )
     levels = ["video", "frame"]
@@ -127,26 +131,26 @@ def test_a_cache_is_not_used_for_other_weights_settings_features_or_videos(world
         write_released(tmp_path / "y.hdf5", shuffled)
     )  # alike at both ends of every video
     heads = TCA(C, 8, 1, 64)
-    heads.load_state_dict(saved_encoder(3).state_dict())
+    heads.load_state_dict(untrained_tca(3).state_dict())
     given = [
-        (VideoEncoder(saved_encoder(3), store), videos),
-        (VideoEncoder(saved_encoder(4), store), videos),
+        (VideoEncoder(untrained_tca(3), store), videos),
+        (VideoEncoder(untrained_tca(4), store), videos),
         (VideoEncoder(heads.eval(), store), videos),
-        (VideoEncoder(saved_encoder(3), other), videos),
-        (VideoEncoder(saved_encoder(3), shuffled), videos),
-        (VideoEncoder(saved_encoder(3), store, padding_size=5), videos),
-        (VideoEncoder(saved_encoder(3), store, amp=torch.bfloat16), videos),
-        (VideoEncoder(saved_encoder(3), store), videos[1:]),
+        (VideoEncoder(untrained_tca(3), other), videos),
+        (VideoEncoder(untrained_tca(3), shuffled), videos),
+        (VideoEncoder(untrained_tca(3), store, padding_size=5), videos),
+        (VideoEncoder(untrained_tca(3), store, amp=torch.bfloat16), videos),
+        (VideoEncoder(untrained_tca(3), store), videos[1:]),
     ]
     for number, (video_encoder, some) in enumerate(given, 1):
         cache_descriptors(video_encoder, some, ["video"], tmp_path / "cache")
-        assert len(contents(tmp_path / "cache")) == number
+        assert len(folder_contents(tmp_path / "cache")) == number
 
 
 def test_a_killed_run_leaves_what_the_next_one_needs(world, tmp_path):
     store, encoder, videos = (
         FeatureStore(world.test_features),
-        saved_encoder(3),
+        untrained_tca(3),
         world.test.database,
     )
     total = len(list(VideoEncoder(encoder, store, frames=100).batches(videos)))
@@ -167,7 +171,7 @@ def test_a_killed_run_leaves_what_the_next_one_needs(world, tmp_path):
     cache_descriptors(
         VideoEncoder(encoder, store, frames=100), videos, ["video", "frame"], tmp_path / "whole"
     )
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert folder_contents(tmp_path / "killed") == folder_contents(tmp_path / "whole")
 
 
 # --- two stages ------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def test_two_stages_rank_the_shortlist_by_frames_and_the_rest_by_videos():
 def test_only_the_pairs_asked_for_are_compared_and_cost_their_frames(world):
     store, encoder, queries = (
         FeatureStore(world.test_features),
-        saved_encoder(1),
+        untrained_tca(1),
         list(world.test.labels),
     )
     sides = queries, world.test.database
@@ -212,11 +216,11 @@ def test_only_the_pairs_asked_for_are_compared_and_cost_their_frames(world):
 def test_cosine_by_the_index_equals_the_products(world):
     store, encoder, queries = (
         FeatureStore(world.test_features),
-        saved_encoder(1),
+        untrained_tca(1),
         list(world.test.labels),
     )
     comparison = Comparison(
-        VideoEncoder(encoder, store), queries, world.test.database, ["cosine"], indexed=True
+        VideoEncoder(encoder, store), queries, world.test.database, ["cosine"], use_faiss=True
     )
     described = describe(encoder, store, [*queries, *world.test.database], True)
     expected = np.array(described[: len(queries)]) @ np.array(described[len(queries) :]).T

@@ -24,7 +24,7 @@ from distributed import Distributed
 from features.store import FeatureStore
 from losses import LOSSES
 from model import ENCODERS, Mean, load_encoder
-from retrieval.compare import tables
+from retrieval.compare import compare_collections
 from train import OPTIMIZERS, Trainer, parse, settle
 from utils import InputError
 
@@ -253,7 +253,9 @@ def test_early_stopping_keeps_the_best_epoch(world, unbroken):
         FeatureStore(world.val_features),
         load_evaluation_set("DEMO-VAL", world.annotations),
     )
-    table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
+    table = compare_collections(encoder, store, chosen.queries, chosen.database, ["cosine"])[
+        "cosine"
+    ]
     found = chosen.evaluate_table(chosen.queries, chosen.database, table)
     assert found["DSVR"] == pytest.approx(max(scores), abs=1e-9)
     last = {name.removeprefix("encoder_q."): value for name, value in model_at_end(folder).items()}
@@ -276,7 +278,9 @@ def figures_of(world, encoder):
         FeatureStore(world.test_features),
         load_evaluation_set("DEMO", world.annotations),
     )
-    table = tables(encoder, store, chosen.queries, chosen.database, ["cosine"])["cosine"]
+    table = compare_collections(encoder, store, chosen.queries, chosen.database, ["cosine"])[
+        "cosine"
+    ]
     return chosen.evaluate_table(chosen.queries, chosen.database, table)
 
 

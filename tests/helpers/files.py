@@ -57,6 +57,11 @@ def write_pickle(path, value):
     return path
 
 
+def folder_contents(folder):
+    """{file name: bytes} of a folder of files."""
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def read_log(folder):
     """The complete lines of a run's log.jsonl, as dicts; [] if there is no log."""
     path = Path(folder) / "log.jsonl"
