@@ -14,8 +14,10 @@ import contextlib
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -25,19 +27,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import evaluation
-import train
 import training_log
 from datasets.evaluation_set import missing_note, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
-from distributed import Distributed, run_main
+from distributed import run_main
 from features.store import FeatureStore
-from model import ENCODERS
+from model import ENCODERS, load_encoder
 from retrieval.comparator import load_comparator
 from retrieval.compare import Comparison
 from retrieval.encode import VideoEncoder
 from retrieval.report import cell
-from train import Trainer
 from utils import (
     InputError,
     Parser,
@@ -255,13 +254,19 @@ def _call(command, bar):
         [sys.executable, str(HERE / command[0]), *command[1:]], capture_output=True, text=True
     )
     bar.update()
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return f"{command[0]}: {lines[-1].removeprefix('error: ')}"
-    return None
+    return _last_line(command, done.stderr, done.returncode) if done.returncode else None
+
+
+def _last_line(command, stderr, status):
+    """What a script that failed says last, as one line that names the script."""
+    lines = stderr.strip().splitlines() or [f"exit status {status}"]
+    return f"{command[0]}: {lines[-1].removeprefix('error: ')}"
 
 
 # --- how long it will take ------------------------------------------------------------------------------------------------
+
+MEASURED_STEPS = 3  # after the first, which is slower
+MEASURED_QUERIES, MEASURED_VIDEOS = 3, 200
 
 
 def estimate(rows):
@@ -271,54 +276,104 @@ def estimate(rows):
         for row in rows
         if row.evaluate and not row.status.startswith("not run") and not _kept(row)
     ]
-    found = {}
-    for row in able:
-        if row.train and (training := f"train {row.runs[0].parent.name}") not in found:
-            found[training] = len(row.train) * _training_seconds(row.train[0])
-        found[f"evaluate {row.name}"] = max(len(row.train), 1) * _evaluation_seconds(row.evaluate)
-    return found
+    seconds = {}
+    with tempfile.TemporaryDirectory(prefix="reproduce-") as folder:
+        for row in able:
+            run = None
+            if row.train:
+                run = Path(folder) / row.runs[0].parent.name
+                training = f"train {run.name}"
+                if training not in seconds:  # rows of equal flags share their runs
+                    one = training_seconds(row.train[0], run)
+                    seconds[training] = len(row.train) * one
+            models = max(len(row.train), 1)
+            seconds[f"evaluate {row.name}"] = models * evaluation_seconds(row, run)
+    return seconds
 
 
-def _training_seconds(command, steps=3):
-    given = train.parse("", command[1:])
-    train.settle(given, Distributed())
-    trainer = Trainer(given)
-    batches = iter(trainer.batches())
-    trainer.train_step(next(batches))  # the first is slower
-    began, done = time.perf_counter(), 0
-    for done, batch in enumerate(batches, 1):
-        trainer.train_step(batch)
-        if done == steps:
-            break
-    return (time.perf_counter() - began) / max(done, 1) * trainer.steps_per_epoch * given.epochs
+def training_seconds(command, run):
+    """Seconds that a train.py command takes, from its first steps in the folder `run`, which keeps their model.
+
+    The log gives videos per second; a pair of a step brings an anchor, a positive and --neg_num negatives.
+    """
+    run.mkdir(parents=True)
+    command = [
+        *command,
+        "--model_path",
+        str(run),
+        "--print-freq",
+        "1",
+    ]  # the last of two flags wins
+    with open(run / "stderr", "w+", encoding="utf-8") as stderr:
+        script = [sys.executable, str(HERE / command[0]), *command[1:]]
+        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=stderr)
+        try:
+            while process.poll() is None and len(_rates(run)) <= MEASURED_STEPS:
+                time.sleep(0.1)
+        finally:
+            process.terminate()  # train.py then writes a checkpoint and ends
+            status = process.wait()
+        if status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
+            stderr.seek(0)
+            raise InputError(_last_line(command, stderr.read(), status))
+    rates = _rates(run)
+    rates = rates[1:] or rates
+    settings = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    videos = settings["arguments"]["batch_sz"] * (2 + settings["arguments"]["neg_num"])
+    return settings["steps"] * videos * sum(1 / rate for rate in rates) / len(rates)
 
 
-def _evaluation_seconds(command, videos=200, asked=3):
-    """By an encoder without training: of one model, describing and comparing `asked` queries and `videos` videos, scaled up."""
-    given = evaluation.parse(command[1:])
-    store = FeatureStore(given.feature_path)
+def _rates(run):
+    """Videos per second of each step that a run has logged so far."""
+    try:
+        lines = training_log.read_log(run)
+    except InputError:  # nothing logged yet
+        return []
+    return [line["videos_per_s"] for line in lines if "videos_per_s" in line]
+
+
+def evaluation_seconds(row, run):
+    """Seconds that encoding and comparing take for one model of a row, scaled up from a few queries and videos.
+
+    run: the folder of the row's measured training, whose encoder is taken; None: the features are not trained.
+    """
+    flags = Parser()
+    flags.add_argument("--metric", nargs="+")
+    flags.add_argument("--rerank", nargs="+", type=int, default=[])
+    flags.add_argument("--comparator")
+    flags.add_argument("--dataset")
+    flags.add_argument("--annotation_dir")
+    flags.add_argument("--feature_path")
+    flags.add_argument("--device")
+    flags, _ = flags.parse_known_args(row.evaluate[1:])
+    store = FeatureStore(flags.feature_path)
     queries, database = videos_with_features(
-        load_evaluation_set(given.dataset, given.annotation_dir, store), store
+        load_evaluation_set(flags.dataset, flags.annotation_dir, store), store
     )
-    kind = given.encoder or "tca"
-    encoder = ENCODERS[kind](**ENCODERS[kind].arguments(store.feature_size, given))
-    video_encoder = VideoEncoder(encoder, store, given.padding_size, given.device)
-    few, some = queries[:asked], database[:: max(len(database) // videos, 1)]
+    if run is None:
+        encoder = ENCODERS["mean"](store.feature_size)
+    else:
+        finished = (run / "model.pth").exists()  # in fewer steps than are measured
+        _, encoder, _ = load_encoder(run / ("model.pth" if finished else "checkpoint.pth"))
+    few = queries[:MEASURED_QUERIES]
+    some = database[:: max(len(database) // MEASURED_VIDEOS, 1)]
+    comparator = flags.comparator and load_comparator(flags.comparator)
     began = time.perf_counter()
-    weights = given.comparator and load_comparator(given.comparator)
     comparison = Comparison(
-        video_encoder, few, some, given.metric or given.baseline, comparator=weights
+        VideoEncoder(encoder, store, device=flags.device),
+        few,
+        some,
+        flags.metric,
+        comparator=comparator,
     )
-    comparison.tables(given.metric or given.baseline)
-    described = time.perf_counter() - began - comparison.seconds
-    compared = (
-        min(given.rerank[0], len(database)) if len(given.rerank) == 1 else len(database)
-    )  # with each query
-    share = len(few) * len(some) / len(queries) / compared
-    return (
-        described * (len(queries) + len(database)) / (len(few) + len(some))
-        + comparison.seconds / share
-    )
+    comparison.tables(flags.metric)
+    encoding = time.perf_counter() - began - comparison.seconds
+    encoding *= (len(queries) + len(database)) / (len(few) + len(some))
+    compared = len(database)  # videos that a query is compared with
+    if len(flags.rerank) == 1:
+        compared = min(flags.rerank[0], compared)
+    comparing = comparison.seconds * len(queries) * compared / (len(few) * len(some))
+    return encoding + comparing
 
 
 # --- the tables --------------------------------------------------------------------------------------------------------------
