@@ -1,25 +1,41 @@
-# make demo · make test · make tables · make bench · make search-model · make horovod · make lint · make clean
-# Every target makes .venv by itself and is quick when it stands.
+# Every target first installs .venv, if requirements.txt changed since. Commands:
+#
+#   make demo          film -> videos -> features -> trained encoders -> table of mAP; six minutes on two cores
+#   make test          style, and all tests; with Horovod if there is a C++ compiler to build it
+#   make test-fast     style, and the tests that are quick and need one process; about a minute
+#   make lint          style alone
+#   make tables        every table of the paper on the demo's film, in results/demo
+#   make bench         the benchmarks of benchmarks/README.md
+#   make search-model  the model that search.py ships, and its calibration
+#   make horovod       Horovod, for horovodrun; four minutes on two cores
+#   make clean         remove runs/
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test tables bench search-model horovod lint clean
+.PHONY: help demo test test-fast tables bench search-model horovod lint clean
 .DELETE_ON_ERROR:
+.SECONDARY:
 
 help:
-	@sed -n 's/^# make /make /p' Makefile
+	@sed -n 's/^#   make/make/p' Makefile
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-# Horovod's tests are skipped, and say so, where there is nothing to build it with.
-test: .venv/ready $(if $(and $(shell command -v c++),$(shell command -v patch)),horovod) lint
+# --- tests ----------------------------------------------------------------------------------------
+
+# Without a C++ compiler and patch, the tests of Horovod are skipped and say so.
+BUILD_TOOLS := $(and $(shell command -v c++),$(shell command -v patch))
+test: .venv/ready $(if $(BUILD_TOOLS),horovod) lint
 	$(RUN) -m pytest
+
+test-fast: .venv/ready lint
+	$(RUN) -m pytest -m "not slow and not distributed"
 
 lint: .venv/ready
 	.venv/bin/ruff check .
@@ -28,7 +44,7 @@ lint: .venv/ready
 clean:
 	rm -rf runs
 
-# Horovod, for `horovodrun`: built anew when its patch or script changes, or requirements.txt's torch, which it is linked with.
+# Built again when its patch, its script, or the torch that it is linked with changes.
 HOROVOD := .venv/horovod-$(shell sed -n 's/^torch==//p' requirements.txt).ready
 horovod: $(HOROVOD)
 $(HOROVOD): patches/horovod.sh patches/horovod-0.28.1.patch | .venv/ready
@@ -36,7 +52,7 @@ $(HOROVOD): patches/horovod.sh patches/horovod-0.28.1.patch | .venv/ready
 	bash patches/horovod.sh
 	touch $@
 
-# --- the demo, from film to mAP table: plain commands that can be copied -------------------------------------------------
+# --- the demo, from film to table: plain commands that can be copied ------------------------------
 
 RUNS := $(SEEDS:%=$(DEMO)/tca-%)
 FEATURES := $(DEMO)/train.hdf5 $(DEMO)/val.hdf5 $(DEMO)/test.hdf5
@@ -46,50 +62,54 @@ demo: $(RUNS:%=%/model.pth) $(FEATURES)
 	  --model_path $(RUNS) --metric cosine sym_chamfer chamfer --baseline cosine chamfer --output $(DEMO)/results.json
 	@echo "videos, annotations, features, models and results.json are in $(DEMO)"
 
-# The film cut into videos, with graded copies of them and annotations.
+# The film, cut into videos; graded copies of them; annotations.
 $(DEMO)/built: datasets/demo/film.mp4 datasets/demo/shots.csv $(wildcard datasets/demo/*.py) | .venv/ready
 	$(RUN) datasets/demo/make_demo.py build --output $(DEMO)
 	touch $@
 
 # Frame features: four maps of EfficientNet-Lite0, iMAC, one frame a second.
 $(DEMO)/raw-%.hdf5: $(DEMO)/built
-	rm -f $@ $@.part* # made from other videos: an extraction keeps what it has
-	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling imac
+	rm -f $@ $@.part* # an extraction would keep the features of earlier videos
+	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ \
+	  --backbone efficientnet_lite0 --pooling imac
 
-# PCA fitted on all frames of the training part; without --no_whiten it whitens (README.md has that table too).
+# PCA, fitted on all frames of the training part. Without --no_whiten it whitens too.
 $(DEMO)/pca.npz: $(DEMO)/raw-train.hdf5
 	$(RUN) pre-processing/pca.py fit $< --components 512 --no_whiten --frames_per_video 100 --output $@
 
 $(DEMO)/%.hdf5: $(DEMO)/raw-%.hdf5 $(DEMO)/pca.npz
 	$(RUN) pre-processing/pca.py apply $< --pca $(DEMO)/pca.npz --output $@
 
-# Three seeds. The paper's loss and momentum; for three minutes of film: start near the identity, a small bank of fresh keys,
-# entries that show the anchor's own film left out, a higher rate, and the epoch that held-out film likes best.
+# Three seeds, with the paper's loss and momentum. The rest suits three minutes of film: start near the identity,
+# a small bank of fresh keys, no negatives that show the anchor's own film, a higher learning rate, the epoch that is
+# best on validation film.
 $(DEMO)/tca-%/model.pth: $(FEATURES)
-	rm -rf $(@D) # of other features: a run goes on from its own only
+	rm -rf $(@D) # a run resumes only on the features that it started with
 	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/train.hdf5 \
 	  --model_path $(@D) --seed $* --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
 	  --batch_sz 32 --epochs 4 --learning_rate 2e-4 \
 	  --val_set DEMO-VAL --val_feature_path $(DEMO)/val.hdf5 --annotation_dir $(DEMO)/annotations
 
-# --- every table of the paper on the demo's film: results/demo/*.md, *.json, *.png -----------------------------------------------
+# --- every table of the paper on the demo's film: results/demo/*.md, *.json, *.png ----------------
 
 TABLES := runs/tables
 KINDS := imac l3_imac l3_imac_full
 PROJECTED := $(foreach kind,$(KINDS),$(TABLES)/$(kind)/train.hdf5 $(TABLES)/$(kind)/DEMO.hdf5)
+PICTURED := --model_path results/demo/runs/l3_imac/seed0 --feature_path $(TABLES)/l3_imac/DEMO.hdf5 \
+  --videos $(DEMO)/videos/test
 tables: $(PROJECTED)
 	OMP_NUM_THREADS=1 $(RUN) reproduce.py --table all --data $(TABLES) --set DEMO --annotation_dir $(DEMO)/annotations \
 	  --output results/demo --seeds 3 --jobs 2
-	$(RUN) visualize.py attention test_q05_in0 --model_path results/demo/runs/l3_imac/seed0 --feature_path $(TABLES)/l3_imac/DEMO.hdf5 \
-	  --videos $(DEMO)/videos/test --output results/demo/attention.png
-	$(RUN) visualize.py similarity test_q05 test_q05_copy3 --model_path results/demo/runs/l3_imac/seed0 \
-	  --feature_path $(TABLES)/l3_imac/DEMO.hdf5 --videos $(DEMO)/videos/test --output results/demo/similarity.png
+	$(RUN) visualize.py attention test_q05_in0 $(PICTURED) --output results/demo/attention.png
+	$(RUN) visualize.py similarity test_q05 test_q05_copy3 $(PICTURED) --output results/demo/similarity.png
 
 $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
 	rm -f $@ $@.part*
-	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ --backbone efficientnet_lite0 --pooling l3_imac
+	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ \
+	  --backbone efficientnet_lite0 --pooling l3_imac
 
-# As the demo's: centred and rotated, fitted on all frames of the training part. The full width keeps all that vary.
+# As in the demo: centred and rotated, fitted on all frames of the training part. l3_imac_full keeps every component
+# that varies.
 $(TABLES)/imac/pca.npz: $(DEMO)/pca.npz
 	mkdir -p $(@D) && cp $< $@
 $(TABLES)/l3_imac/pca.npz: COMPONENTS := 512
@@ -106,13 +126,15 @@ $(TABLES)/l3_imac_full/DEMO.hdf5: $(TABLES)/raw-l3-test.hdf5 $(TABLES)/l3_imac_f
 $(PROJECTED):
 	$(RUN) pre-processing/pca.py apply $< --pca $(@D)/pca.npz --output $@
 
-# --- the model that search.py ships, and its calibration -------------------------------------------------------------------------
+# --- the model that search.py ships, and its calibration ------------------------------------------
 
 search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
 	mkdir -p $(DEMO)/search
 	$(RUN) pre-processing/pca.py fit $< --components 512 --frames_per_video 100 --output $(DEMO)/search/pca.npz
-	for part in train val; do $(RUN) pre-processing/pca.py apply $(DEMO)/raw-$$part.hdf5 --pca $(DEMO)/search/pca.npz \
-	  --output $(DEMO)/search/$$part.hdf5 || exit 1; done
+	for part in train val; do \
+	  $(RUN) pre-processing/pca.py apply $(DEMO)/raw-$$part.hdf5 --pca $(DEMO)/search/pca.npz \
+	    --output $(DEMO)/search/$$part.hdf5 || exit 1; \
+	done
 	rm -rf $(DEMO)/search/tca
 	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/search/train.hdf5 \
 	  --model_path $(DEMO)/search/tca --seed 0 --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
@@ -121,11 +143,11 @@ search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
 	$(RUN) -m videoindex.calibrate pack --pca $(DEMO)/search/pca.npz --model_path $(DEMO)/search/tca --output models/demo
 	$(RUN) -m videoindex.calibrate measure --demo $(DEMO) --model models/demo
 
-# --- what is fast, measured against the plain way: benchmarks/README.md ----------------------------------------------------------
+# --- benchmarks: each measures a fast way against the plain way -----------------------------------
 
 BENCHMARKS := train_step evaluate extract store pca search
 bench: .venv/ready
 	mkdir -p runs/bench
-	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --output runs/bench/$$name.json || exit 1; done
-
-.SECONDARY:
+	for name in $(BENCHMARKS); do \
+	  $(RUN) benchmarks/$$name.py --output runs/bench/$$name.json || exit 1; \
+	done
