@@ -1,104 +1,18 @@
-"""How scripts end, atomic files, untrusted files, seeds, provenance."""
+"""Arguments, atomic files, untrusted files, seeds, provenance."""
 
 import json
 import os
 import signal
 import stat
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers.commands import ROOT, environment, python
+from helpers.commands import ROOT, python
 
 import utils
-from distributed import run_main
 from utils import InputError
-
-# --- how a script ends --------------------------------------------------------------------------
-
-
-def raises(error):
-    """A `main` that raises this error."""
-
-    def main():
-        raise error
-
-    return main
-
-
-@pytest.mark.parametrize(
-    "main, status, stderr",
-    [
-        (lambda: None, None, ""),
-        (lambda: 0, 0, ""),
-        (lambda: 143, 143, ""),
-        (raises(InputError("no\nsuch file")), 2, "error: no such file\n"),
-        (raises(PermissionError("not allowed")), 2, "error: not allowed\n"),
-        (raises(KeyboardInterrupt()), 130, "interrupted\n"),
-        (raises(SystemExit(3)), 3, ""),
-    ],
-    ids=["None", "0", "143", "InputError", "OSError", "Ctrl-C", "SystemExit"],
-)
-def test_run_main_exit_status(main, status, stderr, capsys):
-    with pytest.raises(SystemExit) as end:
-        run_main(main)
-    assert end.value.code == status
-    assert capsys.readouterr() == ("", stderr)
-
-
-def test_run_main_does_not_hide_a_bug():
-    with pytest.raises(ZeroDivisionError):
-        run_main(lambda: 1 / 0)
-
-
-def test_run_main_prints_bad_input_as_one_line():
-    result = python(
-        "from distributed import run_main\n"
-        "from utils import InputError\n"
-        "def main():\n"
-        "    raise InputError('no\\nway')\n"
-        "run_main(main)"
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no way\n")
-
-
-def test_run_main_broken_pipe_is_silent():
-    """As in `script | head -1`, with more output than a pipe holds."""
-    code = (
-        "from distributed import run_main\n"
-        "run_main(lambda: [print('x' * 100) for _ in range(10000)])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline().strip() == "x" * 100
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 128 + signal.SIGPIPE
-    process.stderr.close()
-
-
-def test_import_leaves_signals_and_random_state_alone():
-    result = python(
-        "import signal, sys\n"
-        "import torch\n"
-        "def state():\n"
-        "    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]\n"
-        "    return handlers, torch.get_rng_state().tolist()\n"
-        "before = state()\n"
-        "import train, evaluation, search, reproduce, visualize\n"
-        "import features.extraction, retrieval.report, videoindex.index, datasets.registry\n"
-        "sys.exit(before != state())"
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
 
 # --- arguments ----------------------------------------------------------------------------------
 
@@ -285,3 +199,21 @@ def test_provenance_has_command_revision_versions_machine():
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     expected = git.stdout.strip() if git.returncode == 0 else "unknown"
     assert stored["revision"].removesuffix(" with uncommitted changes") == expected
+
+
+# --- imports ------------------------------------------------------------------------------------
+
+
+def test_import_leaves_signals_and_random_state_alone():
+    result = python(
+        "import signal, sys\n"
+        "import torch\n"
+        "def state():\n"
+        "    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]\n"
+        "    return handlers, torch.get_rng_state().tolist()\n"
+        "before = state()\n"
+        "import train, evaluation, search, reproduce, visualize\n"
+        "import features.extraction, retrieval.report, videoindex.index, datasets.registry\n"
+        "sys.exit(before != state())"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
