@@ -29,13 +29,16 @@ help:
 
 # --- tests ----------------------------------------------------------------------------------------
 
+# Two test processes; a file's tests stay in one, which builds their fixtures once.
+TWO := -n 2 --dist loadfile
+
 # Without a C++ compiler and patch, the tests of Horovod are skipped and say so.
 BUILD_TOOLS := $(and $(shell command -v c++),$(shell command -v patch))
 test: .venv/ready $(if $(BUILD_TOOLS),horovod) lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(TWO)
 
 test-fast: .venv/ready lint
-	$(RUN) -m pytest -m "not slow and not distributed"
+	$(RUN) -m pytest $(TWO) -m "not slow and not distributed"
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -1,5 +1,6 @@
 """Fixtures that several test files use, and the settings of a test process."""
 
+import fcntl
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.commands import ROOT
 from helpers.files import write_packed, write_pickle, write_released
 from helpers.worlds import make_pairs, make_set, write_set
 
@@ -20,6 +22,18 @@ torch.set_num_threads(1)
 
 # The seed of random kill points. In the environment, so that all processes of a test run share it.
 TEST_SEED = os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**32)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Run a test marked `distributed` alone, also under pytest -n: it starts several processes."""
+    alone = item.get_closest_marker("distributed")
+    with open(ROOT / "pyproject.toml") as file:  # locked, but neither read nor changed
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @pytest.fixture
