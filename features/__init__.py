@@ -1,1 +1,1 @@
-"""From videos to frame features: decoding, backbones, pooling, PCA, and the files that hold them."""
+"""From videos to frame features: decoding, backbones, pooling, PCA, and feature files."""

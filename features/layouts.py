@@ -1,24 +1,22 @@
-"""Feature files in other layouts: a folder of .npy, one HDF5 dataset a video."""
+"""Other layouts of feature files: a folder of .npy, and one HDF5 dataset a video."""
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-import utils
 from features.store import FeatureStore, rows_checksum, store_checksum, write_store
-from utils import InputError
+from utils import InputError, atomic, write_json
 
-DESCRIPTION = "store.json"  # in a folder of .npy: what HDF5 files hold as attributes
-
-
-# --- layouts ---------------------------------------------------------------------------------------------------------
+DESCRIPTION = "store.json"  # of a folder of .npy: what an HDF5 file holds as attributes
 
 
 class NpyFolder(FeatureStore):
-    """A folder of .npy as a FeatureStore: a video's id is its path in the folder, without suffix."""
+    """A folder of .npy as a FeatureStore; an id is a file's path in the folder, without suffix."""
 
     def _scan(self):
         found = {}
@@ -35,12 +33,14 @@ class NpyFolder(FeatureStore):
                 reason = str(error).splitlines()[0]
                 found[video] = (
                     (),
-                    f"lies in {file.name}, which was cut short or is no array of numbers ({reason})",
+                    f"lies in {file.name}, which was cut short or is not an array of numbers "
+                    f"({reason})",
                 )
         description = self._description()
         return found, {**description["meta"], "checksum": description["checksum"]}
 
     def _description(self):
+        """The content of DESCRIPTION; without that file, of one that says nothing."""
         file = self.path / DESCRIPTION
         try:
             description = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -53,24 +53,36 @@ class NpyFolder(FeatureStore):
     def _read(self, video):
         return np.load(self.path / f"{video}.npy", mmap_mode="r", allow_pickle=False)
 
-    def checksums(self):
+    def checksums(self) -> dict[str, str]:
         return self._description()["checksums"]
 
 
-def open_source(path, **options):
-    """The FeatureStore of an HDF5 file or a folder of .npy."""
-    return (NpyFolder if Path(path).expanduser().is_dir() else FeatureStore)(path, **options)
+def open_source(path: str | Path, **options) -> FeatureStore:
+    """The FeatureStore of an HDF5 file or of a folder of .npy; options of FeatureStore."""
+    layout = NpyFolder if Path(path).expanduser().is_dir() else FeatureStore
+    return layout(path, **options)
 
 
-def write_datasets(path, lengths, read, dtype, feature_size, meta):
-    """One dataset a video, as the released code reads; arguments as those of `write_store`."""
-    folders = {video[:i] for video in lengths for i, letter in enumerate(video) if letter == "/"}
-    if clash := sorted(folders & set(lengths)):
+def write_datasets(
+    path: str | Path,
+    lengths: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    dtype: np.dtype | str,
+    feature_size: int,
+    meta: Mapping[str, Any],
+) -> None:
+    """Write one HDF5 dataset a video, as the released code reads; arguments of `write_store`."""
+    groups = set()  # the HDF5 groups that ids with slashes make: a/b/c lies in a and in a/b
+    for video in lengths:
+        parts = video.split("/")
+        groups |= {"/".join(parts[:i]) for i in range(1, len(parts))}
+    if clash := sorted(groups & set(lengths)):
         raise InputError(
-            f"id {clash[0]!r} is a video and, by its slash, a folder of others: HDF5 allows one of them"
+            f"id {clash[0]!r} is a video and, by its slash, a folder of others: "
+            "HDF5 allows one of them"
         )
     sums = {}
-    with utils.atomic(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
         for video in sorted(lengths):
             rows = read(video)
             sums[video] = rows_checksum(rows)
@@ -78,28 +90,35 @@ def write_datasets(path, lengths, read, dtype, feature_size, meta):
         file.attrs.update({**meta, "checksum": store_checksum(dtype, feature_size, lengths, sums)})
 
 
-def write_folder(path, lengths, read, dtype, feature_size, meta):
-    """A folder of ID.npy and a description, written aside and renamed; arguments as those of `write_store`."""
+def write_folder(
+    path: str | Path,
+    lengths: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    dtype: np.dtype | str,
+    feature_size: int,
+    meta: Mapping[str, Any],
+) -> None:
+    """Write a new folder of ID.npy and DESCRIPTION, atomically; arguments of `write_store`."""
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{str(path)!r} is there already; name a new folder, or remove it")
-    aside, sums = path.with_name(f".{path.name}.part"), {}
-    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+        raise InputError(f"{str(path)!r} already exists; name a new folder, or remove it")
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    sums = {}
     try:
         for video in sorted(lengths):
-            rows, file = read(video), aside / f"{video}.npy"
+            rows = read(video)
             sums[video] = rows_checksum(rows)
+            file = temporary / f"{video}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, rows)
-        description = {
-            "meta": meta,
-            "checksum": store_checksum(dtype, feature_size, lengths, sums),
-            "checksums": sums,
-        }
-        utils.write_json(aside / DESCRIPTION, description)
-        aside.rename(path)
+        checksum = store_checksum(dtype, feature_size, lengths, sums)
+        description = {"meta": meta, "checksum": checksum, "checksums": sums}
+        write_json(temporary / DESCRIPTION, description)
+        temporary.rename(path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
+# {name on the command line: function that writes it}
 LAYOUTS = {"packed": write_store, "datasets": write_datasets, "npy": write_folder}

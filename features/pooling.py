@@ -1,35 +1,53 @@
-"""Pooling of a feature map (B, c, h, w) to one vector (B, c) a frame."""
+"""Pooling of a backbone's map (B, c, h, w) to one unit vector (B, c) a frame."""
 
+from collections.abc import Callable
+
+import torch
 from torch.nn import functional as F
 
 
-def imac(x):
-    """iMAC of a stage, (B, c, h, w) -> (B, c): L2 over channels at each position, global max, L2 (Kordopatis-Zilos 2017)."""
-    return F.normalize(F.normalize(x, dim=1).amax((2, 3)), dim=1)
+def imac(x: torch.Tensor) -> torch.Tensor:
+    """iMAC: L2 over channels at each position, maximum over positions, L2.
 
-
-def l3_imac(x):
-    """L3-iMAC of a stage: as iMAC, over regions (3 x 3 of them at 7, 14, 28 and 56), each L2, summed, L2.
-
-    Regions are kernel int(1.5 p), stride p = int(min(h, w) * 2 / 7), as released. Maps of less than 4 get p = 1: every
-    position is a region.
+    Kordopatis-Zilos et al., Near-Duplicate Video Retrieval by Aggregating Intermediate CNN Layers,
+    2017.
     """
-    p = max(1, int(min(x.shape[2:]) * 2 / 7))
-    regions = F.max_pool2d(F.normalize(x, dim=1), int(1.5 * p), p)  # (B, c, 3, 3)
-    return F.normalize(F.normalize(regions, dim=1).sum((2, 3)), dim=1)
-
-
-def mac(x):
+    x = F.normalize(x, dim=1)
     return F.normalize(x.amax((2, 3)), dim=1)
 
 
-def spoc(x):
+def l3_imac(x: torch.Tensor) -> torch.Tensor:
+    """L3-iMAC, the paper's: iMAC of overlapping regions, each L2, summed, L2.
+
+    With stride p = int(min(h, w) * 2 / 7) and regions of int(1.5 p), as released, maps of 7, 14, 28
+    and 56 have 3 x 3 regions. Maps of less than 4 get p = 1: every position is a region.
+    """
+    p = max(1, int(min(x.shape[2:]) * 2 / 7))
+    x = F.normalize(x, dim=1)
+    regions = F.max_pool2d(x, int(1.5 * p), p)  # (B, c, 3, 3)
+    return F.normalize(F.normalize(regions, dim=1).sum((2, 3)), dim=1)
+
+
+def mac(x: torch.Tensor) -> torch.Tensor:
+    """Maximum over positions, L2."""
+    return F.normalize(x.amax((2, 3)), dim=1)
+
+
+def spoc(x: torch.Tensor) -> torch.Tensor:
+    """Mean over positions, L2."""
     return F.normalize(x.mean((2, 3)), dim=1)
 
 
-def gem(x, p=3.0):
-    """Generalised mean (Radenovic 2018) at its usual exponent."""
-    return F.normalize(x.clamp_min(1e-6).pow(p).mean((2, 3)).pow(1 / p), dim=1)
+def gem(x: torch.Tensor, p: float = 3.0) -> torch.Tensor:
+    """Generalised mean over positions, L2 (Radenovic et al. 2018), at its usual exponent."""
+    powers = x.clamp_min(1e-6).pow(p)
+    return F.normalize(powers.mean((2, 3)).pow(1 / p), dim=1)
 
 
-POOLINGS = {"imac": imac, "l3_imac": l3_imac, "mac": mac, "spoc": spoc, "gem": gem}
+POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "imac": imac,
+    "l3_imac": l3_imac,
+    "mac": mac,
+    "spoc": spoc,
+    "gem": gem,
+}

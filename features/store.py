@@ -1,6 +1,6 @@
-"""Features; the door to the training pairs (pairs.py) and the evaluation sets (evaluation_sets.py).
+"""Feature files: `FeatureStore` reads them, `StoreWriter` and `write_store` write them.
 
-N videos, T frames, C channels. A feature file holds one (T, C) array a video, one frame a second.
+A file holds N videos, each an array (T, C): T sampled frames (one a second by default), C channels.
 """
 
 import fcntl
@@ -10,35 +10,56 @@ import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from utils import InputError, atomic, digest, remove_leftovers, require_path
 
-# --- features --------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 class FeatureStore(Mapping):
-    """Video id -> (T, C) array of numbers, from an HDF5 file of either layout, found by looking.
+    """Mapping from a video's id to its (T, C) rows, read from an HDF5 file.
 
-    - the released layout: one dataset (T, C) a video, named by its id (ids may hold slashes). Other groups' region features
-      (T, R, C) are averaged over their regions, and a notice says so;
-    - the packed layout of `write_store`: `frames (sum T, C)` contiguous, `offsets (N+1,)`, `ids (N,)`. It is read through a
-      memory map, so a slice costs no copy and data-loading workers share its pages.
+    The layout is recognised by what the file holds:
 
-    feature_size: the width that is asked for; by default that of most videos. skip_bad: leave out a video of another width, an
-    empty one and one that holds no numbers, instead of raising; `bad` has their reasons.
-    Attributes: `path`, `lengths` (id -> T), `feature_size` (C), `dtype`, `meta` (the file's attributes), `checksum` (that of
-    `write_store`, or None), `bad` (id -> reason). Rows come in the stored type.
-    Raises InputError, naming file and id, for a missing id, a bad video, or a NaN or infinite value.
+    - one dataset (T, C) a video, named by its id, in which slashes are groups: the layout of the
+      released code. Region features (T, R, C), as other groups publish them, are averaged over R;
+      a notice on stderr says so;
+    - packed, by `write_store`: `frames` (sum of T, C), `offsets` (N+1,) and `ids` (N,). Contiguous
+      frames are memory-mapped: a slice copies nothing, and data-loading workers share the pages.
+
+    Args:
+        path: the HDF5 file.
+        feature_size: the C that is required; by default that of most videos.
+        skip_bad: skip videos of another width, without rows or of a type that is not numeric,
+            instead of raising InputError; `bad` then gives the reason for each.
+
+    Attributes:
+        path: as given, a Path.
+        lengths: {id: T}.
+        feature_size: C.
+        dtype: of the stored rows, in which they are returned.
+        meta: the file's attributes, without the checksum: what made the features.
+        checksum: of all rows (see `store_checksum`), or None if the file has none.
+        bad: {id: reason} of the skipped videos.
+
+    Raises:
+        InputError: naming the file and the id, for a missing id, a bad video, or NaN or infinity
+            in a video's rows.
     """
 
-    def __init__(self, path, feature_size=None, skip_bad=False):
+    def __init__(
+        self, path: str | Path, feature_size: int | None = None, skip_bad: bool = False
+    ) -> None:
         self.path = require_path(path, "feature file")
-        self._handle, self._frames, self._sums = (None, None), None, None
+        self._handle = (None, None)  # id of the process that opened it, the open HDF5 file
+        self._frames = None  # of the packed layout: all rows, memory-mapped where contiguous
+        self._sums = None  # {id: checksum}, read on first use
         found, self.meta = self._scan()
         self.checksum = self.meta.pop("checksum", None)
         if not found:
@@ -47,51 +68,58 @@ class FeatureStore(Mapping):
             )
         widths = Counter(shape[-1] for shape, _ in found.values() if shape)
         self.feature_size = feature_size or max(widths, key=widths.get, default=0)
-        good = {video for video, (shape, dtype) in found.items() if self._fits(shape, dtype)}
-        wanted = f"(T, {self.feature_size})"
-        self.bad = {
-            video: dtype
-            if isinstance(dtype, str)
-            else f"has shape {shape} of {dtype}, expected numbers {wanted} with T >= 1"
-            for video, (shape, dtype) in found.items()
-            if video not in good
-        }
-        if not good or (self.bad and not skip_bad):
+        self.lengths, self.bad = {}, {}
+        dtypes, regions = set(), set()
+        for video, (shape, dtype) in found.items():
+            if reason := self._reason_to_skip(shape, dtype):
+                self.bad[video] = reason
+                continue
+            self.lengths[video] = shape[0]
+            dtypes.add(dtype)
+            if len(shape) == 3:
+                regions.add(shape[1])
+        if not self.lengths or (self.bad and not skip_bad):
             video = next(iter(self.bad))
             raise InputError(
-                f"feature file {str(path)!r}: video {video!r} {self.bad[video]}; pass the width the features have"
-                " (--pca_components), or extract that video again"
+                f"feature file {str(path)!r}: video {video!r} {self.bad[video]}; "
+                "pass the width the features have (--pca_components), or extract that video again"
             )
-        self.lengths = {video: shape[0] for video, (shape, _) in found.items() if video in good}
-        self.dtype = np.result_type(*{found[video][1] for video in good})
-        regions = sorted({found[video][0][1] for video in good if len(found[video][0]) == 3})
+        self.dtype = np.result_type(*dtypes)
         if regions:
-            many = " or ".join(map(str, regions))
+            counts = " or ".join(map(str, sorted(regions)))
             print(
-                f"notice: {str(path)!r}: region features (T, {many}, C) are averaged over their regions",
+                f"notice: {str(path)!r}: region features (T, {counts}, C) are averaged "
+                "over their regions",
                 file=sys.stderr,
             )
 
-    def _fits(self, shape, dtype):
-        return (
-            len(shape) in (2, 3)
-            and shape[-1] == self.feature_size
-            and 0 not in shape
-            and dtype.kind in "fiu"
-        )
+    def _reason_to_skip(self, shape, dtype):
+        """Why an array cannot be a video's rows; empty if it can."""
+        if isinstance(dtype, str):  # `_scan` could not read it
+            return dtype
+        good = len(shape) in (2, 3) and shape[-1] == self.feature_size
+        if good and 0 not in shape and dtype.kind in "fiu":
+            return ""
+        wanted = f"(T, {self.feature_size})"
+        return f"has shape {shape} of {dtype}, expected numbers {wanted} with T >= 1"
 
     def _scan(self):
-        """{id: (shape, dtype)} of what the file holds, for a video that cannot be read ((), why), and its attributes."""
-        file = self._open()
-        packed, found = [file.get(name) for name in ("frames", "offsets", "ids")], {}
-        if all(isinstance(item, h5py.Dataset) for item in packed):
-            found = self._open_packed(*packed)
-        else:
-            file.visititems(lambda name, item: found.update(_described(name, item)))
-        return found, {name: _plain(value) for name, value in file.attrs.items()}
+        """({id: (shape, dtype)}, attributes); of a video that cannot be read ((), reason)."""
+        file, found = self._file(), {}
+        packed = [file.get(name) for name in ("frames", "offsets", "ids")]
 
-    def _open(self):
-        """The HDF5 file, opened once in each process: handles do not survive a fork."""
+        def visit(name, item):
+            if isinstance(item, h5py.Dataset):
+                found[name] = item.shape or (), item.dtype  # h5py.Empty has no shape
+
+        if all(isinstance(item, h5py.Dataset) for item in packed):
+            found = self._scan_packed(*packed)
+        else:
+            file.visititems(visit)
+        return found, {name: _json_like(value) for name, value in file.attrs.items()}
+
+    def _file(self):
+        """The HDF5 file, opened once in each process: its handles do not survive a fork."""
         owner, file = self._handle
         if owner != os.getpid():
             try:
@@ -104,7 +132,7 @@ class FeatureStore(Mapping):
             self._handle = os.getpid(), file
         return file
 
-    def _open_packed(self, frames, offsets, ids):
+    def _scan_packed(self, frames, offsets, ids):
         offsets, ids = offsets[:], ids.asstr()[:]
         ends = [*offsets[:1], *offsets[-1:]]
         if (
@@ -114,118 +142,116 @@ class FeatureStore(Mapping):
             or (np.diff(offsets) < 0).any()
         ):
             raise InputError(
-                f"feature file {str(self.path)!r}: offsets, ids and frames do not fit together; write it again"
+                f"feature file {str(self.path)!r}: offsets, ids and frames do not fit together; "
+                "write it again"
             )
-        if frames.chunks is None and frames.id.get_offset() is not None:  # contiguous: map it
-            start = frames.id.get_offset()
+        if frames.chunks is None and (start := frames.id.get_offset()) is not None:  # contiguous
             frames = np.memmap(self.path, frames.dtype, "r", start, frames.shape)
         self._frames = frames
-        self._bounds = {
-            video: (int(a), int(b)) for video, a, b in zip(ids, offsets, offsets[1:], strict=False)
-        }
-        if len(self._bounds) < len(ids):
+        self._bounds, found = {}, {}
+        offsets = offsets.tolist()
+        for video, begin, end in zip(ids, offsets[:-1], offsets[1:], strict=True):
+            self._bounds[video] = begin, end
+            found[video] = (end - begin, frames.shape[1]), frames.dtype
+        if len(found) < len(ids):
             raise InputError(f"feature file {str(self.path)!r} names a video twice; write it again")
-        return {
-            video: ((b - a, frames.shape[1]), frames.dtype)
-            for video, (a, b) in self._bounds.items()
-        }
+        return found
 
     def _read(self, video):
-        return (
-            self._open()[video][:]
-            if self._frames is None
-            else self._frames[slice(*self._bounds[video])]
-        )
+        """The array of `video` as it is stored: (T, C) or (T, R, C)."""
+        if self._frames is None:
+            return self._file()[video][:]
+        return self._frames[slice(*self._bounds[video])]
 
-    def read(self, video):
-        """The (T, C) rows of `video` as they are stored, not checked for NaN; regions averaged."""
+    def read(self, video: str) -> np.ndarray:
+        """The (T, C) rows of `video`, averaged over regions, not checked for NaN."""
         rows = self._read(video)
-        return (
-            rows
-            if rows.ndim == 2
-            else rows.mean(1, dtype=np.result_type(rows, np.float32)).astype(rows.dtype)
-        )
+        if rows.ndim == 3:  # (T, R, C): averaged in float32 or better
+            rows = rows.mean(1, dtype=np.result_type(rows, np.float32)).astype(rows.dtype)
+        return rows
 
-    def __getitem__(self, video):
-        """The (T, C) rows of `video`."""
+    def __getitem__(self, video: str) -> np.ndarray:
+        """The (T, C) rows of `video`, all finite."""
+        if video in self.bad:
+            raise InputError(f"feature file {str(self.path)!r}: video {video!r} {self.bad[video]}")
         if video not in self.lengths:
-            reason = (
-                f"video {video!r} {self.bad[video]}"
-                if video in self.bad
-                else f"it has no video {video!r}"
-            )
-            raise InputError(f"feature file {str(self.path)!r}: {reason}")
+            raise InputError(f"feature file {str(self.path)!r}: it has no video {video!r}")
         rows = self.read(video)
-        if not _finite(rows):
+        if not _all_finite(rows):
             raise InputError(
-                f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; extract it again"
+                f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; "
+                "extract it again"
             )
         return rows
 
-    def read_verified(self, video):
-        """The (T, C) rows of `video`; InputError too when they are not those that the stored checksum, if any, was made of."""
+    def read_verified(self, video: str) -> np.ndarray:
+        """The (T, C) rows of `video`; InputError also if they contradict their stored checksum."""
         rows = self[video]
         if self._sums is None:
             self._sums = self.checksums()
-        if self._sums.get(video) not in (None, rows_checksum(np.ascontiguousarray(rows))):
+        stored = self._sums.get(video)
+        if stored is not None and stored != rows_checksum(np.ascontiguousarray(rows)):
             raise InputError(
-                f"feature file {str(self.path)!r}: rows of video {video!r} are not those that were written; extract it anew"
+                f"feature file {str(self.path)!r}: rows of video {video!r} are not those "
+                "that were written; extract it again"
             )
         return rows
 
-    def release_pages(self):
-        """Let go of the mapped pages read so far, which count as this process's memory until the kernel wants them back."""
+    def release_pages(self) -> None:
+        """Release mapped pages (MADV_DONTNEED) so they no longer count as resident memory."""
         if isinstance(self._frames, np.memmap):
             self._frames._mmap.madvise(mmap.MADV_DONTNEED)
 
-    def checksums(self):
-        """{id: checksum of its rows} as stored by `write_store` (or, one dataset a video, by convert.py); else empty."""
-        file = self._open()
-        if self._frames is None:
-            return {
-                video: file[video].attrs["checksum"]
-                for video in self.lengths
-                if "checksum" in file[video].attrs
-            }
-        return (
-            dict(zip(self._bounds, file["checksums"].asstr()[:], strict=True))
-            if "checksums" in file
-            else {}
-        )
+    def checksums(self) -> dict[str, str]:
+        """{id: checksum of its rows} as stored in the file; empty if it stores none."""
+        file = self._file()
+        if self._frames is not None:
+            if "checksums" not in file:
+                return {}
+            return dict(zip(self._bounds, file["checksums"].asstr()[:], strict=True))
+        sums = {}
+        for video in self.lengths:
+            if "checksum" in file[video].attrs:
+                sums[video] = file[video].attrs["checksum"]
+        return sums
 
-    def fingerprint(self):
-        """A digest that tells one file's content from another's: the stored checksum, which covers every value, beside the
-        lengths and a sample of the values, which also tell a file that has no checksum or was edited under it."""
-        some = list(self.lengths)[:: len(self.lengths) // 1000 + 1]
-        sample = [np.asarray(self[video][[0, -1]], np.float32).tobytes().hex() for video in some]
+    def fingerprint(self) -> str:
+        """A digest of the content, the same for a copy of the file.
+
+        It covers the stored checksum, and so every value. The lengths and a sample of the values
+        are added for files without a checksum, and for files edited in place under their old one.
+        """
+        videos = list(self.lengths)
+        sample = []
+        for video in videos[:: len(videos) // 1000 + 1]:
+            ends = self[video][[0, -1]]  # its first and its last row
+            sample.append(np.asarray(ends, np.float32).tobytes().hex())
         return digest([self.checksum, self.feature_size, self.lengths, sample])
 
-    def __contains__(self, video):
+    def __contains__(self, video: object) -> bool:
         return video in self.lengths
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.lengths)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lengths)
 
 
-def _described(name, item):
-    return {name: (item.shape or (), item.dtype)} if isinstance(item, h5py.Dataset) else {}
-
-
-def _finite(rows):
-    """Whether no value is NaN or infinite. In float16 NumPy's isfinite takes 20 times as long as looking at the exponents."""
+def _all_finite(rows):
+    """Whether no value is NaN or infinite."""
     if rows.dtype == np.float16:
+        # By the exponent's bits: 20 times as fast as NumPy's isfinite, which casts float16.
         return not (rows.view(np.uint16) & 0x7C00 == 0x7C00).any()
     return bool(np.isfinite(rows).all())
 
 
-def _plain(value):
-    """An HDF5 attribute as a value that JSON, and HDF5 again, can hold."""
-    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+def _json_like(value):
+    """An HDF5 attribute as a value that both JSON and HDF5 can hold."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_json_like(item) for item in value]
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, h5py.Empty):
@@ -233,220 +259,278 @@ def _plain(value):
     return value if isinstance(value, str | int | float) else str(value)
 
 
-def checked(video, rows, dtype):
-    """`rows` (T, C) of `video` as a contiguous array of `dtype`; InputError for a value that is not finite in it."""
+# --- checksums -----------------------------------------------------------------------------------
+
+
+def rows_checksum(rows: np.ndarray) -> str:
+    """SHA-256 of a video's contiguous rows, cut to 64 bits: against accidents, not forgery."""
+    return hashlib.sha256(rows).hexdigest()[:16]
+
+
+def store_checksum(
+    dtype: np.dtype, feature_size: int, lengths: Mapping[str, int], sums: Mapping[str, str]
+) -> str:
+    """The checksum of a whole store, independent of its layout and the order of its videos.
+
+    Args:
+        lengths: {id: T}.
+        sums: {id: `rows_checksum` of its rows}.
+    """
+    videos = {video: [int(T), sums[video]] for video, T in lengths.items()}
+    return digest([np.dtype(dtype).name, feature_size, videos])
+
+
+def cast_rows(video: str, rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`rows` (T, C) as a contiguous array of `dtype`; InputError if a value is not finite in it."""
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, dtype)
-    if not _finite(rows):
+    if not _all_finite(rows):
         raise InputError(
             f"video {video!r}: features hold NaN or infinity (or overflow {rows.dtype})"
         )
     return rows
 
 
-def rows_checksum(rows):
-    """The SHA-256 of a video's contiguous rows, cut to 64 bits: against accidents, not against forgery."""
-    return hashlib.sha256(rows).hexdigest()[:16]
+# --- writing -------------------------------------------------------------------------------------
 
 
-def store_checksum(dtype, feature_size, lengths, sums):
-    """The checksum of a whole store from those of its rows: the same whatever its layout and the order of its videos.
+def write_store(
+    path: str | Path,
+    lengths: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    dtype: np.dtype | str,
+    feature_size: int,
+    meta: Mapping[str, Any],
+) -> None:
+    """Write the packed layout; a failed or killed call leaves no file, or the old one.
 
-    lengths {id: T}, sums {id: rows_checksum}.
+    Args:
+        lengths: {id: T}.
+        read: id -> the (T, C) rows; called once for each video.
+        meta: attributes of the file.
     """
-    return digest(
-        [
-            np.dtype(dtype).name,
-            feature_size,
-            {video: [int(T), sums[video]] for video, T in lengths.items()},
-        ]
-    )
-
-
-def write_store(path, lengths, read, dtype, feature_size, meta):
-    """Write the packed layout, whole or not at all: lengths {id: T}; read(id) -> the (T, C) rows, asked for once each.
-
-    Videos lie in the order of their ids. `checksums` holds one of each video's rows, the attribute `checksum` one of all.
-    """
-    ids = sorted(lengths)  # the same file whatever order videos came in
-    offsets, sums = np.cumsum([0] + [lengths[video] for video in ids]), {}
+    ids = sorted(lengths)  # the file does not depend on the order in which videos were added
+    offsets = np.cumsum([0, *(lengths[video] for video in ids)])  # (N+1,)
+    sums = {}
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
         frames = file.create_dataset("frames", (offsets[-1], feature_size), dtype)
-        for video, start, end in zip(ids, offsets, offsets[1:], strict=False):
+        for video, begin, end in zip(ids, offsets[:-1], offsets[1:], strict=True):
             rows = np.ascontiguousarray(read(video))
-            frames[start:end] = rows
+            frames[begin:end] = rows
             sums[video] = rows_checksum(rows)
         file["ids"] = np.array(ids, dtype=h5py.string_dtype())
         file["offsets"] = offsets
         file["checksums"] = np.array([sums[video] for video in ids], "S16")
-        file.attrs.update({**meta, "checksum": store_checksum(dtype, feature_size, lengths, sums)})
+        checksum = store_checksum(dtype, feature_size, lengths, sums)
+        file.attrs.update({**meta, "checksum": checksum})
 
 
 class StoreWriter:
-    """Writes the packed layout, so that a run killed at any moment loses nothing that was added.
+    """Writes a feature file of the packed layout, and resumes after a kill without losing a video.
 
-    Frames go to `PATH.part`, one journal line a video to `PATH.part.jsonl`; a clean end of the `with` block packs them into
-    contiguous HDF5 at PATH by rename. A later writer of the same path and `meta` goes on: `done` holds the ids already there.
-    `sources` {id: text} says what each video's features are made from (its file's size and time, say). With `renew` a spooled
-    video whose source is another is forgotten, so that it can be added again, and one that `sources` does not name is kept.
-    Raises InputError for a spool of other `meta` or dtype, for one that another process is writing and, unless `renew`, for
-    one that holds a video of another source or none.
+        with StoreWriter("features.hdf5", meta={"backbone": "resnet50"}) as writer:
+            writer.add("video id", rows)  # (T, C)
 
-        with StoreWriter("features.hdf5", meta={"backbone": "resnet50"}) as store:
-            store.add("video id", frames)  # (T, C)
+    Rows are appended to PATH.part, the spool, and a line for each video to PATH.part.jsonl, the
+    journal. When the `with` block ends without an error they are packed into PATH, atomically. A
+    later writer of the same path, dtype and meta resumes.
+
+    Args:
+        dtype: of the stored rows.
+        meta: the file's attributes: what makes the features.
+        sources: {id: text} that describes what each video's rows are made from, such as the size
+            and time of its file, to detect changes between two runs.
+        renew: of a spooled video whose source has changed, drop the rows, so that it can be added
+            again; keep spooled videos that `sources` does not name.
+
+    Attributes:
+        done: the ids whose rows are stored.
+
+    Raises:
+        InputError: if the spool has another dtype or meta, if another process is writing it, and,
+            without `renew`, if it holds a video whose source has changed or is not in `sources`.
     """
 
-    def __init__(self, path, dtype="float16", meta=None, sources=None, renew=False):
-        self.path, self.dtype, self.meta, self._sources = (
-            Path(path),
-            np.dtype(dtype),
-            dict(meta or {}),
-            sources,
-        )
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: np.dtype | str = "float16",
+        meta: Mapping[str, Any] | None = None,
+        sources: Mapping[str, str] | None = None,
+        renew: bool = False,
+    ) -> None:
+        self.path, self.dtype, self.meta = Path(path), np.dtype(dtype), dict(meta or {})
+        self._sources = sources
         self._spool, self._journal = Path(f"{path}.part"), Path(f"{path}.part.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self._lock()
+        self._log = self._open_locked()
         try:
             remove_leftovers(path)
-            self._rows = self._read_journal()  # [{"id", "T", "C", "source"}], in the spool's order
+            self._entries = self._read_journal()  # [{"id", "T", "C", "source"}] as spooled
             self.done = self._up_to_date(sources, renew)
         except BaseException:
-            self._log.close()
+            self._log.close()  # unlocks it
             raise
-        size = sum(row["T"] * row["C"] for row in self._rows) * self.dtype.itemsize
+        size = sum(entry["T"] * entry["C"] for entry in self._entries) * self.dtype.itemsize
         self._data = open(self._spool, "r+b")
-        self._data.truncate(size)  # a video that was being written when the run was killed
+        self._data.truncate(size)  # drops a video that was being written when the run was killed
         self._data.seek(size)
 
-    def _lock(self):
-        """The journal, open and locked until it is closed or this process ends, however it ends."""
+    def _open_locked(self):
+        """The journal, open and locked until it is closed or this process ends, even by a kill."""
         log = open(self._journal, "a", encoding="utf-8")
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not os.fstat(
-                log.fileno()
-            ).st_nlink  # its writer ended, and removed it, since we opened it
+            # No link left: between open and flock its writer finished and removed the journal.
+            taken = not os.fstat(log.fileno()).st_nlink
         except BlockingIOError:
             taken = True
         except OSError:
-            taken = False  # this file system knows no locks
+            taken = False  # this file system does not support locks
         if taken:
             log.close()
             raise InputError(
-                f"another run is writing {str(self.path)!r}; wait for its end, or name another output"
+                f"another run is writing {str(self.path)!r}; wait for its end, "
+                "or name another output"
             )
         return log
 
     def _read_journal(self):
-        """The journal's rows whose frames are all in the spool; the rest is cut off. Without any, both begin anew."""
+        """The entries whose rows the spool holds in full; both files restart if there are none."""
         header = {"dtype": self.dtype.name, "meta": self.meta}
-        lines, kept, left = [], 0, self._spool.stat().st_size if self._spool.exists() else 0
+        unread = self._spool.stat().st_size if self._spool.exists() else 0  # bytes of the spool
+        lines, size = [], 0
         for raw in self._journal.read_bytes().splitlines(keepends=True):
             try:
                 line = json.loads(raw) if raw.endswith(b"\n") else None
             except ValueError:
                 line = None
-            itemsize = (
-                np.dtype(lines[0]["dtype"]).itemsize if lines else 0
-            )  # the spool's own, so that it stays if refused
-            left -= line.get("T", 0) * line.get("C", 0) * itemsize if line else 0
-            if line is None or left < 0:
-                break
+            if line is None:
+                break  # the run was killed while it wrote this line
+            if lines:
+                # Measured in the spool's own type, not ours: if refused below, it stays whole.
+                unread -= line["T"] * line["C"] * np.dtype(lines[0]["dtype"]).itemsize
+            if unread < 0:
+                break  # after a power cut the journal can be ahead of the spool
             lines.append(line)
-            kept += len(raw)
-        if len(lines) < 2:
+            size += len(raw)
+        if len(lines) < 2:  # no video: begin again
             self._journal.write_text(json.dumps(header) + "\n", encoding="utf-8")
             self._spool.write_bytes(b"")
         elif lines[0] != header:
-            found, asked = ({"dtype": line["dtype"], **line["meta"]} for line in (lines[0], header))
-            name = next(name for name in found | asked if found.get(name) != asked.get(name))
-            raise InputError(
-                f"{str(self._spool)!r}, left by a stopped run, holds {len(lines) - 1} videos of {name} {found.get(name)}, not"
-                f" {asked.get(name)}; go on with that, name another output, or remove {str(self._journal)!r} to start anew"
-            )
+            self._refuse_other_settings(lines, header)
         else:
-            os.truncate(self._journal, kept)
+            os.truncate(self._journal, size)
         return lines[1:]
 
+    def _refuse_other_settings(self, lines, header):
+        found = {"dtype": lines[0]["dtype"], **lines[0]["meta"]}
+        given = {"dtype": header["dtype"], **header["meta"]}
+        name = next(name for name in found | given if found.get(name) != given.get(name))
+        raise InputError(
+            f"{str(self._spool)!r}, left by a stopped run, holds {len(lines) - 1} videos of {name} "
+            f"{found.get(name)}, not {given.get(name)}; resume with that setting, name another "
+            f"output, or remove {str(self._journal)!r} to start again"
+        )
+
     def _up_to_date(self, sources, renew):
-        """The ids whose spooled rows are of their source."""
-        spooled = {
-            row["id"]: row["source"] for row in self._rows
-        }  # of a video that was renewed the last row counts
-        wanted = spooled if sources is None else spooled | sources if renew else sources
-        changed = {video for video, source in spooled.items() if wanted.get(video) != source}
+        """The ids whose spooled rows are made from their current source."""
+        # Of a video that was renewed the last entry counts.
+        spooled = {entry["id"]: entry["source"] for entry in self._entries}
+        if sources is None:
+            current = spooled
+        elif renew:
+            current = spooled | sources
+        else:
+            current = sources
+        changed = {video for video, source in spooled.items() if current.get(video) != source}
         if changed and not renew:
             raise InputError(
-                f"{str(self._spool)!r}, left by a stopped run, holds video {min(changed)!r} as it was then, and the input has"
-                f" changed; remove {str(self._journal)!r} to start anew"
+                f"{str(self._spool)!r}, left by a stopped run, holds video {min(changed)!r} as it "
+                f"was then, and the input has changed; remove {str(self._journal)!r} to start again"
             )
         return spooled.keys() - changed
 
-    def add(self, video, frames):
-        """Append a video's `frames` (T, C); InputError when it is empty, of another width, not finite, or there already."""
-        frames = np.asarray(frames)
-        width = self._rows[0]["C"] if self._rows else frames.shape[-1]
-        if frames.ndim != 2 or not len(frames) or frames.shape[1] != width:
+    def add(self, video: str, rows: np.ndarray) -> None:
+        """Append a video's rows (T, C).
+
+        Raises:
+            InputError: if there are none, if they have another width than the rows before, if a
+                value is not finite in the stored type, and if the id is already stored.
+        """
+        rows = np.asarray(rows)
+        width = self._entries[0]["C"] if self._entries else rows.shape[-1]
+        if rows.ndim != 2 or not len(rows) or rows.shape[1] != width:
             raise InputError(
-                f"video {video!r}: features of shape {frames.shape}, expected (T, {width}) with T >= 1"
+                f"video {video!r}: features of shape {rows.shape}, "
+                f"expected (T, {width}) with T >= 1"
             )
         if video in self.done:
             raise InputError(f"video {video!r} is given twice")
-        frames = checked(video, frames, self.dtype)
-        self._data.write(frames.tobytes())
-        self._data.flush()  # frames before the journal line that vouches for them
-        row = {
-            "id": video,
-            "T": len(frames),
-            "C": width,
-            "source": (self._sources or {}).get(video),
-        }
-        self._log.write(json.dumps(row) + "\n")
+        rows = cast_rows(video, rows, self.dtype)
+        self._data.write(rows.tobytes())
+        self._data.flush()  # the rows before the journal line that promises them
+        source = (self._sources or {}).get(video)
+        entry = {"id": video, "T": len(rows), "C": width, "source": source}
+        self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
-        self._rows.append(row)
+        self._entries.append(entry)
         self.done.add(video)
 
-    def __enter__(self):
+    def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(self, kind, *_):
-        with self._log:  # closed, and so unlocked, last
+    def __exit__(self, kind, *_) -> None:
+        with self._log:  # closed, and thereby unlocked, last
             self._data.close()
-            if kind is None and self.done:
+            if kind is not None:
+                return  # the spool stays for a later writer
+            if self.done:
                 self._pack()
-            if kind is None:
-                self._remove_spool()
-        if kind is None and not self.done:
+            self._spool.unlink()
+            self._journal.unlink()
+        if not self.done:
             raise InputError(f"no video was written, so there is no {str(self.path)!r}")
 
     def _pack(self):
-        width, starts = self._rows[0]["C"], np.cumsum([0, *(row["T"] for row in self._rows)])
-        rows = {
-            row["id"]: slice(a, a + row["T"])
-            for row, a in zip(self._rows, starts, strict=False)
-            if row["id"] in self.done
-        }
-        lengths = {video: part.stop - part.start for video, part in rows.items()}
-        spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, width)
-        write_store(
-            self.path, lengths, lambda video: spool[rows[video]], self.dtype, width, self.meta
-        )
+        """Write PATH from the spool."""
+        width, start = self._entries[0]["C"], 0
+        parts = {}  # {id: its slice of the spool}; of a renewed video the last one
+        for entry in self._entries:
+            end = start + entry["T"]
+            if entry["id"] in self.done:
+                parts[entry["id"]] = slice(start, end)
+            start = end
+        lengths = {video: part.stop - part.start for video, part in parts.items()}
+        spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, width)  # (sum of T, C)
 
-    def _remove_spool(self):
-        self._spool.unlink()
-        self._journal.unlink()
+        def read(video):
+            return spool[parts[video]]
+
+        write_store(self.path, lengths, read, self.dtype, width, self.meta)
 
 
-def warn_if_features_differ(features, store, model):
-    """Say so on stderr when features were made otherwise than those that a model was trained on."""
-    here = {key: store.meta.get(key, value) for key, value in features.items()}
-    other = [
-        f"{key} {value!r}, here {here[key]!r}"
-        for key, value in features.items()
-        if here[key] != value
-    ]
-    if other:
+# --- features and the models trained on them -----------------------------------------------------
+
+
+def warn_if_features_differ(
+    expected: Mapping[str, Any], store: FeatureStore, model: str | Path
+) -> None:
+    """Warn on stderr if a store's features were made otherwise than those a model was trained on.
+
+    Args:
+        expected: the description of the features in the model's checkpoint; only settings that
+            the store states too are compared.
+        model: the model's name in the message.
+    """
+    differences = []
+    for key, value in expected.items():
+        here = store.meta.get(key, value)
+        if here != value:
+            differences.append(f"{key} {value!r}, here {here!r}")
+    if differences:
         print(
-            f"warning: {model}: not trained on such features as {str(store.path)!r} holds: {'; '.join(other)}",
+            f"warning: {model}: not trained on such features as {str(store.path)!r} holds: "
+            + "; ".join(differences),
             file=sys.stderr,
         )

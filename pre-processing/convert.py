@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from distributed import run_main
 from features.layouts import LAYOUTS, open_source
-from features.store import checked, rows_checksum, store_checksum
+from features.store import cast_rows, rows_checksum, store_checksum
 from utils import InputError
 
 
@@ -58,7 +58,7 @@ def write(path, videos, layout=None, dtype=None):
 
         def read(video):
             bar.update()
-            return checked(video, videos[video].read_verified(video), dtype)
+            return cast_rows(video, videos[video].read_verified(video), dtype)
 
         lengths = {video: store.lengths[video] for video, store in videos.items()}
         LAYOUTS[layout](path, lengths, read, dtype, stores[0].feature_size, stores[0].meta)

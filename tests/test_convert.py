@@ -313,7 +313,7 @@ def test_bad_sources_and_targets_are_refused_by_name_and_left_as_they_are(tmp_pa
     assert "no video" in refusal("to", tmp_path / "hollow", target)
     assert "nowhere" in refusal("to", tmp_path / "nowhere", target)
     assert "UTF-8" in refusal("to", good, target, "--without", tmp_path / "latin")
-    assert "is the input" in refusal("to", good, good) and "is there already" in refusal(
+    assert "is the input" in refusal("to", good, good) and "already exists" in refusal(
         "to", good, wide
     )
     assert tree(tmp_path) == before
