@@ -1,79 +1,104 @@
 """CC_WEB_VIDEO."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
-from datasets.evaluation_set import EvaluationSet, Judgement, annotation_form, positions_by_id
+from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors, positions_by_id
 from utils import load_pickle
 
 
 class CCWebVideo(EvaluationSet):
-    """CC_WEB_VIDEO (Wu et al., 2007), scored as the evaluators of ViSiL, DnS and TCA do: 24 queries, each with its own set.
+    """CC_WEB_VIDEO (Wu et al., 2007), scored as the evaluators of ViSiL, DnS and TCA do.
 
-    The labels E S L M V are positive, X and others negative. Figures, each the mean AP:
-    cc_web      ranks the videos labelled in the query's set
-    cc_web*     ranks the whole database
-    cc_web_c, cc_web*_c     the same by the cleaned annotation: without the set's `excluded` videos, ranked or counted
-    The query is not left out: it is in the database, is labelled, and counts as found. To find are all the positives of the
-    annotation, with features or not, as in those evaluators; one of set 4 has no id, so a perfect ranking scores .99974.
+    There are 24 queries, each with its own set of labelled videos. The labels E S L M V are
+    positive, X and all others negative. Metrics, each a mean AP:
 
-    index {id: number}, queries [id of each set], ground_truth [{number: label} of each set], excluded [{numbers} of each set].
-    The ids are public in two forms, `1/1_1_Y` (DnS) and `1_1_Y` (TCA); `spelled_as` changes between them.
+        cc_web                  ranks the videos labelled in the query's set
+        cc_web*                 ranks the whole database
+        cc_web_c, cc_web*_c     the same without the videos that the cleaned annotation excludes
+
+    The query is ranked: it is in the database, is labelled, and counts as found. All positives of
+    the annotation should be found, with or without features, as in those evaluators. One positive
+    of set 4 has no id, so a perfect ranking scores .99974.
+
+    The ids are public in two spellings, `1/1_1_Y` (DnS) and `1_1_Y` (TCA).
+
+    Args:
+        index: {id: number}
+        queries: the id of each set's query
+        ground_truth: for each set {number: label}
+        excluded: for each set, the numbers that the cleaned annotation excludes
     """
 
+    # task: (ranks the whole database, uses the cleaned annotation)
     TASKS = {
         "cc_web": (False, False),
         "cc_web*": (True, False),
         "cc_web_c": (False, True),
         "cc_web*_c": (True, True),
     }
-    RANKS_ITSELF = True
+    RANKS_QUERY = True
     POSITIVE = frozenset("ESLMV")
 
     def __init__(self, index, queries, ground_truth, excluded, source):
         super().__init__(queries, index, source)
-        place = positions_by_id(index.values(), f"{source}: number")
-        self._judgements = [
-            {
-                task: self._judge(place, labels, out if clean else set(), whole)
-                for task, (whole, clean) in self.TASKS.items()
-            }
-            for _, labels, out in zip(queries, ground_truth, excluded, strict=True)
-        ]
+        position = positions_by_id(index.values(), f"{source}: number")  # {number: position}
+        for _, labels, out in zip(queries, ground_truth, excluded, strict=True):
+            tasks = {}
+            for task, (whole, cleaned) in self.TASKS.items():
+                tasks[task] = self._judge(position, labels, out if cleaned else set(), whole)
+            self.judgements.append(tasks)
 
-    def _judge(self, place, labels, excluded, whole):
-        positives = [
-            n for n, label in labels.items() if label in self.POSITIVE and n not in excluded
-        ]
-        candidates = place if whole else labels
-        relevant, ranked = (
-            np.array([place[n] for n in numbers if n in place and n not in excluded], int)
-            for numbers in (positives, candidates)
+    def _judge(self, position, labels, excluded, whole):
+        """The Judgement of one query, whose set has `labels` {number: label}."""
+        positive = []
+        for number, label in labels.items():
+            if label in self.POSITIVE and number not in excluded:
+                positive.append(number)
+        candidates = position if whole else labels
+        return Judgement(
+            relevant=np.array([position[n] for n in positive if n in position], int),
+            candidates=np.array(
+                [position[n] for n in candidates if n in position and n not in excluded], int
+            ),
+            num_relevant=len(positive),
         )
-        return Judgement(relevant, ranked, counted=len(positives))
 
-    def spelled_as(self, known):
+    def with_ids_as_in(self, available: Collection[str]) -> "CCWebVideo":
         other = [self._other_spelling(video) for video in self.database]
-        if sum(video in known for video in other) <= sum(video in known for video in self.database):
+        present = sum(video in available for video in self.database)
+        if sum(video in available for video in other) <= present:
             return self
-        renamed = copy.copy(self)
-        renamed._name([self._other_spelling(query) for query in self.queries], other)
-        return renamed
+        respelled = copy.copy(self)
+        respelled._set_ids([self._other_spelling(query) for query in self.queries], other)
+        return respelled
 
     @staticmethod
     def _other_spelling(video):
-        """`1/1_1_Y` for `1_1_Y` and the other way round: the folder is the number of the set that the video was found for."""
-        return video.rpartition("/")[2] if "/" in video else f"{video.partition('_')[0]}/{video}"
+        """`1/1_1_Y` for `1_1_Y` and the reverse; the folder is the first number of the name."""
+        if "/" in video:
+            return video.rpartition("/")[2]
+        return f"{video.partition('_')[0]}/{video}"
 
 
-def load_cc_web_video(directory):
-    """CC_WEB_VIDEO by DnS's file or TCA's, which differ in the form of the ids alone; either may have either name."""
-    paths = [Path(directory) / name for name in ("cc_web_video.pickle", "cc_web_video_tca.pickle")]
+def load_cc_web_video(directory: str | Path) -> CCWebVideo:
+    """CC_WEB_VIDEO from the file of DnS or of TCA.
+
+    The two differ in the spelling of the ids and in one key. Either may have either name.
+    """
+    names = ("cc_web_video.pickle", "cc_web_video_tca.pickle")
+    paths = [Path(directory) / name for name in names]
     path = next((path for path in paths if path.exists()), paths[0])
-    pickled = load_pickle(path)
-    with annotation_form(f"annotation file {str(path)!r}", "CC_WEB_VIDEO's form"):
-        index = pickled["vid2index"] if "vid2index" in pickled else pickled["index"]
-        parts = (pickled[key] for key in ("queries", "ground_truth", "excluded"))
-        return CCWebVideo(index, *parts, f"annotation {path.name!r}")
+    data = load_pickle(path)
+    with annotation_errors(path, "CC_WEB_VIDEO's form"):
+        index = data["vid2index"] if "vid2index" in data else data["index"]
+        return CCWebVideo(
+            index,
+            data["queries"],
+            data["ground_truth"],
+            data["excluded"],
+            f"annotation {path.name!r}",
+        )

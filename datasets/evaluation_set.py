@@ -1,399 +1,461 @@
-"""Evaluation sets: queries, a database, and the protocol that turns similarities into the set's figures.
+"""What every evaluation set shares: ranking, average precision, coverage, similarity files.
 
-A set knows nothing of models: it scores `{query: {video: similarity}}` from wherever it comes. `EVALUATION_SETS` names the
-sets; `EvaluationSet` holds what they share (what is ranked, ties, what is missing, the mean over queries), each subclass says
-in its docstring what is its own. From a table (Q, N), or from a dict by the methods in brackets:
+A set has queries, a database and a protocol. It knows nothing of models: it scores similarities
+of any source, either a table (Q, N) with the ids of its rows and columns, or a dictionary
+{query: {video: similarity}}. From the result to its parts, the dictionary's method in brackets:
 
-    rankings   (rankings_of)   a query at a time: which of the ranked videos are relevant, and how many there are to find
-    per_query                  {task: {query: AP}}; `average_precisions` makes it of any rankings
-    evaluate_table (evaluate)  the figures of the field's tables, which `figures` reduces from {task: {query: AP}}
+    evaluate_table (evaluate)   {name: value}, the metrics that papers print
+    per_query                   {task: {query: AP}}
+    rankings (rankings_of)      query by query, which ranks hold a relevant video
 """
 
 import contextlib
 import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils import InputError, digest, load_pickle, require_path
+from utils import InputError, digest, require_path
 
-# A figure of a set of which more than this share of the queries or videos is missing is not printed without that share beside
-# it. Videos vanish from the web, so hardly anybody has whole sets, and what is gone moves the third digit of a mAP.
+# Videos vanish from the web, so few people have whole sets, and what is missing moves the third
+# digit of a mAP. Above this share of queries or videos, the metrics are printed with a note.
 MISSING_SHARE = 0.01
 
 
-# --- one ranking -----------------------------------------------------------------------------------------------------
+# --- the metrics of one ranking -----------------------------------------------------------------
 
 
-def average_precision(hits, relevant):
-    """AP of one ranking: hits (N,) bool from the first rank on; relevant: how many videos should have been found.
+def average_precision(hits: np.ndarray, num_relevant: int) -> float:
+    """AP of one ranking: the sum of precision@rank over the hits, divided by `num_relevant`.
 
-    AP = sum over hits of (hits up to here / rank) / relevant; a relevant video that is not ranked counts as never found.
+    Args:
+        hits: (N,) bool, whether the video at each rank is relevant, best rank first
+        num_relevant: how many videos should be found; those not ranked count as never found
     """
     ranks = np.flatnonzero(hits) + 1
-    return float((np.arange(1, len(ranks) + 1) / ranks).sum() / relevant)
+    found = np.arange(1, len(ranks) + 1)
+    return float((found / ranks).sum() / num_relevant)
 
 
-def trapezoidal_average_precision(hits, relevant):
-    """AP as the area under the precision-recall polygon (Holidays, EVVE); arguments as `average_precision`.
+def trapezoidal_average_precision(hits: np.ndarray, num_relevant: int) -> float:
+    """AP as the area under the precision-recall polygon (Holidays, EVVE).
 
-    The k-th hit (k = 1, 2, ...) at rank r adds a trapezoid of width 1 / relevant between the precision just before it,
-    (k - 1) / (r - 1), taken as 1 at rank 1, and the precision with it, k / r.
+    The k-th hit, at rank r, adds a trapezoid of width 1 / num_relevant between the precision just
+    before it, (k - 1) / (r - 1), and the precision with it, k / r. At rank 1 the precision before
+    is taken as 1. Arguments are those of `average_precision`.
     """
     ranks = np.flatnonzero(hits) + 1
-    k = np.arange(1, len(ranks) + 1)
-    before = np.where(ranks == 1, 1, (k - 1) / np.maximum(ranks - 1, 1))
-    return float(((before + k / ranks) / 2).sum() / relevant)
+    found = np.arange(1, len(ranks) + 1)
+    before = np.where(ranks == 1, 1, (found - 1) / np.maximum(ranks - 1, 1))
+    return float(((before + found / ranks) / 2).sum() / num_relevant)
 
 
-def precision_recall(hits, relevant, points=21):
-    """The interpolated precision-recall curve of FIVR (its Eq. 5): precision (points,) at recall 0, .05, ..., 1.
+def precision_recall(hits: np.ndarray, num_relevant: int, points: int = 21) -> np.ndarray:
+    """The interpolated precision-recall curve of FIVR (its Eq. 5).
 
-    Arguments as `average_precision`. Precision at recall r is the highest precision at any rank whose recall is r or more, 0
-    where the ranking never comes so far. (The official script's curve starts at 1 whatever the ranking, because its library
-    appends a point of precision 1 at recall 0.)
+    Precision at recall r is the highest precision at any rank whose recall is at least r, and 0
+    where the ranking never reaches r. The official script starts each curve at precision 1,
+    because its library appends that point at recall 0; this function does not.
+
+    Returns:
+        (points,) precision at recall 0, ..., 1 in equal steps
     """
     ranks = np.flatnonzero(hits) + 1
-    best = np.maximum.accumulate((np.arange(1, len(ranks) + 1) / ranks)[::-1])[
-        ::-1
-    ]  # from the k-th hit on
+    precision = np.arange(1, len(ranks) + 1) / ranks  # at each hit
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # at that hit or later
     curve = np.zeros(points)
     for i in range(points):
-        k = max(
-            -(-i * relevant // (points - 1)), 1
-        )  # the hit that reaches recall i / (points - 1), in whole numbers
+        # The first hit whose recall is at least i / (points - 1); -(-a // b) rounds a / b up.
+        k = max(-(-i * num_relevant // (points - 1)), 1)
         if k <= len(best):
             curve[i] = best[k - 1]
     return curve
 
 
 class Ranking(NamedTuple):
-    """One query's ranking for one task: hits (N,) bool by rank, best first; relevant: how many there are to find; places (N,):
-    the ranked videos' places in the database.
+    """The ranking of one query for one task.
+
+    hits: (N,) bool by rank, best rank first
+    num_relevant: how many videos should be found
+    positions: (N,) the ranked videos, as positions in the database
     """
 
     hits: np.ndarray
-    relevant: int
-    places: np.ndarray
+    num_relevant: int
+    positions: np.ndarray
 
 
 class Judgement(NamedTuple):
-    """What an annotation says of one query for one task; videos by their places in the database.
+    """What the annotation says of one query for one task. Videos are positions in the database.
 
-    relevant: the places of the videos to find. ranked: the places that enter the ranking, None for all. counted: the number to
-    find, where it does not depend on what has features; None for the relevant videos that have some.
+    relevant: the videos to find
+    candidates: the videos that enter the ranking; None for the whole database
+    num_relevant: how many should be found, if the set counts videos without features too;
+        None counts the relevant videos with features
     """
 
     relevant: np.ndarray
-    ranked: np.ndarray | None = None
-    counted: int | None = None
+    candidates: np.ndarray | None = None
+    num_relevant: int | None = None
 
 
-# --- what all sets share ---------------------------------------------------------------------------------------------
+# --- a set --------------------------------------------------------------------------------------
 
 
 class EvaluationSet:
-    """What every set shares; a subclass fills `_judgements` and says what is its own.
+    """The base of all sets. A subclass names its TASKS and fills `judgements`.
 
-    Ranking: similarity descending, ties in database order, whatever the table's order. Only videos of the database that have
-    features (`available`) are ranked; ids the set does not know change nothing. The query is left out of its own ranking
-    unless the set says otherwise. To find: the relevant videos that are in the database and have features; one of them that
-    has no similarity to the query counts as never found. A query without features is left out; so is, task by task, a query
-    with nothing to find (`coverage` counts both). The figure is the mean AP of the queries that remain, NaN when none does.
+    Ranking. Videos are ranked by descending similarity; ties keep the order of the database.
+    Videos without features are not ranked, and ids unknown to the set are ignored. The query is
+    removed from its own ranking, unless RANKS_QUERY.
 
-    queries, database: lists of ids, each id once. source: which annotation this is, for the record. TASKS: the tasks' names.
+    Counting. A query should find its relevant videos that are in the database and have features.
+    One of them without a similarity counts as never found. Queries without features are left out,
+    and so are, task by task, queries with nothing to find; `coverage` counts both.
+
+    Metric. The mean AP over the queries that remain; NaN if none does.
+
+    Attributes:
+        queries, database: lists of ids, each id once
+        source: the annotation this set was read from, for the record
+        judgements: for each query, in order, {task: Judgement}
     """
 
-    TASKS = ("mAP",)
-    RANKS_ITSELF = False
+    TASKS: Collection[str] = ("mAP",)
+    RANKS_QUERY = False
     average_precision = staticmethod(average_precision)
 
-    def __init__(self, queries, database, source):
+    def __init__(self, queries: Iterable[str], database: Iterable[str], source: str):
         self.source = source
-        self._judgements = []  # {task: Judgement} of each query, in order
-        self._name(list(queries), list(database))
+        self.judgements = []
+        self._set_ids(list(queries), list(database))
 
-    def _name(self, queries, database):
-        """Give queries and videos these ids."""
+    def _set_ids(self, queries, database):
         self.queries, self.database = queries, database
-        self._query = positions_by_id(queries, f"{self.source}: query")
-        self._place = positions_by_id(database, f"{self.source}: video")
+        self._query_index = positions_by_id(queries, f"{self.source}: query")
+        self._position = positions_by_id(database, f"{self.source}: video")
 
-    def fingerprint(self):
-        """A digest of queries, database and judgements, to tell one annotation from another of the same name."""
-        judged = [
-            {task: [sorted(one.relevant.tolist()), one.counted] for task, one in tasks.items()}
-            for tasks in self._judgements
-        ]
+    def fingerprint(self) -> str:
+        """A digest of queries, database and judgements: tells two annotations of one name apart."""
+        judged = []
+        for tasks in self.judgements:
+            judged.append(
+                {
+                    task: [sorted(judgement.relevant.tolist()), judgement.num_relevant]
+                    for task, judgement in tasks.items()
+                }
+            )
         return digest([self.queries, self.database, judged])
 
-    def spelled_as(self, known):
-        """This set with its ids in the form found in `known` (ids that have features), where it is public in two."""
+    def with_ids_as_in(self, available: Collection[str]) -> "EvaluationSet":
+        """The set with its ids spelled as in `available`, if they are public in two spellings."""
         return self
 
-    # figures
+    # --- metrics ---
 
-    def evaluate(self, similarities, available=None):
-        """The set's figures, {name: value}, from similarities {query: {video: similarity}}.
+    def evaluate(
+        self,
+        similarities: Mapping[str, Mapping[str, float]],
+        available: Iterable[str] | None = None,
+    ) -> dict[str, float]:
+        """The metrics of the set, from a dictionary of similarities.
 
-        available: the ids that have features, by default every id in `similarities`. A system that returns only its best few
-        gives what it searched (`set.queries + set.database` for all), or what it never returned would not count as missed.
-        Raises InputError when no query can be scored or a similarity is NaN or infinite; minus infinity too, because it
-        hides pairs that were never compared: leave those out.
+        Args:
+            similarities: {query: {video: similarity}}
+            available: the ids that have features; by default every id in `similarities`. Of a
+                system that returns its best few only, pass all ids that it searched (for example
+                `queries + database`), or videos it never returned are not counted as missed.
+        Returns:
+            {name: value}
+        Raises:
+            InputError: no query can be scored, or a similarity is NaN or infinite. That includes
+                minus infinity: leave out pairs that were not compared.
         """
-        return self.figures(self.average_precisions(self.rankings_of(similarities, available)))
+        return self.metrics(self.average_precisions(self.rankings_of(similarities, available)))
 
-    def evaluate_table(self, queries, videos, table):
-        """The same for a table (Q, N) of similarities between the ids `queries` and `videos`, all of which have features."""
-        return self.figures(self.per_query(queries, videos, table))
+    def evaluate_table(
+        self, queries: Sequence[str], videos: Sequence[str], table: np.ndarray
+    ) -> dict[str, float]:
+        """The same from a table (Q, N) between `queries` and `videos`, which all have features."""
+        return self.metrics(self.per_query(queries, videos, table))
 
-    def per_query(self, queries, videos, table):
-        """{task: {query: AP}} of the queries that can be scored; arguments as `evaluate_table`."""
+    def per_query(
+        self, queries: Sequence[str], videos: Sequence[str], table: np.ndarray
+    ) -> dict[str, dict[str, float]]:
+        """{task: {query: AP}} of the queries that can be scored; arguments of `evaluate_table`."""
         return self.average_precisions(self.rankings(queries, videos, table))
 
-    def average_precisions(self, rankings):
+    def average_precisions(
+        self, rankings: Iterable[tuple[str, dict[str, Ranking]]]
+    ) -> dict[str, dict[str, float]]:
         """{task: {query: AP}} from what `rankings` or `rankings_of` yields."""
-        found, something_ranked = {task: {} for task in self.TASKS}, False
+        aps = {task: {} for task in self.TASKS}
+        any_ranked = False
         for query, tasks in rankings:
             for task, ranking in tasks.items():
-                found[task][query] = self.average_precision(ranking.hits, ranking.relevant)
-                something_ranked |= len(ranking.hits) > 0
-        if not something_ranked:
+                aps[task][query] = self.average_precision(ranking.hits, ranking.num_relevant)
+                any_ranked |= len(ranking.hits) > 0
+        if not any_ranked:
             raise InputError(
-                f"none of the {len(self.queries)} queries can be scored; do the table's ids fit {self.source}?"
+                f"none of the {len(self.queries)} queries can be scored; do the ids of the"
+                f" similarities belong to {self.source}?"
             )
-        return found
+        return aps
 
-    def figures(self, found):
-        """{name: value}: what the field prints of `per_query`'s {task: {query: AP}}."""
-        return {task: nan_mean(values.values()) for task, values in found.items()}
+    def metrics(self, aps: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The metrics {name: value} that papers print, from {task: {query: AP}}."""
+        return {task: mean_or_nan(by_query.values()) for task, by_query in aps.items()}
 
-    # rankings
+    # --- rankings ---
 
-    def rankings(self, queries, videos, table):
-        """Yield (query, {task: Ranking}), a query at a time; a task with nothing to find is left out.
+    def rankings(
+        self, queries: Sequence[str], videos: Sequence[str], table: np.ndarray
+    ) -> Iterator[tuple[str, dict[str, Ranking]]]:
+        """Yield (query, {task: Ranking}), without the tasks in which the query has nothing to find.
 
-        queries (Q,), videos (N,): ids; table (Q, N): anything of that shape that gives a row at a time. An id twice, a table
-        of another shape and a similarity that is not finite raise InputError.
+        Args:
+            queries, videos: Q and N ids
+            table: (Q, N) similarities; any object with that shape that gives a row at a time
+        Raises:
+            InputError: an id is given twice, the shape differs, or a similarity is not finite
         """
         queries, videos = list(queries), list(videos)
         if np.shape(table) != (len(queries), len(videos)):
             raise InputError(
-                f"a table {np.shape(table)} is not one of {len(queries)} queries by {len(videos)} videos"
+                f"the table has shape {np.shape(table)}, which does not fit"
+                f" {len(queries)} queries and {len(videos)} videos"
             )
-        positions_by_id(queries, "table: query")
-        return self._rankings(
-            ((query, videos, table[i]) for i, query in enumerate(queries)), {*queries, *videos}
-        )
+        positions_by_id(queries, "table: query")  # refuses an id given twice
+        rows = ((query, videos, table[i]) for i, query in enumerate(queries))
+        return self._rank({*queries, *videos}, rows)
 
-    def rankings_of(self, similarities, available=None):
-        """The same from {query: {video: similarity}}; arguments as `evaluate`."""
+    def rankings_of(
+        self,
+        similarities: Mapping[str, Mapping[str, float]],
+        available: Iterable[str] | None = None,
+    ) -> Iterator[tuple[str, dict[str, Ranking]]]:
+        """The same from a dictionary; arguments of `evaluate`."""
         if available is None:
             available = set(similarities).union(*similarities.values())
         rows = (
             (query, list(row), np.fromiter(row.values(), float, len(row)))
             for query, row in similarities.items()
         )
-        return self._rankings(rows, available)
+        return self._rank(set(available), rows)
 
-    def _rankings(self, rows, available):
-        available, videos = set(available), None
-        usable = self._usable(available)
+    def _rank(self, available, rows):
+        """Yield what `rankings` does, from rows (query, ids of the videos, similarities)."""
+        has_features = self._has_features(available)
+        previous_ids = None
         for query, ids, row in rows:
-            if query not in self._query or query not in available:
+            if query not in self._query_index or query not in available:
                 continue
-            if ids != videos:  # rows mostly share theirs
-                videos, (columns, places) = ids, self._columns(ids, usable)
-            order = places[np.argsort(-_finite(query, ids, row)[columns], kind="stable")]
-            if not self.RANKS_ITSELF:
-                order = order[order != self._place.get(query)]
+            if ids != previous_ids:  # the rows of a table share theirs
+                columns, positions = self._columns_in_database_order(ids, has_features)
+                previous_ids = ids
+            row = _require_finite(query, ids, row)[columns]
+            ranked = positions[np.argsort(-row, kind="stable")]  # stable: ties keep this order
+            if not self.RANKS_QUERY:
+                ranked = ranked[ranked != self._position.get(query)]
+
             tasks = {}
-            for task, judged in self._judgements[self._query[query]].items():
-                if relevant := _to_find(judged, usable):
-                    ranked = (
-                        order if judged.ranked is None else order[self._mask(judged.ranked)[order]]
-                    )
-                    tasks[task] = Ranking(self._mask(judged.relevant)[ranked], relevant, ranked)
+            for task, judgement in self.judgements[self._query_index[query]].items():
+                num_relevant = _count_relevant(judgement, has_features)
+                if not num_relevant:
+                    continue
+                of_task = ranked
+                if judgement.candidates is not None:
+                    of_task = ranked[self._mask(judgement.candidates)[ranked]]
+                hits = self._mask(judgement.relevant)[of_task]
+                tasks[task] = Ranking(hits, num_relevant, of_task)
             yield query, tasks
 
-    def _columns(self, ids, usable):
-        """The columns of a table over `ids` that are ranked, in database order, and the places of their videos there."""
-        positions_by_id(ids, "table: video")
-        places = np.fromiter((self._place.get(video, -1) for video in ids), int, len(ids))
-        columns = np.argsort(places)
-        columns = columns[places[columns] >= 0]
-        columns = columns[usable[places[columns]]]
-        return columns, places[columns]
+    def _columns_in_database_order(self, ids, has_features):
+        """The columns of a row over `ids` that are ranked, and their positions in the database."""
+        positions_by_id(ids, "table: video")  # refuses an id given twice
+        positions = np.fromiter((self._position.get(video, -1) for video in ids), int, len(ids))
+        columns = np.argsort(positions)
+        columns = columns[positions[columns] >= 0]  # known to the set
+        columns = columns[has_features[positions[columns]]]
+        return columns, positions[columns]
 
-    def _mask(self, places):
+    def _mask(self, positions):
+        """(N,) bool over the database: true at `positions`."""
         mask = np.zeros(len(self.database), bool)
-        mask[places] = True
+        mask[positions] = True
         return mask
 
-    def _usable(self, available):
-        return np.fromiter(
-            (video in available for video in self.database), bool, len(self.database)
-        )
+    def _has_features(self, available):
+        """(N,) bool over the database."""
+        present = (video in available for video in self.database)
+        return np.fromiter(present, bool, len(self.database))
 
-    def _judgement(self, relevant, **more):
-        """A Judgement from ids; those that are not in the database are dropped."""
-        return Judgement(
-            np.array([self._place[video] for video in set(relevant) if video in self._place], int),
-            **more,
-        )
+    def positions_of(self, videos: Iterable[str]) -> np.ndarray:
+        """The positions in the database of those `videos` that are in it, each once."""
+        known = [self._position[video] for video in set(videos) if video in self._position]
+        return np.array(known, int)
 
-    # what is missing, what is too much
+    # --- what is missing, what is unknown ---
 
-    def coverage(self, available):
-        """How much of the set has features: queries and videos present and missing, queries with nothing to find a task."""
+    def coverage(self, available: Iterable[str]) -> dict:
+        """How much of the set has features, as numbers of queries and videos."""
         available = set(available)
-        usable = self._usable(available)
+        has_features = self._has_features(available)
         present = [i for i, query in enumerate(self.queries) if query in available]
+        nothing_to_find = dict.fromkeys(self.TASKS, 0)
+        for i in present:
+            for task, judgement in self.judgements[i].items():
+                nothing_to_find[task] += not _count_relevant(judgement, has_features)
         return {
             "queries": len(present),
             "queries_missing": len(self.queries) - len(present),
-            "videos": int(usable.sum()),
-            "videos_missing": int((~usable).sum()),
-            "queries_without_relevant": {
-                task: sum(not _to_find(self._judgements[i][task], usable) for i in present)
-                for task in self.TASKS
-            },
+            "videos": int(has_features.sum()),
+            "videos_missing": int((~has_features).sum()),
+            "queries_without_relevant": nothing_to_find,
         }
 
-    def unknown(self, queries, videos):
-        """How many of a table's ids the set does not know and leaves aside: {"queries": number, "videos": number}."""
+    def unknown(self, queries: Iterable[str], videos: Iterable[str]) -> dict[str, int]:
+        """How many of these ids the set does not know: {"queries": count, "videos": count}."""
+        known_videos = self._position.keys() | self._query_index.keys()
         return {
-            "queries": sum(query not in self._query for query in queries),
-            "videos": sum(
-                video not in self._place and video not in self._query for video in videos
-            ),
+            "queries": sum(query not in self._query_index for query in queries),
+            "videos": sum(video not in known_videos for video in videos),
         }
 
 
-def missing_note(coverage):
-    """The line that stands beside the figures when more than MISSING_SHARE of a set is missing; "" otherwise."""
+def missing_note(coverage: Mapping) -> str:
+    """A line to print with the metrics if more than MISSING_SHARE of a set is missing, else ""."""
     parts = []
     for side in ("queries", "videos"):
-        here, missing = coverage[side], coverage[f"{side}_missing"]
-        if missing > MISSING_SHARE * (here + missing):
-            parts.append(
-                f"{missing / (here + missing):.1%} of the {side} ({missing} of {here + missing})"
-            )
-    return f"missing: {' and '.join(parts)}; figures of the whole set will differ" if parts else ""
+        missing = coverage[f"{side}_missing"]
+        total = coverage[side] + missing
+        if missing > MISSING_SHARE * total:
+            parts.append(f"{missing / total:.1%} of the {side} ({missing} of {total})")
+    if not parts:
+        return ""
+    return f"missing: {' and '.join(parts)}; figures of the whole set will differ"
 
 
-def positions_by_id(ids, what):
-    """{id: its place}; InputError when one stands twice."""
-    places = {name: place for place, name in enumerate(ids)}
-    if len(places) < len(ids):
-        twice = next(name for place, name in enumerate(ids) if places[name] != place)
+def videos_with_features(
+    evaluation_set: EvaluationSet, store: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """The ids of a set's queries and of its database that a feature store has.
+
+    Raises:
+        InputError: the store has no query or no video of the set
+    """
+    queries = [query for query in evaluation_set.queries if query in store]
+    database = [video for video in evaluation_set.database if video in store]
+    if not queries or not database:
+        side = "video" if queries else "query"
         raise InputError(
-            f"{what} {twice!r} stands twice; its similarities would be ambiguous, so give each id once"
+            f"{str(store.path)!r} has features of no {side} of the {evaluation_set.source};"
+            " is it the right file?"
         )
-    return places
+    return queries, database
 
 
-def _finite(query, videos, row):
-    """The row as (N,) float64; InputError by query and video when a similarity is not finite."""
-    row = np.asarray(row, float)
-    bad = np.flatnonzero(~np.isfinite(row))
-    if len(bad):
+# --- helpers of the sets ------------------------------------------------------------------------
+
+
+def positions_by_id(ids: Collection[str], what: str) -> dict[str, int]:
+    """{id: its position}; raises InputError if an id is given twice."""
+    positions = {name: position for position, name in enumerate(ids)}
+    if len(positions) < len(ids):
+        twice = next(name for position, name in enumerate(ids) if positions[name] != position)
         raise InputError(
-            f"query {query!r}, video {videos[bad[0]]!r}: similarity {row[bad[0]]} ({len(bad)} such in the row); NaN and"
-            " infinity have no rank, so leave out the pairs that were not compared"
+            f"{what} {twice!r} is given twice; its similarities would be ambiguous, so give each"
+            " id once"
         )
-    return row
+    return positions
 
 
-def _to_find(judged, usable):
-    return int(usable[judged.relevant].sum()) if judged.counted is None else judged.counted
-
-
-def nan_mean(values):
+def mean_or_nan(values: Iterable[float]) -> float:
+    """The mean, or NaN of no values."""
     values = list(values)
     return float(np.mean(values)) if values else float("nan")
 
 
-# --- what has features
+def _count_relevant(judgement, has_features):
+    """How many videos a query should find."""
+    if judgement.num_relevant is not None:
+        return judgement.num_relevant
+    return int(has_features[judgement.relevant].sum())
 
 
-def videos_with_features(chosen, store):
-    """The queries and the database videos of an evaluation set that have features: two lists of ids."""
-    sides = [
-        [video for video in side if video in store] for side in (chosen.queries, chosen.database)
-    ]
-    if not all(sides):
+def _require_finite(query, videos, row):
+    """The row as (N,) float64; raises InputError that names a pair that is not finite."""
+    row = np.asarray(row, float)
+    bad = np.flatnonzero(~np.isfinite(row))
+    if len(bad):
         raise InputError(
-            f"{str(store.path)!r} has features of no query or no video of the {chosen.source}; wrong file?"
+            f"query {query!r}, video {videos[bad[0]]!r}: similarity {row[bad[0]]} ({len(bad)} such"
+            " in the row); NaN and infinity have no rank, so leave out pairs that were not compared"
         )
-    return sides
+    return row
 
 
-# --- files
+# --- files --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def annotation_form(what, form):
-    """Turns the errors of code that takes an annotation apart into one that names the file."""
+def annotation_errors(path: str | Path, form: str) -> Iterator[None]:
+    """In this block, an annotation that is not of the `form` raises an InputError that names it."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{what} is not of {form} ({type(error).__name__}: {error}); fetch it again"
+            f"annotation file {str(path)!r} is not of {form}"
+            f" ({type(error).__name__}: {error}); fetch it again"
         ) from None
 
 
-def pickled_set(kind, name, *keys):
-    """A reader of a set that one pickle holds: `kind` is called with what stands there under `keys`."""
+def read_similarities(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read {query: {video: similarity}} from a JSON file, as any system may write it.
 
-    def read(directory):
-        path = Path(directory) / name
-        pickled = load_pickle(path)
-        with annotation_form(f"annotation file {str(path)!r}", f"{kind.__name__}'s form"):
-            return kind(*(pickled[key] for key in keys), f"annotation {path.name!r}")
+    Ids that a set does not know are allowed (`EvaluationSet.unknown` counts them).
 
-    return read
-
-
-def read_similarities(path):
-    """{query: {video: similarity}} from a JSON file of that form, as any system may write it.
-
-    Raises InputError that names the file, and the query where one is at fault: an id twice, a row that is no object, a
-    similarity that is no number, no query at all. Ids that a set does not know are for `EvaluationSet.unknown` to count.
+    Raises:
+        InputError: an id is given twice, a row is not an object, a similarity is not a number, or
+            there is no query; the message names the file and the query
     """
     path = require_path(path, "similarity file")
-
-    def once(pairs):
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            positions_by_id([name for name, _ in pairs], "id")
-        return row
-
     try:
-        table = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_int=float
-        )
-        if not isinstance(table, dict):
-            raise InputError(
-                f"a {type(table).__name__} where {{query: {{video: similarity}}}} was expected"
-            )
-        if not table:
-            raise InputError("there is no query in it; nothing can be scored")
-        for query, row in table.items():
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"query {query!r} has a {type(row).__name__} where {{video: similarity}} was expected"
-                )
-            if strange := set(map(type, row.values())) - {float}:
-                video = next(video for video, value in row.items() if type(value) in strange)
-                raise InputError(
-                    f"query {query!r}, video {video!r}: {json.dumps(row[video])[:40]} is not a number"
-                )
-    except (ValueError, RecursionError) as error:  # of the JSON, or not UTF-8
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text, object_pairs_hook=_without_repeated_ids, parse_int=float)
+        _check_similarities(table)
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise InputError(
             f"similarity file {str(path)!r} is not JSON ({error}); is it complete?"
         ) from None
     except InputError as error:
         raise InputError(f"similarity file {str(path)!r}: {error}") from None
     return table
+
+
+def _without_repeated_ids(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        positions_by_id([name for name, _ in pairs], "id")  # raises, with the id
+    return row
+
+
+def _check_similarities(table):
+    if not isinstance(table, dict):
+        raise InputError(
+            f"a {type(table).__name__} where {{query: {{video: similarity}}}} was expected"
+        )
+    if not table:
+        raise InputError("it has no query, so nothing can be scored")
+    for query, row in table.items():
+        if not isinstance(row, dict):
+            raise InputError(
+                f"query {query!r} has a {type(row).__name__}"
+                " where {video: similarity} was expected"
+            )
+        for video, value in row.items():
+            if type(value) is not float:
+                shown = json.dumps(value)[:40]
+                raise InputError(f"query {query!r}, video {video!r}: {shown} is not a number")

@@ -1,78 +1,86 @@
-"""FIVR."""
+"""FIVR-5K and FIVR-200K, and any set in FIVR's form (the demo's)."""
 
 import json
 from pathlib import Path
 
-from datasets.evaluation_set import EvaluationSet, annotation_form
+from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors
 from utils import InputError, load_pickle, require_path
+
+FORM = "FIVR's form {query: {label: [ids]}}"
 
 
 class FIVR(EvaluationSet):
-    """FIVR (Kordopatis-Zilos et al., 2019), scored as its official evaluator does; annotation {query: {label: [ids]}}.
+    """FIVR (Kordopatis-Zilos et al., 2019), scored as its official evaluator does.
 
-    Figures DSVR (the labels ND and DS are relevant), CSVR (also CS), ISVR (also IS): the mean AP. A query that stands in its
-    own label list and in the database is not ranked but stays in that list's count, as in the official code, so a perfect
-    ranking of FIVR-5K scores ISVR .99971. (The official script ranks a query for itself where a result file lists it; the
-    evaluators of ViSiL, DnS and TCA never do, nor does this one.)
+    Metrics: the mean AP of three tasks, which differ in the labels that count as relevant.
+
+        DSVR   duplicate scenes        ND, DS
+        CSVR   complementary scenes    ND, DS, CS
+        ISVR   incident scenes         ND, DS, CS, IS
+
+    A query that is in its own label list and in the database is not ranked, but it stays in the
+    count of that list, as in the official code. So a perfect ranking of FIVR-5K has ISVR .99971.
+    (The official script does rank a query for itself if a result file lists it. The evaluators of
+    ViSiL, DnS and TCA never do, and neither does this one.)
+
+    Args:
+        annotation: {query: {label: [ids]}}
     """
 
     TASKS = {"DSVR": ("ND", "DS"), "CSVR": ("ND", "DS", "CS"), "ISVR": ("ND", "DS", "CS", "IS")}
 
     def __init__(self, queries, database, annotation, source):
         super().__init__(queries, database, source)
-        with annotation_form(source, "FIVR's form {query: {label: [ids]}}"):
-            self._judgements = [
-                {
-                    task: self._judgement(
-                        set().union(*(annotation[query].get(label, ()) for label in labels))
-                    )
-                    for task, labels in self.TASKS.items()
-                }
-                for query in self.queries
-            ]
+        for query in self.queries:
+            tasks = {}
+            for task, labels in self.TASKS.items():
+                relevant = set()
+                for label in labels:
+                    relevant.update(annotation[query].get(label, ()))
+                tasks[task] = Judgement(self.positions_of(relevant))
+            self.judgements.append(tasks)
 
 
-def _read_json(path):
+def load_fivr(directory: str | Path, labels: str, ids: str) -> FIVR:
+    """A set of two files: the labels of each query as JSON, and the database with an id a line."""
+    labels, ids = Path(directory) / labels, Path(directory) / ids
+    annotation = _read_labels(labels)
     try:
-        value = json.loads(require_path(path, "annotation file").read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}, not an object")
-        return value
-    except ValueError as error:
-        raise InputError(
-            f"annotation file {str(path)!r} is not of FIVR's form ({error}); fetch it again"
-        ) from None
-
-
-def load_listed_set(directory, name, ids):
-    """A set of two files: NAME, the labels by query, and IDS, the database's ids, one a line."""
-    path = Path(directory) / name
-    annotation = _read_json(path)
-    try:
-        database = (
-            require_path(Path(directory) / ids, "id list").read_text(encoding="utf-8").split()
-        )
+        database = require_path(ids, "id list").read_text(encoding="utf-8").split()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"id list {str(Path(directory) / ids)!r} is not UTF-8 text ({error}); fetch it again"
+            f"id list {str(ids)!r} is not UTF-8 text ({error}); fetch it again"
         ) from None
-    return FIVR(annotation, database, annotation, f"annotation {path.name!r}")
+    with annotation_errors(labels, FORM):
+        return FIVR(annotation, database, annotation, f"annotation {labels.name!r}")
 
 
-def load_fivr_5k(directory):
-    """FIVR-5K: ids from the ViSiL/DnS pickle; labels from the official JSON where it is there, else from the pickle."""
-    path, official = Path(directory) / "fivr.pickle", Path(directory) / "fivr_annotation.json"
-    pickled = load_pickle(path)
-    with annotation_form(f"annotation file {str(path)!r}", "the form of the ViSiL/DnS fivr.pickle"):
-        ids, annotation = pickled["5k"], pickled["annotation"]
-        queries, database = (
-            list(ids["queries"]),
-            sorted(ids["database"]),
-        )  # a set there: sort for a stable tie order
+def load_fivr_5k(directory: str | Path) -> FIVR:
+    """FIVR-5K: the ids are in the pickle of ViSiL and DnS, the labels in the official JSON.
+
+    Without the official JSON, the labels of the pickle are used, and `source` says so.
+    """
+    path = Path(directory) / "fivr.pickle"
+    data = load_pickle(path)
+    with annotation_errors(path, "the form of fivr.pickle (ViSiL, DnS)"):
+        queries = list(data["5k"]["queries"])
+        database = sorted(data["5k"]["database"])  # a set there; sorted, so that ties have an order
+        annotation = data["annotation"]
+
+    official = Path(directory) / "fivr_annotation.json"
     if official.exists():
-        return FIVR(
-            queries, database, _read_json(official), f"annotation {official.name!r} (official)"
-        )
-    return FIVR(
-        queries, database, annotation, f"annotation inside {path.name!r}, official JSON not there"
-    )
+        with annotation_errors(official, FORM):
+            source = f"annotation {official.name!r} (official)"
+            return FIVR(queries, database, _read_labels(official), source)
+    with annotation_errors(path, FORM):
+        source = f"annotation inside {path.name!r}, official JSON not there"
+        return FIVR(queries, database, annotation, source)
+
+
+def _read_labels(path):
+    text = require_path(path, "annotation file").read_bytes()
+    with annotation_errors(path, FORM):
+        annotation = json.loads(text.decode("utf-8"))
+        if not isinstance(annotation, dict):
+            raise ValueError(f"a {type(annotation).__name__}, not an object")
+        return annotation

@@ -1,38 +1,44 @@
-"""The evaluation sets by name."""
+"""The evaluation sets by name. To add one, write its protocol in a file here and enter its reader.
+
+A reader takes the folder of the annotation files and returns an `EvaluationSet`.
+"""
 
 import os
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from datasets.cc_web_video import load_cc_web_video
-from datasets.evaluation_set import pickled_set
-from datasets.evve import EVVE
-from datasets.fivr import load_fivr_5k, load_listed_set
-from datasets.vcdb import VCDB
+from datasets.evaluation_set import EvaluationSet
+from datasets.evve import load_evve
+from datasets.fivr import load_fivr, load_fivr_5k
+from datasets.vcdb import load_vcdb
 from utils import InputError, require_path
 
 ANNOTATION_DIR = os.environ.get(
     "TCA_ANNOTATIONS", str(Path(__file__).resolve().parent / "annotations")
 )
 
-
-EVALUATION_SETS = {
+EVALUATION_SETS: dict[str, Callable[[str | Path], EvaluationSet]] = {
     "FIVR-5K": load_fivr_5k,
-    "FIVR-200K": lambda directory: load_listed_set(
-        directory, "fivr_annotation.json", "fivr_youtube_ids.txt"
-    ),
+    "FIVR-200K": partial(load_fivr, labels="fivr_annotation.json", ids="fivr_youtube_ids.txt"),
     "CC_WEB_VIDEO": load_cc_web_video,
-    "EVVE": pickled_set(EVVE, "evve.pickle", "queries", "database", "annotation"),
-    "VCDB": pickled_set(VCDB, "vcdb.pickle", "video_pairs", "index"),
-    "DEMO": lambda directory: load_listed_set(directory, "demo.json", "demo_ids.txt"),
-    "DEMO-VAL": lambda directory: load_listed_set(directory, "demo_val.json", "demo_val_ids.txt"),
+    "EVVE": load_evve,
+    "VCDB": load_vcdb,
+    "DEMO": partial(load_fivr, labels="demo.json", ids="demo_ids.txt"),
+    "DEMO-VAL": partial(load_fivr, labels="demo_val.json", ids="demo_val_ids.txt"),
 }
 
 
-def load_evaluation_set(name, directory=ANNOTATION_DIR, known=()):
-    """The evaluation set `name` from the annotation files in `directory`.
+def load_evaluation_set(
+    name: str, directory: str | Path = ANNOTATION_DIR, known: Collection[str] = ()
+) -> EvaluationSet:
+    """Read the set `name` from the annotation files in `directory`.
 
-    known: the ids that have features; a set that is public under two forms of id takes the form that is found there.
+    Args:
+        known: the ids that have features; a set with two public spellings of its ids uses theirs
     """
     if name not in EVALUATION_SETS:
         raise InputError(f"dataset {name!r} is not known; choose from {', '.join(EVALUATION_SETS)}")
-    return EVALUATION_SETS[name](require_path(directory, "annotation folder")).spelled_as(known)
+    read = EVALUATION_SETS[name]
+    return read(require_path(directory, "annotation folder")).with_ids_as_in(known)

@@ -492,11 +492,11 @@ def test_an_id_twice_an_empty_table_and_another_shape_are_refused(name):
     chosen, _, _ = CASES[name](draw)
     queries, videos = chosen.queries, chosen.database
     table = table_of(draw, queries, videos)
-    with pytest.raises(InputError, match=re.escape(f"{videos[3]!r} stands twice")):
+    with pytest.raises(InputError, match=re.escape(f"{videos[3]!r} is given twice")):
         chosen.evaluate_table(queries, [*videos[:-1], videos[3]], table)
-    with pytest.raises(InputError, match=re.escape(f"{queries[0]!r} stands twice")):
+    with pytest.raises(InputError, match=re.escape(f"{queries[0]!r} is given twice")):
         chosen.evaluate_table([*queries[:-1], queries[0]], videos, table)
-    with pytest.raises(InputError, match="is not one of"):
+    with pytest.raises(InputError, match="does not fit"):
         chosen.evaluate_table(queries, videos[1:], table)
     nothing = np.zeros((0, 0))
     for score in (lambda: chosen.evaluate({}), lambda: chosen.evaluate_table([], [], nothing)):
@@ -507,7 +507,7 @@ def test_an_id_twice_an_empty_table_and_another_shape_are_refused(name):
 
 
 def test_a_list_of_ids_that_names_one_twice_is_refused():
-    with pytest.raises(InputError, match="'a' stands twice"):
+    with pytest.raises(InputError, match="'a' is given twice"):
         FIVR(["q"], ["a", "b", "a"], {"q": {"ND": ["a"]}}, "x")
 
 
@@ -680,8 +680,8 @@ def test_a_similarity_file_gives_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     "text, mention",
     [
-        ('{"q": {"a": 1, "b": 2, "a": 3}}', "'a' stands twice"),
-        ('{"q": {"a": 1}, "q": {"b": 1}}', "'q' stands twice"),
+        ('{"q": {"a": 1, "b": 2, "a": 3}}', "'a' is given twice"),
+        ('{"q": {"a": 1}, "q": {"b": 1}}', "'q' is given twice"),
         ("[1, 2]", "list"),
         ("{}", "no query"),
         ('{"q": [0.5]}', "'q'.*list"),
