@@ -1,49 +1,59 @@
-"""Encode, compare, score: the mAP tables.
+"""Encode, compare, score: the mAP tables (TCA section 4).
 
     # the encoder of a training run, by video descriptors (TCA_c)
-    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/tca --metric cosine
+    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/tca
 
-    # TCA_c, TCA_sym and TCA_f of three seeds, with the untrained rows of the same features, and a file of the figures
-    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/seed0 runs/seed1 runs/seed2 \\
+    # TCA_c, TCA_sym and TCA_f of three seeds, beside untrained rows of the same features
+    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 \\
+        --model_path runs/seed0 runs/seed1 runs/seed2 \\
         --metric cosine sym_chamfer chamfer --baseline cosine chamfer --output results.json
 
     # no training at all: the mean of the frame features
-    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --encoder mean --metric cosine
+    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --encoder mean
 
-    # search in two stages: by video descriptors, then the first R by frame descriptors; several R draw the trade-off
-    python evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 --model_path runs/tca --metric chamfer --rerank 500
-    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/tca --rerank 100 500 2000 --plot curve.png
+    # search in two stages: rank by video descriptors, re-rank the first R by frame descriptors
+    python evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 --model_path runs/tca \\
+        --metric chamfer --rerank 500
+    # several R give the trade-off between time and mAP
+    python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/tca \\
+        --rerank 100 500 2000 --plot curve.png
 
-    # descriptors kept, so that the next metric costs no encoding; a page of figures and curves; several processes
-    torchrun --nproc_per_node 4 evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 --model_path runs/tca \\
-        --metric cosine chamfer --cache descriptors --report report
+    # several processes; descriptors stored, so the next metric needs no encoding; an HTML page
+    torchrun --nproc_per_node 4 evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 \\
+        --model_path runs/tca --metric cosine chamfer --cache descriptors --report report
 
     # a table {query: {video: similarity}} of any other system
     python evaluation.py --dataset FIVR-5K --similarities theirs.json
 
-Annotations are looked for in datasets/annotations (or --annotation_dir, or the environment's TCA_ANNOTATIONS). Queries are held
-in memory, the database passes through it: --memory bounds what a process takes, whatever the size of the set.
+Annotations are read from datasets/annotations, from --annotation_dir, or from the folder that the
+environment variable TCA_ANNOTATIONS names. The queries are kept in memory and the database is read
+in batches: --memory bounds what a process takes, whatever the size of the set.
 """
 
-import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from datasets.evaluation_set import missing_note, read_similarities, videos_with_features
+from datasets.evaluation_set import read_similarities, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import check_device, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
-from model import ENCODERS, load_encoder
+from model import ENCODERS, Encoder, load_encoder
+from retrieval.charts import draw_trade_off
 from retrieval.comparator import load_comparator
-from retrieval.compare import MEMORY, Comparison, check_feature_size, shortlist, two_stage
-from retrieval.encode import VideoEncoder
+from retrieval.compare import MEMORY, Comparison, shortlist, two_stage
+from retrieval.encode import VideoEncoder, check_feature_size
 from retrieval.report import (
-    draw_trade_off,
+    Result,
+    Stage,
+    coverage_line,
+    coverage_notes,
+    save_similarities,
     summarise,
     table_lines,
     trade_off,
@@ -51,57 +61,86 @@ from retrieval.report import (
     write_report,
 )
 from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
-from utils import InputError, Parser, atomic, check_ranges, provenance, write_json
+from utils import InputError, Parser, check_ranges, provenance, write_json
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
 AMP = {None: None, "bfloat16": torch.bfloat16}
 
 
-class Stage(NamedTuple):
-    """What a row of two-stage search compared by frames: the R first of each query, a share `cost` of all pairs of frames.
+def main(argv=None):
+    dist = init_distributed()
+    with dist.exit_together_on_error():  # bad input on any process ends all of them
+        args = parse_args(argv)
+        notes = validate_args(args, dist)
+        if not args.similarities:
+            comparator = load_comparator(args.comparator) if args.comparator else None
+            store = FeatureStore(args.feature_path, args.pca_components)
+            evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, known=store)
+            queries, database = videos_with_features(evaluation_set, store)
+    if dist.is_main:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    if args.similarities:
+        return score_similarity_file(args) if dist.is_main else 0
 
-    metric: the frame-level one, None where none is used (R = 0). recall: the share of a query's relevant videos among the R,
-    mean over queries, which bounds what re-ranking can reach; None where all or none are compared.
+    coverage = evaluation_set.coverage(store)
+    if dist.is_main:
+        line = coverage_line(args.dataset, evaluation_set, coverage)
+        print(f"{line}; {store.feature_size} channels")
+
+    results = {}  # {row: [Result, one for each model]}
+    for model in load_models(args, store, dist):
+        # Descriptors of the queries. The database is encoded in batches while it is compared.
+        comparison = encode(model, store, queries, database, comparator, args, dist)
+        for row in compare(comparison, model):  # similarities (Q, N) of each metric
+            with dist.exit_together_on_error():
+                if dist.is_main:
+                    result = score(row, evaluation_set, queries, database)
+                    results.setdefault(row.name, []).append(result)
+
+    if dist.is_main:
+        record = {
+            "models": args.model_path,
+            "features": {"path": str(store.path), "meta": store.meta},
+            "padding_size": args.padding_size,
+            "amp": args.amp,
+            "processes": dist.world_size,
+            "compare_seconds": {
+                name: [round(result.seconds, 6) for result in of_models]
+                for name, of_models in results.items()
+            },
+        }
+        report(args, evaluation_set, coverage, results, record)
+        if args.save_similarities:
+            save_similarities(args.save_similarities, queries, database, row.similarities)
+    return 0
+
+
+# --- the models ---------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """An encoder, and how it is scored.
+
+    video_metrics, frame_metrics: what is compared; of several --rerank all pairs by both
+    rerank: the sizes R of the shortlists; empty if there is one stage only
+    rows: the metrics that have a row of their own, in the order in which they are printed
     """
 
-    metric: str | None
-    R: int
-    cost: float
-    recall: float | None = None
+    name: str
+    encoder: Encoder
+    video_metrics: list[str]
+    frame_metrics: list[str]
+    rerank: list[int]
+    rows: list[str]
 
 
-class Result(NamedTuple):
-    """A row's name, its table of similarities (Q, N), and how long it and the rows before it of this encoder took to compare
-    once described, in seconds of this process; its stage where two-stage search was asked for, and its shortlist (Q, N)."""
-
-    row: str
-    table: np.ndarray
-    seconds: float
-    stage: Stage | None = None
-    short: np.ndarray | None = None
-
-
-# --- read ------------------------------------------------------------------------------------------------------------------
-
-
-# --- compare -----------------------------------------------------------------------------------------------------------
-
-
-def row_name(encoder, metric):
-    """The name of a row: the paper's where it has one."""
-    if encoder == "mean":
-        return f"{'mean' if metric == 'cosine' else metric}, untrained"
-    return TCA_ROWS.get(metric, f"tca, {metric}") if encoder == "tca" else f"{encoder}, {metric}"
-
-
-def results(args, store, queries, database, dist):
-    """Yield a Result for every encoder and measure asked for."""
-    sides = store, queries, database
+def load_models(args, store, dist) -> Iterator[Model]:
+    """Yield the untrained features if they are scored, then each --model_path."""
     if args.baseline or not args.model_path:
+        mean = ENCODERS["mean"](store.feature_size)
         rerank = [] if args.model_path else args.rerank
-        yield from of_encoder(
-            "mean", ENCODERS["mean"](store.feature_size), *sides, args.baseline, rerank, args, dist
-        )
+        yield plan_model("mean", mean, store, args.baseline, rerank)
     for path in args.model_path:
         name, encoder, features = load_encoder(path, args.nhead)
         if dist.is_main:
@@ -110,90 +149,221 @@ def results(args, store, queries, database, dist):
             raise InputError(
                 f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out"
             )
-        yield from of_encoder(name, encoder, *sides, args.metric, args.rerank, args, dist)
+        yield plan_model(name, encoder, store, args.metric, args.rerank)
 
 
-def of_encoder(name, encoder, store, queries, database, metrics, rerank, args, dist):
-    """Yield a Result for each of the metrics of one encoder, from one encoding pass.
-
-    With `rerank`, cosine ranks and the frame-level metrics (by default chamfer) re-rank its first R videos, for each R. One R
-    compares no more than its shortlists by frames; several need the exhaustive table too, which then has its row.
-    """
+def plan_model(name, encoder, store, metrics, rerank) -> Model:
+    """Which metrics to compute for an encoder, and which of them have rows."""
     check_feature_size(encoder, store)
+    video = [metric for metric in metrics if metric in VIDEO_METRICS]
+    frame = [metric for metric in metrics if metric in FRAME_METRICS]
+    if rerank:
+        video = list(dict.fromkeys(["cosine", *video]))  # cosine makes the shortlists
+        frame = frame or ["chamfer"]
+    # One R compares no more than its shortlists by frames. For several R the exhaustive table is
+    # computed anyway, and has its own row.
+    whole = video if len(rerank) == 1 else [*video, *frame]
+    rows = [metric for metric in dict.fromkeys([*metrics, *whole]) if metric in whole]
+    return Model(name, encoder, video, frame, rerank, rows)
+
+
+# --- encode, compare, score ---------------------------------------------------------------------
+
+
+def encode(model, store, queries, database, comparator, args, dist) -> Comparison:
+    """Encode the queries; with --cache also the database, unless its descriptors are stored."""
     amp = AMP[args.amp]
-    kept = (
-        args.cache if next(encoder.parameters(), None) is not None else None
-    )  # features themselves need no cache
-    frame = [metric for metric in metrics if metric in FRAME_METRICS] or ["chamfer"] * bool(rerank)
-    video = list(
-        dict.fromkeys(
-            [*["cosine"] * bool(rerank), *(metric for metric in metrics if metric in VIDEO_METRICS)]
-        )
+    has_weights = next(model.encoder.parameters(), None) is not None
+    return Comparison(
+        VideoEncoder(model.encoder, store, args.padding_size, args.device, amp),
+        queries,
+        database,
+        [*model.video_metrics, *model.frame_metrics],
+        dist,
+        memory=args.memory,
+        cache=args.cache if has_weights else None,  # untrained features are stored already
+        use_faiss=bool(model.rerank),
+        progress=True,
+        comparator=comparator,
+        dtype=amp or torch.float32,
     )
-    comparison = Comparison(
-        VideoEncoder(encoder, store, args.padding_size, args.device, amp), queries, database, [*video, *frame], dist,
-        args.memory, kept, use_faiss=bool(rerank), progress=True, comparator=args.comparator, dtype=amp or torch.float32,
-    )  # fmt: skip
-    whole = [*video, *(frame if len(rerank) != 1 else [])]
-    found = comparison.tables(whole)
-    for metric in [metric for metric in dict.fromkeys([*metrics, *whole]) if metric in whole]:
+
+
+class Row(NamedTuple):
+    """A line of the printed table.
+
+    similarities: (Q, N)
+    seconds: this process's time for comparing, up to this row of the model, without encoding
+    stage, short: of two-stage search, its second stage and its shortlists (Q, N) bool
+    """
+
+    name: str
+    similarities: np.ndarray
+    seconds: float
+    stage: Stage | None = None
+    short: np.ndarray | None = None
+
+
+def compare(comparison, model) -> Iterator[Row]:
+    """Yield a row for each metric, then one for each R of two-stage search."""
+    tables = comparison.tables(model.rows)  # {metric: (Q, N)}, from one pass over the database
+    for metric in model.rows:
         stage = None
-        if rerank and (metric == "cosine" or metric in frame):
-            stage = Stage(metric, len(database), 1.0) if metric in frame else Stage(None, 0, 0.0)
-        yield Result(row_name(name, metric), found[metric], comparison.seconds, stage)
-    for R in rerank:
-        short = shortlist(found["cosine"], R)
-        second = found if len(rerank) > 1 else comparison.tables(frame, short)
-        for metric in frame:
-            row = f"{row_name(name, 'cosine')}, first {R} by {row_name(name, metric)}"
-            stage = Stage(metric, R, comparison.cost(short))
-            yield Result(
-                row,
-                two_stage(found["cosine"], second[metric], short),
+        if model.rerank and metric == "cosine":
+            stage = Stage(metric=None, R=0, cost=0.0)  # where the trade-off begins
+        elif model.rerank and metric in model.frame_metrics:
+            stage = Stage(metric, R=len(comparison.database), cost=1.0)  # and where it ends
+        yield Row(row_name(model.name, metric), tables[metric], comparison.seconds, stage)
+
+    for R in model.rerank:
+        short = shortlist(tables["cosine"], R)  # (Q, N) bool
+        if len(model.rerank) == 1:
+            by_frames = comparison.tables(model.frame_metrics, short)  # only those pairs
+        else:
+            by_frames = tables
+        for metric in model.frame_metrics:
+            first, second = row_name(model.name, "cosine"), row_name(model.name, metric)
+            yield Row(
+                f"{first}, first {R} by {second}",
+                two_stage(tables["cosine"], by_frames[metric], short),
                 comparison.seconds,
-                stage,
+                Stage(metric, R, comparison.cost(short)),
                 short,
             )
 
 
-# --- score and print ---------------------------------------------------------------------------------------------------
+def score(row, evaluation_set, queries, database) -> Result:
+    """The metrics, curves and first ranks of a row; what its shortlists can reach."""
+    rankings = evaluation_set.rankings(queries, database, row.similarities)
+    summary = summarise(evaluation_set, rankings)
+    stage = row.stage
+    if row.short is not None:
+        stage = stage._replace(recall=summary.recall(queries, database, row.short))
+    return Result(summary, row.seconds, stage)
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+def row_name(encoder, metric):
+    """The paper's name of a row, if it has one."""
+    if encoder == "mean":
+        return f"{'mean' if metric == 'cosine' else metric}, untrained"
+    if encoder == "tca" and metric in TCA_ROWS:
+        return TCA_ROWS[metric]
+    return f"{encoder}, {metric}"
 
 
-def parse(argv=None):
+# --- print and write ----------------------------------------------------------------------------
+
+
+def score_similarity_file(args):
+    """Score --similarities: a table of any system, with the ids it has."""
+    similarities = read_similarities(args.similarities)
+    videos = set().union(*similarities.values())
+    available = videos.union(similarities)
+    evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, known=available)
+    coverage = evaluation_set.coverage(available)
+    print(coverage_line(args.dataset, evaluation_set, coverage))
+    unknown = evaluation_set.unknown(similarities, available - set(similarities))
+    if any(unknown.values()):
+        print(
+            f"left aside: {unknown['queries']} queries and {unknown['videos']} videos that the set"
+            " does not know"
+        )
+    summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities))
+    results = {Path(args.similarities).stem: [Result(summary)]}
+    record = {"similarities": args.similarities, "unknown": unknown}
+    report(args, evaluation_set, coverage, results, record)
+    return 0
+
+
+def report(args, evaluation_set, coverage, results, record):
+    """Print the tables; write the files that the flags name. `record`: further facts for JSON."""
+    metrics = {}  # {row: [{name: value}, one for each model]}
+    for name, of_models in results.items():
+        metrics[name] = [result.summary.metrics for result in of_models]
+    curves = trade_off(results)
+    notes = coverage_notes(coverage)
+
+    print("\n".join(table_lines(metrics)))
+    for curve in curves.values():
+        print("\n".join(["", *trade_off_lines(curve)]))
+    for note in notes:
+        print(note)
+
+    record = {
+        "dataset": args.dataset,
+        "annotation": evaluation_set.source,
+        "figures": metrics,
+        "coverage": coverage,
+        **record,
+        **({"trade_off": curves} if curves else {}),
+        **provenance(),
+    }
+    if args.output:
+        write_json(args.output, record)
+    if args.plot:
+        draw_trade_off(args.plot, args.dataset, curves)
+    if args.report:
+        write_report(args.report, record, results, notes)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument_group("what is scored").add_argument
+    add_input_arguments(parser.add_argument_group("what is scored"))
+    add_run_arguments(parser.add_argument_group("how"))
+    add_output_arguments(parser.add_argument_group("what is written"))
+    return parser.parse_args(argv)
+
+
+def add_input_arguments(group):
+    add = group.add_argument
+    sets = ", ".join(EVALUATION_SETS)
+    add("-d", "--dataset", required=True, choices=EVALUATION_SETS, metavar="SET", help=sets)
     add(
-        "-d",
-        "--dataset",
-        required=True,
-        choices=EVALUATION_SETS,
-        metavar="SET",
-        help=", ".join(EVALUATION_SETS),
+        "-fp",
+        "--feature_path",
+        "--features",
+        help="HDF5 file with the features of the set's videos: ours, or with one dataset a video"
+        " as other groups have them, region features (T, R, C) too",
     )
-    add("-fp", "--feature_path", "--features", help="HDF5 file with the features of the set's videos: ours, or one dataset a"
-        " video as other groups have them, region features (T, R, C) too")  # fmt: skip
-    add("-mp", "--model_path", nargs="+", default=[], help="a run's folder, a model file, or a released state dict; several"
-        " (the seeds of one setting) give mean ± spread")  # fmt: skip
+    add(
+        "-mp",
+        "--model_path",
+        nargs="+",
+        default=[],
+        help="a run's folder, a model file, or a released state dict; several (the seeds of one"
+        " setting) give mean ± sample standard deviation",
+    )
     add(
         "--encoder",
         choices=ENCODERS,
-        help="check that the model is of this kind; `mean` alone needs no model",
+        help="check that the model is of this kind; only `mean` needs no model",
     )
-    add("-m", "--metric", nargs="+", choices=METRICS, metavar="METRIC", help=f"one or more of {', '.join(METRICS)} (default"
-        " cosine, which the paper calls TCA_c; chamfer is TCA_f, far slower and better)")  # fmt: skip
+    add(
+        "-m",
+        "--metric",
+        nargs="+",
+        choices=METRICS,
+        metavar="METRIC",
+        help=f"one or more of {', '.join(METRICS)} (default cosine, the paper's TCA_c; chamfer is"
+        " TCA_f, far slower and better)",
+    )
     add(
         "--baseline",
         nargs="+",
         choices=METRICS,
         default=[],
         metavar="METRIC",
-        help="score the untrained features by these too",
+        help="score the untrained features too, by these",
     )
-    add("--similarities", metavar="FILE", help="score this JSON table {query: {video: similarity}} of any system; no model or"
-        " features are needed")  # fmt: skip
+    add(
+        "--similarities",
+        metavar="FILE",
+        help="score this JSON table {query: {video: similarity}} of any system, without model and"
+        " features",
+    )
     add(
         "--annotation_dir",
         default=ANNOTATION_DIR,
@@ -204,40 +374,70 @@ def parse(argv=None):
         metavar="FILE",
         help="weights of ViSiL's video comparator, for --metric comparator",
     )
-    add("--rerank", nargs="+", type=int, default=[], metavar="R", help="rank by video descriptors, re-rank the first R by the"
-        " frame-level --metric (default chamfer); several R give the trade-off against the exhaustive measure")  # fmt: skip
-    add("-ps", "--padding_size", type=int, default=300, help="frames of a video that count, from its middle; 0 takes all"
-        " (default 300, the paper's)")  # fmt: skip
+    add(
+        "--rerank",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="R",
+        help="rank by video descriptors, re-rank the first R by the frame-level --metric (default"
+        " chamfer); several R give the trade-off against the exhaustive measure",
+    )
+    add(
+        "-ps",
+        "--padding_size",
+        type=int,
+        default=300,
+        help="frames of a longer video that are used, from its middle; 0 takes all (default 300,"
+        " the paper's)",
+    )
 
-    add = parser.add_argument_group("how").add_argument
-    add("--memory", type=float, default=MEMORY, metavar="GIB", help="what a process may hold; lower it on a small machine"
-        " (default %(default)s)")  # fmt: skip
-    add("--cache", metavar="DIR", help="keep descriptors here, and use those of the same weights and features; costs 4 bytes a"
-        " value of every frame; a folder that all processes see")  # fmt: skip
-    add("--amp", choices=[name for name in AMP if name], help="encode and compare in bfloat16: faster where the processor has"
-        " it; figures change in the third or fourth digit (default: float32)")  # fmt: skip
+
+def add_run_arguments(group):
+    add = group.add_argument
+    add(
+        "--memory",
+        type=float,
+        default=MEMORY,
+        metavar="GIB",
+        help="what a process may take; lower it on a small machine (default %(default)s)",
+    )
+    add(
+        "--cache",
+        metavar="DIR",
+        help="store descriptors here, and read those of the same weights and features; takes 4"
+        " bytes a value of every frame; all processes must see the folder",
+    )
+    add(
+        "--amp",
+        choices=[name for name in AMP if name],
+        help="encode and compare in bfloat16: faster if the processor has it; changes the third"
+        " or fourth digit (default: float32)",
+    )
     add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default %(default)s)")
     add(
         "-pc",
         "--pca_components",
         type=int,
-        help="width the features must have (default: whatever the file has)",
+        help="size that the features must have (default: any)",
     )
     add(
         "--nhead",
         type=int,
         default=8,
-        help="attention heads of a bare state dict, which does not tell (default 8)",
+        help="attention heads of a bare state dict, which does not store them (default 8)",
     )
     for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
         add(
             short,
             f"--{name}",
             type=int,
-            help="read from the model file; accepted for the released command's sake",
+            help="accepted because the released command has it; read from the model file",
         )
 
-    add = parser.add_argument_group("what is written").add_argument
+
+def add_output_arguments(group):
+    add = group.add_argument
     add(
         "--output",
         metavar="FILE",
@@ -254,16 +454,20 @@ def parse(argv=None):
         metavar="FILE",
         help="{query: {video: similarity}} of the one row, as JSON",
     )
-    args = parser.parse_args(argv)
-    check(args)
-    return args
 
 
-def check(args):
-    """Raise InputError where flags do not fit together; settle the defaults that depend on others."""
-    check_ranges(
-        args, {"padding_size": (0, math.inf), "nhead": (1, math.inf), "memory": (0.1, math.inf)}
-    )
+RANGES = {"padding_size": (0, math.inf), "nhead": (1, math.inf), "memory": (0.1, math.inf)}
+
+# Flags that have no meaning beside --similarities.
+OF_MODELS = (
+    *("feature_path", "model_path", "encoder", "metric", "baseline", "rerank", "cache"),
+    *("comparator", "amp", "save_similarities"),
+)
+
+
+def validate_args(args, dist):
+    """Check the arguments and fill in defaults. Returns notes on flags that change nothing."""
+    check_ranges(args, RANGES)
     if any(R < 1 for R in args.rerank):
         raise InputError(f"--rerank {min(args.rerank)} is out of range; it must be 1 or more")
     for path in (args.output, args.save_similarities, args.plot):
@@ -272,159 +476,54 @@ def check(args):
     for path in (args.report, args.cache):
         if path and Path(path).is_file():
             raise InputError(f"{path!r} is a file; name a folder")
-    args.rerank, args.device = sorted(set(args.rerank)), check_device(args.device)
+    args.rerank = sorted(set(args.rerank))
     if args.plot and len(args.rerank) < 2:
         raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
+    args.device = check_device(dist.local_device(args.device))
+
     if args.similarities:
-        idle = (
-            "feature_path",
-            "model_path",
-            "encoder",
-            "metric",
-            "baseline",
-            "rerank",
-            "cache",
-            "comparator",
-            "amp",
-        )
-        given = [flag for flag in (*idle, "save_similarities") if getattr(args, flag)]
+        given = [flag for flag in OF_MODELS if getattr(args, flag)]
         if given:
             raise InputError(
                 f"--similarities scores a finished table; leave out --{', --'.join(given)}"
             )
-        return
+    else:
+        validate_model_args(args)
+
+    released = ("num_clusters", "num_layers", "output_dim")
+    unused = [f"--{name}" for name in released if getattr(args, name) is not None]
+    if not unused:
+        return []
+    return [f"{', '.join(unused)} changes nothing: the model file has its own"]
+
+
+def validate_model_args(args):
+    """What `validate_args` checks where features are scored, and not a finished table."""
     if not args.feature_path:
         raise InputError(
             "--feature_path is missing; give the set's features, or --similarities FILE"
         )
-    args.metric = list(dict.fromkeys(args.metric or ([] if args.rerank else ["cosine"])))
+    if args.metric is None:
+        args.metric = [] if args.rerank else ["cosine"]
+    args.metric = list(dict.fromkeys(args.metric))
     args.baseline = list(dict.fromkeys(args.baseline))
-    if not args.model_path and args.encoder != "mean":
+    if not args.model_path:
+        if args.encoder != "mean":
+            raise InputError(
+                "--model_path is missing; give a trained model, or --encoder mean for the"
+                " untrained features"
+            )
+        # Only the untrained features are scored, by all metrics that are given.
+        args.baseline = list(dict.fromkeys([*args.metric, *args.baseline]))
+        args.metric = []
+    tables = len(args.model_path) * len(args.metric) + len(args.baseline)
+    if args.save_similarities and (args.rerank or tables > 1):
         raise InputError(
-            "--model_path is missing; give a trained model, or --encoder mean for the untrained features"
-        )
-    if not args.model_path:  # the untrained features are all there is to score
-        args.metric, args.baseline = [], list(dict.fromkeys([*args.metric, *args.baseline]))
-    if args.save_similarities and (
-        args.rerank or len(args.model_path) * len(args.metric) + len(args.baseline) > 1
-    ):
-        raise InputError(
-            "--save_similarities writes one table; give one model and one --metric with it, and no --rerank"
+            "--save_similarities writes one table; give one model and one --metric with it, and"
+            " no --rerank"
         )
     if "comparator" in (*args.metric, *args.baseline) and not args.comparator:
         raise InputError("--metric comparator needs its weights; give --comparator FILE")
-
-
-def main():
-    args = parse()
-    dist = init_distributed()
-    args.device = dist.local_device(args.device)
-    given = [
-        f"--{name}"
-        for name in ("num_clusters", "num_layers", "output_dim")
-        if getattr(args, name) is not None
-    ]
-    if given and dist.is_main:
-        print(
-            f"note: {', '.join(given)} changes nothing: the model file says what it holds",
-            file=sys.stderr,
-        )
-    if args.similarities:
-        return score_file(args) if dist.is_main else 0
-    with dist.exit_together_on_error():
-        args.comparator = args.comparator and load_comparator(args.comparator)
-        store = FeatureStore(args.feature_path, args.pca_components)
-        chosen = load_evaluation_set(args.dataset, args.annotation_dir, store)
-        queries, database = videos_with_features(chosen, store)
-    if dist.is_main:
-        print(f"{heading(args.dataset, chosen, store)}; {store.feature_size} channels")
-    summaries, stages, seconds = {}, {}, {}
-    for row, table, spent, stage, short in results(args, store, queries, database, dist):
-        with dist.exit_together_on_error():
-            if dist.is_main:
-                seconds.setdefault(row, []).append(round(spent, 6))
-                summary = summarise(chosen, chosen.rankings(queries, database, table))
-                summaries.setdefault(row, []).append(summary)
-                if stage:
-                    recall = None if short is None else summary.recall(queries, database, short)
-                    stages.setdefault(row, []).append(stage._replace(recall=recall))
-    if dist.is_main:
-        features = {"path": str(store.path), "meta": store.meta}
-        how = {
-            "models": args.model_path,
-            "features": features,
-            "padding_size": args.padding_size,
-            "amp": args.amp,
-        }
-        how |= {"processes": dist.world_size, "compare_seconds": seconds}
-        write(args, chosen, chosen.coverage(store), summaries, stages, how)
-        if args.save_similarities:
-            save_similarities(args.save_similarities, queries, database, table)
-
-
-def score_file(args):
-    """Score --similarities: a table of any system, of the ids it holds."""
-    similarities = read_similarities(args.similarities)
-    available = set(similarities).union(*similarities.values())
-    chosen = load_evaluation_set(args.dataset, args.annotation_dir, available)
-    print(heading(args.dataset, chosen, available))
-    unknown = chosen.unknown(similarities, available - set(similarities))
-    if any(unknown.values()):
-        print(
-            f"left aside: {unknown['queries']} queries and {unknown['videos']} videos that the set does not know"
-        )
-    summary = summarise(chosen, chosen.rankings_of(similarities))
-    how = {"similarities": args.similarities, "unknown": unknown}
-    write(
-        args, chosen, chosen.coverage(available), {Path(args.similarities).stem: [summary]}, {}, how
-    )
-
-
-def heading(dataset, chosen, available):
-    found = chosen.coverage(available)
-    return (
-        f"{dataset}: {found['queries']} queries ({found['queries_missing']} missing), {found['videos']} videos"
-        f" ({found['videos_missing']} missing); {chosen.source}"
-    )
-
-
-def write(args, chosen, coverage, summaries, stages, how):
-    """Print the tables; write what was asked for."""
-    figures = {row: [summary.figures for summary in of] for row, of in summaries.items()}
-    curves = trade_off(summaries, stages)
-    print("\n".join(table_lines(figures)))
-    for curve in curves.values():
-        print("\n".join(["", *trade_off_lines(curve)]))
-    notes = [missing_note(coverage)]
-    skipped = {task: count for task, count in coverage["queries_without_relevant"].items() if count}
-    if skipped:
-        notes.append(f"queries skipped because no relevant video has features: {skipped}")
-    notes = list(filter(None, notes))
-    print("".join(f"{note}\n" for note in notes), end="")
-    found = {
-        "dataset": args.dataset,
-        "annotation": chosen.source,
-        "figures": figures,
-        "coverage": coverage,
-    }
-    found |= how | ({"trade_off": curves} if curves else {}) | provenance()
-    if args.output:
-        write_json(args.output, found)
-    if args.plot:
-        draw_trade_off(args.plot, args.dataset, curves)
-    if args.report:
-        write_report(args.report, found, summaries, notes)
-
-
-def save_similarities(path, queries, database, table):
-    """The field's form {query: {video: similarity}}, written a query at a time."""
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for i, (query, row) in enumerate(zip(queries, table, strict=True)):
-            line = json.dumps(
-                dict(zip(database, (float(f"{value:.6g}") for value in row), strict=True))
-            )
-            file.write(("{" if not i else ",\n") + f"{json.dumps(query)}: {line}")
-        file.write("}\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from model import ENCODERS, load_encoder
 from retrieval.comparator import load_comparator
 from retrieval.compare import Comparison
 from retrieval.encode import VideoEncoder
-from retrieval.report import cell
+from retrieval.report import format_mean_std
 from utils import (
     InputError,
     Parser,
@@ -400,7 +400,7 @@ def markdown(title, published_on, measured_on, rows, column=None):
             f"{row.published[key]:.3f}".lstrip("0") for key in published if key in row.published
         )
         new = (
-            " / ".join(cell([one[key] for one in row.measured]) for key in measured)
+            " / ".join(format_mean_std([one[key] for one in row.measured]) for key in measured)
             if row.measured
             else ""
         )

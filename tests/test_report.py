@@ -13,7 +13,8 @@ from helpers.worlds import write_set
 from PIL import Image
 
 from datasets.registry import load_evaluation_set
-from retrieval.report import draw_trade_off, summarise
+from retrieval.charts import draw_trade_off
+from retrieval.report import summarise
 
 STRANGE = '<script>alert("x")</script>&amp;'
 
