@@ -78,7 +78,7 @@ def test_every_command_of_every_row_is_one_that_the_scripts_accept(name, chosen,
     measured = [row for row in rows if row.evaluate]
     assert len(measured) == sum("evaluate" in entry for entry in tables["tables"][name]["rows"]) > 0
     for row in measured:
-        assert evaluation.parse(row.evaluate[1:]).dataset == (
+        assert evaluation.parse_args(row.evaluate[1:]).dataset == (
             chosen or tables["tables"][name]["set"]
         )
         given = [train.parse("", command[1:]) for command in row.train]
