@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model import pack
+from padding import pack
 from utils import InputError, digest, load_pickle, require_path, seeded_rng
 
 # --- augmentations

@@ -53,7 +53,7 @@ from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_s
 from distributed import Distributed, check_device, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
 from losses import LOSSES
-from model import ENCODERS, MoCo
+from model import ENCODERS, MoCo, encoder_arguments
 from retrieval.compare import compare_collections
 from retrieval.encode import check_feature_size, encode_distributed, level_of, levels_of
 from retrieval.similarity import METRICS
@@ -373,7 +373,7 @@ class Trainer:
             )
             warn_if_features_differ(self.features, self.held_out[1], "this run")
         seed_torch(args.seed)
-        self.arguments = ENCODERS[args.encoder].arguments(store.feature_size, args)
+        self.arguments = encoder_arguments(args.encoder, store.feature_size, args)
         encoder = ENCODERS[args.encoder](**self.arguments)
         if self.held_out:
             check_feature_size(encoder, self.held_out[1])

@@ -18,7 +18,8 @@ from distributed import run_main
 from features.decoding import Video, read_frames
 from features.listing import find_videos
 from features.store import FeatureStore, warn_if_features_differ
-from model import load_encoder, pad
+from model import load_encoder
+from padding import pad
 from retrieval.encode import check_feature_size
 from training_log import draw_curves, read_log, series
 from utils import InputError, Parser, atomic

@@ -63,12 +63,8 @@ class Comparison:
             if (
                 "frame" in self.levels
             ):  # an encoder that has none says so before anything is encoded
-                video_encoder.encoder.frames(
-                    torch.zeros(
-                        1, 1, video_encoder.store.feature_size, device=video_encoder.device
-                    ),
-                    torch.ones(1, 1) > 0,
-                )
+                x = torch.zeros(1, 1, video_encoder.store.feature_size, device=video_encoder.device)
+                video_encoder.encoder.encode(x, torch.ones(1, dtype=int, device=x.device))
             plan = self._plan(memory * 2**30, metrics, dtype)
         video_encoder.frames, chunk_bytes = self.dist.broadcast(
             plan

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from distributed import Distributed
 from features.store import FeatureStore, StoreWriter
-from model import Encoder, bucket_by_length, frame_mask, pad
+from padding import bucket_by_length, frame_mask, pad
 from retrieval.similarity import VIDEO_METRICS, PackedDescriptors
 from utils import InputError, digest
 
@@ -37,7 +37,7 @@ def level_of(metric):
 
 def levels_of(encoder):
     """The levels that an encoder has descriptors of."""
-    return LEVELS if type(encoder).frames is not Encoder.frames else LEVELS[:1]
+    return LEVELS if encoder.has_frame_descriptors else LEVELS[:1]
 
 
 def check_feature_size(encoder, store):

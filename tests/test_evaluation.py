@@ -51,7 +51,7 @@ def brute_figures(encoder, part, metric, padding_size=300):
     for video, rows in part.features.items():
         x = torch.from_numpy(crop(rows, padding_size))[None]
         with torch.no_grad():
-            out = encoder.frames(x, torch.ones(1, x.shape[1], dtype=torch.bool))[0].double().numpy()
+            out = encoder.frame_outputs(x, torch.tensor([x.shape[1]]))[0].double().numpy()
         frames[video], whole[video] = unit(out), unit(out.mean(0))
 
     def similarity(q, t):

@@ -10,7 +10,8 @@ from helpers.worlds import C
 from test_model import batch, tca
 from torch import nn
 
-from model import Mean, MoCo, bucket_by_length, encode_by_length
+from model import Mean, MoCo
+from padding import bucket_by_length, encode_by_length
 
 # --- the bank --------------------------------------------------------------------------------------------------------
 

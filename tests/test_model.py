@@ -20,10 +20,10 @@ from model import (
     MoCo,
     NetVLAD,
     NeXtVLAD,
-    bucket_by_length,
     build_encoder,
-    encode_by_length,
+    encoder_arguments,
 )
+from padding import bucket_by_length, encode_by_length
 from utils import InputError, load_torch
 
 LENGTHS = [1, 3, 7, 20]
@@ -485,7 +485,7 @@ def test_every_encoder_is_built_from_flags_and_rebuilt_from_its_file(name, tmp_p
     args = SimpleNamespace(
         num_layers=1, output_dim=16, num_clusters=4, normalize_input=None, dropout=0.1, nhead=2
     )
-    arguments = ENCODERS[name].arguments(C, args)
+    arguments = encoder_arguments(name, C, args)
     encoder = stirred(ENCODERS[name](**arguments)).eval()
     assert encoder.feature_size == C
     assert encoder.descriptor_size == (C if name in ("tca", "mean") else 16)
@@ -510,8 +510,7 @@ def test_every_encoder_is_built_from_flags_and_rebuilt_from_its_file(name, tmp_p
 
 def test_flags_left_out_leave_each_encoders_own_defaults():
     arguments = {
-        name: encoder.arguments(C, SimpleNamespace(dropout=None))
-        for name, encoder in ENCODERS.items()
+        name: encoder_arguments(name, C, SimpleNamespace(dropout=None)) for name in ENCODERS
     }
     assert arguments["mean"] == {"feature_size": C}
     assert [arguments[name]["dropout"] for name in ("tca", "netvlad", "nextvlad", "lstm")] == [

@@ -19,7 +19,7 @@ from helpers.files import IDS, some_features, write_ours, write_packed, write_re
 from torch.utils.data import DataLoader
 
 from features.store import FeatureStore, StoreWriter
-from model import pad
+from padding import pad
 from utils import InputError
 
 LAYOUTS = {"released": write_released, "packed": write_packed, "ours": write_ours}

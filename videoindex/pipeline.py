@@ -17,7 +17,8 @@ from PIL import Image
 
 import utils
 from distributed import check_device, default_device
-from model import ENCODERS, load_encoder, model_file, pad
+from model import ENCODERS, load_encoder, model_file
+from padding import pad
 from utils import InputError
 
 SHIPPED = (
