@@ -43,7 +43,7 @@ from datasets.evaluation_set import read_similarities, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import check_device, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
-from model import ENCODERS, Encoder, load_encoder
+from model import ENCODERS, load_encoder
 from retrieval.charts import draw_trade_off
 from retrieval.comparator import load_comparator
 from retrieval.compare import MEMORY, Comparison, shortlist, two_stage
@@ -128,7 +128,7 @@ class Model(NamedTuple):
     """
 
     name: str
-    encoder: Encoder
+    encoder: torch.nn.Module
     video_metrics: list[str]
     frame_metrics: list[str]
     rerank: list[int]
