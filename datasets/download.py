@@ -1,36 +1,39 @@
 """Fetch the public annotation files of the evaluation sets into datasets/annotations/.
 
-    python datasets/download.py                        every file, from the public repositories (11 MB)
-    python datasets/download.py --only FIVR-5K EVVE    what these sets need; a file's name does too
-    python datasets/download.py --from FOLDER          from a copy at hand, no network
-    python datasets/download.py --mirror URL           from a server with the public one's paths, REPOSITORY/REVISION/PATH
+    python datasets/download.py                        # every file, from the public repositories
+    python datasets/download.py --only FIVR-5K EVVE    # what these sets need, or files by name
+    python datasets/download.py --from FOLDER          # from a copy at hand, without network
+    python datasets/download.py --mirror URL           # from a server with the same paths,
+                                                       # REPOSITORY/REVISION/PATH
 
-Each file is pinned by repository, revision and SHA-256 (`FILES`). A file that is there and right is left alone; bytes that are
-not the pinned ones are refused, and nothing of them stays. datasets/README.md says what is in them and by whose licence.
+The files are 11 MB in all. Each is pinned by repository, revision and SHA-256 (`FILES`). A file
+that is present and correct is left alone. Other bytes are refused, and nothing of them is kept.
+datasets/README.md has the content and the licence of each file.
 """
 
-import hashlib
 import http.client
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from distributed import run_main
 from utils import InputError, Parser, atomic, file_sha256, remove_leftovers, require_path
 
 PUBLIC = "https://raw.githubusercontent.com"
 TIMEOUT = 30  # seconds without a byte
+BLOCK = 1 << 18  # bytes read at once
 
 
 class Source(NamedTuple):
-    """Where a file is public, and what it must be."""
+    """Where a file is public, and the SHA-256 that it must have."""
 
     repository: str
     revision: str
@@ -95,75 +98,91 @@ SETS = {
 }
 
 
-def is_right(path, sha256):
-    """Whether the file is there and is the pinned one."""
-    if not path.is_file():
-        return False
-    return file_sha256(path) == sha256
+def main(argv=None):
+    args = parse_args(argv)
+    for name in select_files(args.only):
+        target, source = args.annotation_dir / name, FILES[name]
+        if target.is_file() and file_sha256(target) == source.sha256:
+            print(f"{name}: already there")
+            continue
+        outcome = "replaced, it was not the pinned file" if target.exists() else "fetched"
+        fetch(source, target, args.folder / name if args.folder else url_of(source, args.mirror))
+        print(f"{name}: {outcome}")
+    print(f"annotations are in {args.annotation_dir}")
 
 
-def fetch(source, target, location):
-    """Bring one file from `location`, a Path or a URL, to `target`.
+def select_files(names: Sequence[str]) -> list[str]:
+    """The files that names of sets and of files stand for, each once; all files if no name."""
+    if not names:
+        return list(FILES)
+    selected = []
+    for name in names:
+        if name not in SETS and name not in FILES:
+            raise InputError(
+                f"--only {name!r} is not known; choose from {', '.join([*SETS, *FILES])}"
+            )
+        selected += SETS.get(name, [name])
+    return list(dict.fromkeys(selected))
 
-    InputError when it cannot be had or is not the pinned one; `target` is then as it was.
+
+def url_of(source: Source, server: str) -> str:
+    return f"{server.rstrip('/')}/{source.repository}/{source.revision}/{source.path}"
+
+
+def fetch(source: Source, target: Path, location: Path | str) -> None:
+    """Bring a file from `location`, a Path or a URL, to `target`.
+
+    Raises:
+        InputError: it cannot be fetched, or is not the pinned file; `target` is then unchanged
     """
     try:
         if isinstance(location, Path):
-            stream, size = (
-                open(require_path(location, "annotation file"), "rb"),
-                location.stat().st_size,
-            )
+            stream = open(require_path(location, "annotation file"), "rb")
+            size = location.stat().st_size
         else:
             stream = urllib.request.urlopen(location, timeout=TIMEOUT)
             size = int(stream.headers.get("Content-Length") or 0) or None
         with stream:
-            copy_checked(stream, size, location, source.sha256, target)
+            write_pinned(stream, size, target, source.sha256, location)
     except (
         urllib.error.URLError,
         http.client.HTTPException,
         ConnectionError,
         TimeoutError,
-        ValueError,
+        ValueError,  # not a URL
     ) as error:
+        reason = str(error) or type(error).__name__
         raise InputError(
-            f"{target.name} cannot be fetched from {location} ({str(error) or type(error).__name__}); check the network, or"
+            f"{target.name} cannot be fetched from {location} ({reason}); check the network, or"
             " give --from a folder that has it"
         ) from None
 
 
-def copy_checked(stream, size, location, sha256, target):
-    """Write an open stream of `size` bytes (None: unknown) to `target`, if it is the pinned one to its last byte."""
-    remove_leftovers(target)
-    digest = hashlib.sha256()
-    with atomic(target) as temporary, open(temporary, "wb") as file:
-        with tqdm(
+def write_pinned(
+    stream: BinaryIO, size: int | None, target: Path, sha256: str, location: Path | str
+) -> None:
+    """Write a stream of `size` bytes (None: unknown) to `target` if it has this SHA-256."""
+    remove_leftovers(target)  # of downloads that were killed
+    with atomic(target) as temporary:
+        bar = tqdm(
             total=size, desc=target.name, unit="B", unit_scale=True, leave=False, disable=None
-        ) as bar:
-            while block := stream.read(1 << 18):
-                digest.update(block)
+        )
+        with bar, open(temporary, "wb") as file:
+            while block := stream.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
-        if digest.hexdigest() != sha256:
+        received = file_sha256(temporary)
+        if received != sha256:
+            expected_size = f" of {size}" if size else ""
             raise InputError(
-                f"{target.name} from {location} is not the pinned file: {file.tell()} bytes came"
-                + (f" of {size}" if size else "")
-                + f", of SHA-256 {digest.hexdigest()[:12]}... instead of {sha256[:12]}...; cut short or changed, it is not kept"
+                f"{target.name} from {location} is not the pinned file:"
+                f" {temporary.stat().st_size} bytes came{expected_size}, with SHA-256"
+                f" {received[:12]}... instead of {sha256[:12]}...;"
+                " it was cut short or changed, and is not kept"
             )
 
 
-def chosen(names):
-    """The files that sets and file names stand for, each once; all of them for no name."""
-    unknown = [name for name in names if name not in SETS and name not in FILES]
-    if unknown:
-        raise InputError(
-            f"--only {unknown[0]!r} is not known; choose from {', '.join([*SETS, *FILES])}"
-        )
-    return list(dict.fromkeys(file for name in names for file in SETS.get(name, [name]))) or list(
-        FILES
-    )
-
-
-def parse(argv=None):
+def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add(
@@ -171,21 +190,19 @@ def parse(argv=None):
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"sets ({', '.join(SETS)}) or files; default all files",
+        help=f"sets ({', '.join(SETS)}) or files (default: all files)",
     )
     add(
         "--from",
         dest="folder",
         metavar="DIR",
         type=Path,
-        help="copy from this folder, where the files have the names used here",
+        help="copy from this folder, in which the files are named as here",
     )
-    add(
-        "--mirror", default=PUBLIC, metavar="URL", help="server to fetch from (default %(default)s)"
-    )
+    add("--mirror", default=PUBLIC, metavar="URL", help="server (default %(default)s)")
     add(
         "--annotation_dir",
-        default=HERE / "annotations",
+        default=ROOT / "datasets" / "annotations",
         type=Path,
         help="folder to fill (default datasets/annotations)",
     )
@@ -193,22 +210,10 @@ def parse(argv=None):
     if args.folder:
         require_path(args.folder, "--from folder")
     if not args.mirror.startswith(("http://", "https://")):
-        raise InputError(f"--mirror {args.mirror!r} is no http address; for a folder use --from")
+        raise InputError(
+            f"--mirror {args.mirror!r} is not an http address; for a folder use --from"
+        )
     return args
-
-
-def main():
-    args = parse()
-    for name in chosen(args.only):
-        target, source = args.annotation_dir / name, FILES[name]
-        if is_right(target, source.sha256):
-            print(f"{name}: already there")
-            continue
-        found = "replaced, it was not the pinned file" if target.exists() else "fetched"
-        url = f"{args.mirror.rstrip('/')}/{source.repository}/{source.revision}/{source.path}"
-        fetch(source, target, args.folder / name if args.folder else url)
-        print(f"{name}: {found}")
-    print(f"annotations are in {args.annotation_dir}")
 
 
 if __name__ == "__main__":
