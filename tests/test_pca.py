@@ -87,7 +87,7 @@ def test_fitting_in_chunks_equals_scikit_learn_on_the_whole(features, monkeypatc
         x.astype(np.float64) * 0.9 ** np.arange(12) + 100
     )  # far from zero, where sums of squares cancel
     monkeypatch.setattr(
-        pca, "_draw", lambda *_: (x[i : i + size].copy() for i in range(0, 300, size))
+        pca, "_sample_frames", lambda *_: (x[i : i + size].copy() for i in range(0, 300, size))
     )
     found = pca.fit_pca([], 6)
     exact = PCA(6, svd_solver="full").fit(x)
@@ -115,7 +115,7 @@ pool = np.random.default_rng(0).normal(size=(4096, 256))
 def draw(*_):
     for _ in range({chunks}):
         yield pool.copy()
-pca._draw = draw
+pca._sample_frames = draw
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pca.fit_pca([], 64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -139,7 +139,7 @@ def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
     before = resident_bytes()
     held = [
         resident_bytes() - before
-        for _ in pca._draw([store], 10, np.random.default_rng(0), chunk=20)
+        for _ in pca._sample_frames([store], 10, np.random.default_rng(0), chunk=20)
     ]
     assert len(held) == 8 and max(held) < 24 * 2**20
 
@@ -155,7 +155,7 @@ def test_so_many_frames_of_each_video_are_drawn_and_the_same_for_a_seed(features
 
 def test_the_drawn_frames_are_each_videos_own_without_repetition():
     store = {"a": np.arange(50.0)[:, None], "b": 100 + np.arange(7.0)[:, None]}
-    drawn = np.concatenate(list(pca._draw([store], 10, np.random.default_rng(0))))[:, 0]
+    drawn = np.concatenate(list(pca._sample_frames([store], 10, np.random.default_rng(0))))[:, 0]
     assert len(drawn) == len(set(drawn)) == 17 and (drawn < 50).sum() == 10
     assert sorted(drawn[10:]) == list(store["b"][:, 0])
 
