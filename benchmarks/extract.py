@@ -102,7 +102,7 @@ class Ways:
         )
         with StoreWriter(self.folder / "f.hdf5") as writer:
             for video in extraction.extract(self.videos(), self.features, **settings):
-                extraction.write(writer, video)
+                extraction.write_video(writer, video)
                 if video.reason:
                     raise RuntimeError(f"{video.path}: {video.reason}")
         return time.perf_counter() - start

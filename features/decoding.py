@@ -1,8 +1,9 @@
-"""The frames of a video: which ones, upright and cropped, and decoded in a process of their own.
+"""The frames of a video: which ones, upright and cropped, decoded in a process of their own.
 
-FFmpeg reads what strangers made: such a file may crash it, hang it or ask for all memory. So a `Decoder` is a process that
-decodes one video after another and may die of one: that video gets a reason, and the next one a new process. As a script
-this file is that process. It imports no torch, so it starts in a fifth of a second and takes 60 MB.
+FFmpeg reads files of unknown origin, which may crash it, hang it, or make it take all memory. So a
+`Decoder` is a process that decodes one video after another. If a video ends the process, that video
+gets a reason and the next one gets a new process. Run as a script, this file is that process; it
+imports no torch, so it starts in 0.2 s and takes 60 MB.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing import Pipe
@@ -27,65 +28,74 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-SHORT_SIDE, CROP = 256, 224
+SHORT_SIDE, CROP = 256, 224  # pixels
 FRAME_BYTES = CROP * CROP * 3
+# A longer frame is cropped to its middle before it is resized: 4096 x 1 would become a gigabyte.
+MAX_ASPECT = 8
+
 MAX_GAP = 600  # seconds: a longer pause between two frames is a break in the clock, not a still
-TIME_LIMIT = (
-    120  # seconds of decoding without a frame, by default: 4K in software may take ten for a second
-)
-MAX_ASPECT = 8  # of a frame longer than this only the middle is resized: a line of 4096 x 1 would become a gigabyte
-REORDER_WINDOW = (
-    16  # packets on either side in which the frames shown just before and after one are looked for
-)
-MEMORY = (
-    4 << 30
-)  # bytes that one decoder may take: a frame of 8K is 50 MB, and a codec holds up to 20 of them
+REORDER_WINDOW = 16  # packets: how far a frame's neighbours in time may lie from it in the file
+
+TIME_LIMIT = 120  # seconds of decoding without a frame: 4K in software may need ten for a second
+MEMORY = 4 << 30  # bytes a decoder may take: a frame of 8K is 50 MB, a codec holds up to 20
 
 
 @dataclass(eq=False)
 class Video:
-    """A video under way: its rows so far, and what the report will say of it."""
+    """A video of an extraction: its rows so far, and what the report will say about it."""
 
     id: str
     path: Path
-    rows: list = field(default_factory=list)
+    rows: list = field(default_factory=list)  # (C,) each
     seconds: float | None = None
     corrupt_packets: int = 0
-    reason: str = ""
+    reason: str = ""  # why it failed; empty if it did not
 
 
-# --- which frames ----------------------------------------------------------------------------------------------------
+# --- which frames --------------------------------------------------------------------------------
 
 
 class Clock:
-    """Seconds since the first frame, as a Fraction, from timestamps that may be missing, jump, or run backwards."""
+    """Seconds since the first frame, from timestamps that may be missing, jump, or run backwards.
 
-    def __init__(self, time_base, rate):
+    Args:
+        time_base: seconds of a timestamp's unit.
+        rate: frames a second, for frames whose timestamp does not tell.
+    """
+
+    def __init__(self, time_base: Fraction, rate: Fraction) -> None:
         self.time_base, self.step = time_base, 1 / rate
-        self.last, self.now = None, None
+        self.last, self.now = None, None  # timestamp and time of the latest frame
 
-    def __call__(self, pts):
+    def __call__(self, pts: int | None) -> Fraction:
+        """The time of the next frame, which has this timestamp."""
         if self.now is None:
             self.now = Fraction(0)
         else:
-            passed = (
-                (pts - self.last) * self.time_base if None not in (pts, self.last) else self.step
-            )
-            self.now += passed if 0 <= passed <= MAX_GAP else self.step
+            passed = self._since_last(pts)
+            in_order = passed is not None and 0 <= passed <= MAX_GAP
+            self.now += passed if in_order else self.step
         self.last = pts
         return self.now
 
-    def expected(self, pts):
-        """When a frame of this timestamp will come, or None where the clock cannot tell."""
-        passed = (pts - self.last) * self.time_base if None not in (pts, self.last) else 0
-        return self.now + passed if 0 < passed <= MAX_GAP else None
+    def expected(self, pts: int | None) -> Fraction | None:
+        """The time of a later frame of this timestamp; None where the clock cannot tell."""
+        passed = self._since_last(pts)
+        if passed is None or not 0 < passed <= MAX_GAP:
+            return None
+        return self.now + passed
+
+    def _since_last(self, pts):
+        if pts is None or self.last is None:
+            return None
+        return (pts - self.last) * self.time_base
 
 
-def at_timestamps(frames, fps, rate):
+def at_timestamps(frames: Iterable[tuple], fps: Fraction, rate: Fraction) -> Iterator:
     """For k = 0, 1, ...: the first frame at or after k/fps seconds.
 
-    So at 1 frame a second row k is second k, whatever the video's own rate. A frame after a pause of several seconds stands
-    for each of them.
+    At 1 frame a second row k shows second k, whatever the video's own rate. A frame after a pause
+    of several seconds is kept once for each of them.
     """
     k = 0
     for now, frame in frames:
@@ -94,13 +104,14 @@ def at_timestamps(frames, fps, rate):
             k += 1
 
 
-def as_released(frames, fps, rate):
-    """The released code's rule: the first frame, frame i where (i + 1) % round(rate) == 0, and the last of these once more.
+def as_released(frames: Iterable[tuple], fps: Fraction, rate: Fraction) -> Iterator:
+    """The released code's rule: frame 0, every i with (i + 1) % round(rate) == 0, the last twice.
 
-    The rate is rounded, so at 29.97 the rows drift from the seconds; above 144 it is taken for 25. So row k, but for the
-    first, is the end of second k - 1.
+    Row k > 0 is thus the end of second k - 1. The rate is rounded, so at 29.97 the rows drift from
+    the seconds; above 144 it is taken for 25.
     """
-    every, last = max(1, round((rate if rate <= 144 else 25) / fps)), None
+    every = max(1, round((rate if rate <= 144 else 25) / fps))
+    last = None
     for i, (_, frame) in enumerate(frames):
         if i == 0 or (i + 1) % every == 0:
             last = frame
@@ -109,76 +120,92 @@ def as_released(frames, fps, rate):
         yield last
 
 
-def a_row_is_due(since, until, fps):
-    """Whether `at_timestamps` keeps a frame of time `until` that comes after one of time `since`."""
+def row_is_due(since: Fraction, until: Fraction, fps: Fraction) -> bool:
+    """Whether `at_timestamps` keeps a frame at time `until` whose predecessor is at `since`."""
     return math.floor(since * fps) < math.floor(until * fps)
 
 
-class FrameRule(NamedTuple):
-    """Which frames are kept: `choose` of (seconds, frame) pairs; of which times, where that can be told before decoding."""
+def always(since: Fraction, until: Fraction, fps: Fraction) -> bool:
+    """For rules that cannot tell before decoding which frames they keep."""
+    return True
 
-    choose: Callable
-    keeps: Callable = lambda since, until, fps: True
+
+class FrameRule(NamedTuple):
+    """Which frames of a video are kept."""
+
+    choose: Callable  # ((seconds, frame) pairs, fps, the video's rate) -> the frames that are kept
+    may_keep: Callable = always  # (since, until, fps): whether a frame may be kept, by its time
 
 
 FRAME_RULES = {
-    "timestamp": FrameRule(at_timestamps, a_row_is_due),
+    "timestamp": FrameRule(at_timestamps, row_is_due),
     "released": FrameRule(as_released),
 }
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- decoding ------------------------------------------------------------------------------------
 
 
-def read_frames(video, fps=Fraction(1), rule="timestamp"):
-    """Decode `video` (a Video) and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
+def read_frames(
+    video: Video, fps: Fraction = Fraction(1), rule: str = "timestamp"
+) -> Iterator[np.ndarray]:
+    """Decode a video and yield the frames of the rule, upright, (224, 224, 3) uint8 RGB.
 
-    Packets that do not decode are counted and passed over, as players do; frames that are neither kept nor referred to are not
-    looked at. Raises av.FFmpegError, OSError or ValueError when there is nothing to read.
+    Packets that do not decode are counted in `video` and skipped, as players do.
+
+    Raises:
+        av.FFmpegError, OSError, ValueError: if there is nothing to read.
     """
     video.seconds = 0.0
-    # Only files: a playlist that calls itself a video must not make us fetch what it names, nor 12:30.mp4 be a protocol's.
+    kept, transform = 0, FrameTransform()
     with av.open(
+        # Absolute, so that 12:30.mp4 is not taken for a URL of the protocol "12".
         os.path.abspath(video.path),
         metadata_errors="ignore",
+        # A playlist that calls itself a video must not make us fetch what it names.
         options={"protocol_whitelist": "file"},
     ) as container:
-        film = [
-            s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-        ]  # a cover is no video
-        if not film:
-            raise ValueError("it has no video stream")
-        stream = film[0]
-        stream.thread_count = 1  # with more, what a damaged file gives is a matter of luck
+        stream = _first_film(container)
+        stream.thread_count = 1  # with more, what a damaged file gives depends on timing
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        choose, keeps = FRAME_RULES[rule]
-        frames = choose(
-            _decode(container, stream, rate, video, lambda *times: keeps(*times, fps)), fps, rate
-        )
-        kept, prepare = 0, FrameTransform()
-        for kept, frame in enumerate(frames, 1):  # noqa: B007
-            yield prepare(frame)
+        choose, may_keep = FRAME_RULES[rule]
+
+        def may_keep_at(since, until):
+            return may_keep(since, until, fps)
+
+        decoded = _decode(container, stream, rate, video, may_keep_at)
+        for frame in choose(decoded, fps, rate):
+            kept += 1
+            yield transform(frame)
     if not kept:
         raise ValueError("none of its frames can be decoded")
 
 
-def _decode(container, stream, rate, video, keeps):
-    """(seconds since the first frame, av.VideoFrame) of frames in the order shown; keeps count in `video`.
+def _first_film(container):
+    """The first video stream that is not a cover picture."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    raise ValueError("it has no video stream")
 
-    Left out are, in H.264, frames that no other refers to and that `keeps(since, until)`, of two times, does not want. With
-    the usual encoders that is a fifth of the work. Of an intact file the others are what they would be without.
+
+def _decode(container, stream, rate, video, may_keep) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """(seconds since the first frame, frame) in display order; counts in `video`.
+
+    In H.264, frames that no other frame refers to and that `may_keep(since, until)` rules out are
+    not decoded: with the usual encoders a fifth of the work. In an intact file this changes none of
+    the other frames.
     """
-    clock, context, skips = Clock(stream.time_base, rate), stream.codec_context, False
-    may_skip = (
-        context.name == "h264" and context.field_order <= 1
-    )  # 1: progressive; fields may come in packets of their own
-    for packet, near in _packets(container, stream, video):
-        spare = _skippable_time(packet, near, clock, keeps) if may_skip else None
-        if skips != (spare is not None):
-            skips = not skips
-            context.skip_frame = "NONREF" if skips else "DEFAULT"
-        if skips:
-            video.seconds = max(video.seconds, float(spare + clock.step))
+    clock, context, skipping = Clock(stream.time_base, rate), stream.codec_context, False
+    # field_order 0 unknown, 1 progressive. The two fields of a frame may be packets of their own.
+    may_skip = context.name == "h264" and context.field_order <= 1
+    for packet, nearby in _packets(container, stream, video):
+        until = _skippable_time(packet, nearby, clock, may_keep) if may_skip else None
+        if skipping != (until is not None):
+            skipping = not skipping
+            context.skip_frame = "NONREF" if skipping else "DEFAULT"
+        if skipping:  # the frame may not come, but its time counts
+            video.seconds = max(video.seconds, float(until + clock.step))
         try:
             frames = packet.decode()
         except MemoryError:
@@ -187,68 +214,72 @@ def _decode(container, stream, rate, video, keeps):
             video.corrupt_packets += 1
             continue
         for frame in frames:
-            now, may_skip = clock(frame.pts), may_skip and not frame.interlaced_frame
+            now = clock(frame.pts)
+            may_skip = may_skip and not frame.interlaced_frame
             video.seconds = max(video.seconds, float(now + clock.step))
             yield now, frame
 
 
-def _packets(container, stream, video):
-    """(packet, timestamps of REORDER_WINDOW packets on either side and its own), in the file's order, to where it is cut, if it is.
+def _packets(container, stream, video) -> Iterator[tuple[av.Packet, deque]]:
+    """(packet, nearby timestamps) in the file's order, up to where the file is cut short, if it is.
 
-    The timestamp is None of a packet that has none, or whose frame is not shown (before the start of an edited MP4, say).
+    Nearby are the timestamps of the packet and of REORDER_WINDOW packets on either side. Of a
+    packet without timestamp, or whose frame is not shown (before the start of an edited MP4, say),
+    the timestamp is None.
     """
-    near, waiting = deque(maxlen=2 * REORDER_WINDOW + 1), deque()
+    nearby, waiting = deque(maxlen=2 * REORDER_WINDOW + 1), deque()
     try:
         for packet in container.demux(stream):
-            if packet.size:  # the last has none: it asks for what the decoder still holds
-                near.append(None if packet.is_discard else packet.pts)
+            if packet.size:  # the last one is empty: it flushes the decoder
+                nearby.append(None if packet.is_discard else packet.pts)
             waiting.append(packet)
             if len(waiting) > REORDER_WINDOW:
-                yield waiting.popleft(), near
+                yield waiting.popleft(), nearby
     except av.FFmpegError:
         video.corrupt_packets += 1
     for packet in waiting:
-        yield packet, near
+        yield packet, nearby
 
 
-def _skippable_time(packet, near, clock, keeps):
-    """When the frame of a packet would be shown, if it is surely not kept; else None.
+def _skippable_time(packet, nearby, clock, may_keep) -> Fraction | None:
+    """The time of a packet's frame if the frame is certainly not kept, else None.
 
-    Surely: nothing is kept of what is shown after the frame before it (or, where `near` lacks that one, after an earlier one)
-    up to it. And the clock goes the same way without it: timestamps are complete, and the next is no break.
+    Certainly: the rule keeps no frame that is shown after its predecessor and up to it. (If the
+    predecessor is not nearby, an earlier frame takes its place, which is the safe side.) And the
+    clock runs the same without the frame: timestamps are complete, and the next is not a break.
     """
     until = clock.expected(packet.pts)
-    if until is None or None in near:
+    if until is None or None in nearby:
         return None
-    before = max((pts for pts in near if clock.last < pts < packet.pts), default=None)
-    after = min((pts for pts in near if pts > packet.pts), default=None)
-    since = clock.now if before is None else clock.expected(before)
-    return None if clock.expected(after) is None or keeps(since, until) else until
+    earlier = [pts for pts in nearby if clock.last < pts < packet.pts]
+    later = [pts for pts in nearby if pts > packet.pts]
+    if not later or clock.expected(min(later)) is None:
+        return None
+    since = clock.expected(max(earlier)) if earlier else clock.now
+    return None if may_keep(since, until) else until
 
 
 class FrameTransform:
-    """An av.VideoFrame to (224, 224, 3) uint8 RGB: resized, turned upright, cropped. Keeps the scaler for the next frame."""
+    """Resize a frame to a short side of 256, turn it upright, crop the centre 224 x 224."""
 
-    def __init__(self):
-        self.scaler = VideoReformatter()
+    def __init__(self) -> None:
+        self.scaler = VideoReformatter()  # kept: it caches its set-up for the next frame
 
-    def __call__(self, frame):
-        turns = round(
-            frame.rotation / 90
-        )  # rotation: how far counterclockwise the container asks for
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:  # (224, 224, 3) uint8 RGB
+        quarter_turns = round(frame.rotation / 90)  # counterclockwise, by the container's metadata
         if max(frame.width, frame.height) > MAX_ASPECT * min(frame.width, frame.height):
-            frame = _middle(frame)
+            frame = _crop_middle(frame)
         short = min(frame.width, frame.height)
         width, height = SHORT_SIDE * frame.width // short, SHORT_SIDE * frame.height // short
         image = self.scaler.reformat(
             frame, width, height, "rgb24", interpolation="BICUBIC", threads=1
         ).to_ndarray()
-        image = np.rot90(image, turns)
+        image = np.rot90(image, quarter_turns)
         top, left = (image.shape[0] - CROP) // 2, (image.shape[1] - CROP) // 2
         return np.ascontiguousarray(image[top : top + CROP, left : left + CROP])
 
 
-def _middle(frame):
+def _crop_middle(frame):
     """The middle of a very long or very high frame, as long as MAX_ASPECT allows."""
     image = frame.to_ndarray(format="rgb24")
     longest = MAX_ASPECT * min(image.shape[:2])
@@ -257,60 +288,70 @@ def _middle(frame):
     return av.VideoFrame.from_ndarray(middle, "rgb24")
 
 
-# --- the process -----------------------------------------------------------------------------------------------------
+# --- the process ---------------------------------------------------------------------------------
 
 
 class Decoder:
-    """A process that decodes videos, one at a time; a new one after a video that crashed it or took too long.
+    """A process that decodes videos, one at a time, and is replaced after a video that ends it.
 
-    time_limit: seconds of work without a new frame after which a video is given up. Waiting for whoever takes the frames does
-    not count.
+    Args:
+        fps, rule: which frames, see `read_frames`.
+        time_limit: seconds of decoding without a new frame after which a video is given up. The
+            time that a frame waits to be taken does not count.
+        memory: bytes the process may take; a video that needs more fails.
     """
 
-    def __init__(self, fps=Fraction(1), rule="timestamp", time_limit=TIME_LIMIT, memory=MEMORY):
+    def __init__(
+        self,
+        fps: Fraction = Fraction(1),
+        rule: str = "timestamp",
+        time_limit: float = TIME_LIMIT,
+        memory: int = MEMORY,
+    ) -> None:
         self.task = {"fps": str(fps), "rule": rule, "time_limit": time_limit, "memory": memory}
         self.process = None
 
-    def frames(self, video):
-        """Yield the frames of `video` as `read_frames` does, but for trouble: that is told in `video.reason`."""
+    def frames(self, video: Video) -> Iterator[np.ndarray]:
+        """Yield the frames of `video` as `read_frames` does; errors go into `video.reason`."""
         if not self.process:
             self._start()
+        task = {"path": str(video.path), **self.task}
         try:
-            self.connection.send_bytes(json.dumps({"path": str(video.path), **self.task}).encode())
+            self.connection.send_bytes(json.dumps(task).encode())
             while len(message := self.connection.recv_bytes()) == FRAME_BYTES:
                 yield np.frombuffer(message, np.uint8).reshape(CROP, CROP, 3)
-            vars(video).update(json.loads(message))
+            vars(video).update(json.loads(message))  # seconds, corrupt_packets, reason
         except (EOFError, OSError):  # OSError: it died in the middle of a frame
             video.reason = self._exit_reason()
 
     def _start(self):
         self.connection, end = Pipe()
+        # Every thread of these libraries would reserve memory, which counts against the limit.
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with end:
-            command = [sys.executable, __file__, str(end.fileno())]
-            threads = {
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            }  # each would reserve memory that counts
             self.process = subprocess.Popen(
-                command, pass_fds=[end.fileno()], env={**os.environ, **threads}
+                [sys.executable, __file__, str(end.fileno())],
+                pass_fds=[end.fileno()],
+                env={**os.environ, **threads},
             )
 
     def _exit_reason(self):
         status = self.process.wait()
         self.close()
-        if status >= 0:  # not by a video: Python itself came to its end
+        if status >= 0:  # not by a signal, so not by the video
             raise RuntimeError(f"a decoder process ended by itself, with status {status}")
         if status == -signal.SIGALRM:
             return f"no frame in {self.task['time_limit']:g} seconds of decoding (--time_limit)"
         return f"decoding it crashes FFmpeg ({signal.Signals(-status).name})"
 
-    def kill(self):
-        """End the process, whatever it is doing; may be called while another thread waits for its frames."""
+    def kill(self) -> None:
+        """Kill the process; may be called while another thread waits for its frames."""
         process = self.process
         if process:
             process.kill()
 
-    def close(self):
+    def close(self) -> None:
+        """Kill the process and release what belongs to it."""
         if self.process:
             self.process.kill()
             self.process.wait()
@@ -318,35 +359,30 @@ class Decoder:
             self.process = None
 
 
-def serve(connection):
-    """The process's life: read a task, send its frames, then {seconds, corrupt_packets, reason}; until nobody listens.
+def serve(connection: Connection) -> None:
+    """The process's loop: read a task, send its frames, then {seconds, corrupt_packets, reason}.
 
-    The kernel ends it by SIGALRM: no code here need be alive for that, and it holds when the parent is gone.
+    It ends with EOFError when the parent closes the connection. The time limit is a kernel timer
+    (SIGALRM), which also ends a process that hangs inside FFmpeg, or whose parent is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
-    os.nice(
-        10
-    )  # where cores are short, frames that nobody waits for yet must not hold up the backbone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.nice(10)  # where cores are short, the backbone goes before frames that wait in the queue
     while True:
         task = json.loads(connection.recv_bytes())
-        with contextlib.suppress(ValueError):  # a system that knows no such limit, or a lower one
+        with contextlib.suppress(ValueError):  # no such limit on this system, or a lower one
             resource.setrlimit(resource.RLIMIT_AS, (task["memory"], resource.RLIM_INFINITY))
-        video, limit = Video("", task["path"]), task["time_limit"]
+        video, time_limit = Video("", task["path"]), task["time_limit"]
         try:
-            signal.setitimer(signal.ITIMER_REAL, limit)
+            signal.setitimer(signal.ITIMER_REAL, time_limit)
             for frame in read_frames(video, Fraction(task["fps"]), task["rule"]):
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_REAL, 0)  # sending may wait for the backbone
                 connection.send_bytes(frame.reshape(-1))
-                signal.setitimer(signal.ITIMER_REAL, limit)
-        except Exception as error:  # a video may bring forth any; none is worth the other videos
+                signal.setitimer(signal.ITIMER_REAL, time_limit)
+        except Exception as error:  # a damaged video can raise nearly anything
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             video.reason = " ".join(reason.split())[:200]
         signal.setitimer(signal.ITIMER_REAL, 0)
-        report = {
-            "seconds": video.seconds,
-            "corrupt_packets": video.corrupt_packets,
-            "reason": video.reason,
-        }
+        report = {name: getattr(video, name) for name in ("seconds", "corrupt_packets", "reason")}
         connection.send_bytes(json.dumps(report).encode())
 
 

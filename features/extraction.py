@@ -1,12 +1,17 @@
-"""Videos to rows of frame features: decoders, backbone and pooling at once, and what became of every video."""
+"""Videos to rows of frame features, and feature files that grow with their collection.
 
+`extract` is the pipeline: decoder processes -> one queue of frames -> batches -> rows. Batches are
+cut across videos. `update_store` runs it for the videos that a feature file lacks.
+"""
+
+import argparse
 import collections
 import contextlib
-import json
 import os
 import queue
 import sys
 import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -15,93 +20,63 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import utils
-from distributed import check_device
-from features.decoding import TIME_LIMIT, Decoder
+from distributed import Distributed, check_device
+from features.backbones import Backbone
+from features.decoding import TIME_LIMIT, Decoder, Video
+from features.extraction_report import ExtractionReport, file_stamp
+from features.pca import Projection
 from features.pooling import POOLINGS
 from features.store import FeatureStore, StoreWriter
-from utils import InputError
+from utils import InputError, tune_malloc
 
-# --- the stream ------------------------------------------------------------------------------------------------------
-
-
-def decode_into(frames, todo, decoder, stop):
-    """A thread that feeds from one decoder: take videos from the iterator `todo`, put (video, frame) and at each end
-    (video, None) into the queue `frames`, and None when no video is left. An error is put there itself, for the main thread.
-    """
-    try:
-        for video in todo:
-            for frame in decoder.frames(video):
-                frames.put((video, frame))
-                if stop.is_set():
-                    break
-            if stop.is_set():
-                return
-            frames.put((video, None))
-        frames.put(None)
-    except BaseException as error:
-        frames.put(error)
-    finally:
-        decoder.close()
+# Frames (B, 224, 224, 3) uint8 -> rows (B, C).
+FeatureFunction = Callable[[np.ndarray], np.ndarray]
 
 
-def cut_batches(frames, decoders, size):
-    """Lists of (video, frame or None) out of the queue, up to `size` frames in each, until all decoders have ended."""
-    batch, count = [], 0
-    while decoders:
-        item = frames.get()
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            decoders -= 1
-            continue
-        batch.append(item)
-        count += item[1] is not None
-        if (
-            count == size or len(batch) >= 4 * size
-        ):  # many ends and few frames: broken videos are told soon
-            yield batch
-            batch, count = [], 0
-    yield batch
+# --- the pipeline --------------------------------------------------------------------------------
 
 
 def extract(
-    videos,
-    features,
+    videos: Sequence[Video],
+    features: FeatureFunction,
     *,
-    fps=Fraction(1),
-    frames="timestamp",
-    workers=None,
-    time_limit=TIME_LIMIT,
-    batch_sz=8,
-    streams=1,
-    threads=1,
-    watch=None,
-):
-    """Yield each of `videos` ([Video]) when it is through, its rows (C,) in `video.rows` or its trouble in `video.reason`.
+    fps: Fraction = Fraction(1),
+    frames: str = "timestamp",
+    workers: int | None = None,
+    time_limit: float = TIME_LIMIT,
+    batch_sz: int = 8,
+    streams: int = 1,
+    threads: int = 1,
+    watch: Callable[[Video, np.ndarray], None] | None = None,
+) -> Iterator[Video]:
+    """Yield each video when it is finished: rows (C,) in `video.rows`, or `video.reason`.
 
-    features: frames (B, 224, 224, 3) uint8 -> rows (B, C), always B = batch_sz, called from `streams` threads, each of
-    which may use `threads` of PyTorch's. `at_once` tells what suits a machine.
-    fps, frames: which frames (see FRAME_RULES). workers: decoder dist, by default as many as cores.
-    watch: called with (video, frame) of every frame, a video's own in order, before its features are made.
-    Videos come as they finish; memory follows batch_sz, workers and the rows of the videos under way.
+    Videos come in the order in which they finish. Memory follows batch_sz, workers and the rows of
+    the unfinished videos, not the length of a video.
+
+    Args:
+        features: called on batches of exactly batch_sz frames, from `streams` threads.
+        fps: frames a second to keep.
+        frames: which ones, an entry of FRAME_RULES.
+        workers: decoder processes; by default as many as cores.
+        time_limit: of a decoder, in seconds.
+        streams, threads: batches at a time, and threads of PyTorch for each; see
+            `default_parallelism`.
+        watch: called with (video, frame) for every frame, a video's own in order, before its rows
+            are computed.
     """
     workers = min(workers or os.cpu_count(), len(videos))
-    waiting, todo, stop = (
-        queue.Queue(2 * batch_sz),
-        iter(videos),
-        threading.Event(),
-    )  # threads may share a list's iterator
+    waiting = queue.Queue(2 * batch_sz)  # (video, frame)
+    todo = iter(videos)  # shared by the threads: a list's iterator is thread-safe
+    stop = threading.Event()
     decoders = [Decoder(fps, frames, time_limit) for _ in range(workers)]
-    feeders = [
-        threading.Thread(target=decode_into, args=(waiting, todo, d, stop), daemon=True)
-        for d in decoders
-    ]
-    pending = (
-        collections.deque()
-    )  # batches under way, oldest first, so a video's rows come in order
+    feeders = []
+    for decoder in decoders:
+        arguments = waiting, todo, decoder, stop
+        feeders.append(threading.Thread(target=feed_queue, args=arguments, daemon=True))
+    pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
 
-    def finished():
+    def finish_oldest():
         batch, future = pending.popleft()
         rows = iter(future.result() if future else ())
         for video, has_frame in batch:
@@ -117,66 +92,109 @@ def extract(
             for feeder in feeders:
                 feeder.start()
             for batch in cut_batches(waiting, workers, batch_sz):
-                images = [image for _, image in batch if image is not None]
-                for video, image in batch if watch else ():
+                images = []
+                for i, (video, image) in enumerate(batch):
                     if image is not None:
-                        watch(video, image)
-                batch = [(video, image is not None) for video, image in batch]  # lets the pixels go
-                pending.append(
-                    (
-                        batch,
-                        pool.submit(_whole_batch, features, images, batch_sz) if images else None,
-                    )
-                )
+                        images.append(image)
+                        if watch:
+                            watch(video, image)
+                    batch[i] = video, image is not None  # releases the pixels
+                future = pool.submit(_full_batch, features, images, batch_sz) if images else None
+                pending.append((batch, future))
                 if len(pending) > streams:
-                    yield from finished()
+                    yield from finish_oldest()
             while pending:
-                yield from finished()
-        finally:  # also where the caller breaks off
+                yield from finish_oldest()
+        finally:  # also if the caller breaks off
             stop.set()
             for decoder in decoders:
                 decoder.kill()
             while any(feeder.is_alive() for feeder in feeders):
-                with contextlib.suppress(queue.Empty):
+                with contextlib.suppress(queue.Empty):  # a feeder may wait to put its frame
                     waiting.get(timeout=0.05)
 
 
-def _whole_batch(features, images, size):
-    """Rows of `images`, computed in a batch of `size`: a row's last bits may depend on that, and the last batch is short."""
+def feed_queue(
+    waiting: queue.Queue, todo: Iterator[Video], decoder: Decoder, stop: threading.Event
+) -> None:
+    """A decoder's thread: put its frames into the queue until no video is left.
+
+    It puts (video, frame) for each frame, (video, None) at the end of each video, and at last None.
+    If something raises, it puts the exception, for the main thread to raise.
+    """
+    try:
+        for video in todo:
+            for frame in decoder.frames(video):
+                waiting.put((video, frame))
+                if stop.is_set():
+                    break
+            if stop.is_set():
+                return
+            waiting.put((video, None))
+        waiting.put(None)
+    except BaseException as error:
+        waiting.put(error)
+    finally:
+        decoder.close()
+
+
+def cut_batches(waiting: queue.Queue, decoders: int, size: int) -> Iterator[list]:
+    """Lists of (video, frame or None) from the queue, until all decoders have ended.
+
+    A batch has `size` frames. One of many videos' ends and few frames is cut earlier, so that
+    broken videos are reported soon. The last batch is what is left.
+    """
+    batch, count = [], 0
+    while decoders:
+        item = waiting.get()
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            decoders -= 1
+            continue
+        batch.append(item)
+        count += item[1] is not None
+        if count == size or len(batch) >= 4 * size:
+            yield batch
+            batch, count = [], 0
+    yield batch
+
+
+def _full_batch(features, images, size):
+    """Rows of `images`, computed in a batch of `size`: its size may change a row's last bits."""
     batch = np.zeros((size, *images[0].shape), np.uint8)
     np.stack(images, out=batch[: len(images)])
     return features(batch)[: len(images)]
 
 
-def feature_function(backbone, pooling, projection, dtype):
-    """frames (B, 224, 224, 3) uint8 -> rows (B, C) of `dtype`."""
+def feature_function(
+    backbone: Backbone, pooling: str, projection: Projection | None, dtype: np.dtype | str
+) -> FeatureFunction:
+    """The FeatureFunction of a backbone's stages, pooled, projected if given, in `dtype`."""
 
-    def features(frames):
-        x = torch.from_numpy(frames).permute(
-            0, 3, 1, 2
-        )  # (B, 3, 224, 224), channels last as it lies
+    def features(frames):  # (B, 224, 224, 3) uint8
+        x = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (B, 3, 224, 224), channels-last memory
         with torch.inference_mode():
-            rows = torch.cat([POOLINGS[pooling](stage) for stage in backbone(x)], 1)  # (B, C)
+            pooled = [POOLINGS[pooling](stage) for stage in backbone(x)]  # (B, c) each
+            rows = torch.cat(pooled, 1)  # (B, C)
         rows = rows.cpu().numpy()
-        return (projection(rows) if projection else rows).astype(dtype)
+        if projection:
+            rows = projection(rows)
+        return rows.astype(dtype)
 
     return features
 
 
-# --- what becomes of a collection ---
+# --- the machine's resources ---------------------------------------------------------------------
 
 
-def part_of(video, n):
-    """Which of n shards has the video of this id: told by the id alone, so that it stays when others come or go."""
-    return int(utils.digest(video), 16) % n
+def default_parallelism(
+    device: str | torch.device, cores: int, amp: str | None = None
+) -> dict[str, int]:
+    """What `extract` should do at a time on a device: batch_sz frames, streams, threads of each.
 
-
-def default_parallelism(device, cores, amp=None):
-    """{batch_sz, streams, threads} for a backbone on `device` in `amp`, where this process may use so many cores.
-
-    That is frames in a batch, batches at once, and threads of each. On a CPU two threads share a batch in float32, and one
-    has a batch to itself in bfloat16: with ResNet-50 on two cores 1.3 and 1.1 times as fast as the other way round. An odd
-    core is left to decoding.
+    On a CPU two threads share a batch in float32, and each has its own in bfloat16: with ResNet-50
+    on two cores 1.3 and 1.1 times as fast as the other way round. An odd core is left to decoding.
     """
     if torch.device(device).type != "cpu":
         return {"batch_sz": 64, "streams": 1, "threads": 1}
@@ -184,9 +202,9 @@ def default_parallelism(device, cores, amp=None):
     return {"batch_sz": 8, "streams": cores // threads, "threads": threads}
 
 
-def resolve_resources(options, dist):
-    """Fill in what the machine decides: the device, how many decoders, and what is at once."""
-    utils.tune_malloc()
+def resolve_resources(options: argparse.Namespace, dist: Distributed) -> None:
+    """Fill in what the machine decides: device, workers, batch_sz, streams and threads."""
+    tune_malloc()
     cores = max(1, os.cpu_count() // dist.local_world_size)
     options.device = check_device(dist.local_device(options.device))
     options.workers = options.workers or cores
@@ -194,8 +212,13 @@ def resolve_resources(options, dist):
         setattr(options, name, getattr(options, name, None) or value)
 
 
-def describe(options, backbone, projection):
-    """What made the features: kept in the file, and compared when a killed run goes on."""
+# --- feature files -------------------------------------------------------------------------------
+
+
+def extraction_settings(
+    options: argparse.Namespace, backbone: Backbone, projection: Projection | None
+) -> dict[str, str]:
+    """What makes the features: the file's `meta`, which must agree when a run resumes."""
     return {
         "backbone": options.backbone,
         "weights": backbone.weights,
@@ -208,171 +231,114 @@ def describe(options, backbone, projection):
     }
 
 
-def identity(path):
-    """What tells a changed file: size and time of change; empty for one that cannot be looked at, which fails later by name."""
-    try:
-        facts = Path(path).stat()
-    except OSError:
-        return ""
-    return f"{facts.st_size} bytes, {facts.st_mtime_ns}"
+def update_store(
+    output: Path,
+    videos: Sequence[Video],
+    settings: Mapping[str, str],
+    features: FeatureFunction,
+    *,
+    dtype: str = "float16",
+    retry_failed: bool = False,
+    **options,
+) -> dict[str, dict]:
+    """Extract the videos that the feature file `output` lacks, and write the report beside it.
+
+    Videos whose files have changed are extracted again. Rows of files that are gone stay.
+
+    Args:
+        settings: as by `extraction_settings`.
+        retry_failed: try again unchanged files that failed in an earlier run.
+        options: of `extract`.
+
+    Returns:
+        {id: row of the report} of `videos`.
+
+    Raises:
+        InputError: if the file, or the spool of a stopped run, was made by other settings.
+    """
+    sources = {video.id: file_stamp(video.path) for video in videos}
+    report = ExtractionReport(output.with_suffix(".json"), settings)
+    old = _open_finished(output, settings, dtype)
+    kept = set()  # whose rows stay as they are
+    for name in old:
+        source = sources.get(name)
+        # Without a source the file is gone; a store older than its report is taken as current.
+        if not source or report.stored_source(name) in (None, source):
+            kept.add(name)
+    failed = {name for name in sources if report.failed(name, sources[name])} - kept
+    skipped = set() if retry_failed else failed
+    if skipped:
+        print(
+            f"skipped: {len(skipped)} videos that failed before; --retry_failed tries them again",
+            file=sys.stderr,
+        )
+
+    todo = [video for video in videos if video.id not in kept | skipped]
+    stored = set(old)
+    if todo or kept < stored:
+        present = {name: source for name, source in sources.items() if source}
+        writer = StoreWriter(output, dtype, settings, present, renew=True)
+        # Kept rows are copied into the spool: the finished file stays until a new one replaces it.
+        for name in sorted(kept - writer.done):
+            writer.add(name, old.read_verified(name))
+        before = len(writer.done.intersection(sources))
+        if before:
+            print(f"resuming: {before} of {len(videos)} videos are stored", file=sys.stderr)
+        todo = [video for video in todo if video.id not in writer.done]
+        stored = _extract_into(writer, todo, report, sources, features, options)
+
+    # Stored, but not reported: by a run that was killed in between, or before reports were written.
+    unreported = {name for name in stored if name not in report.rows or report.failed(name)}
+    lengths = FeatureStore(output).lengths if unreported else {}
+    for video in videos:
+        if video.id in unreported:
+            report.add(video, sources[video.id], lengths[video.id])
+    report.write(stored.union(sources))
+    return {name: report.rows[name] for name in sources}
 
 
-def open_finished(output, settings, dtype):
-    """The finished store that is to be extended, or {}; InputError when it was made by other settings."""
+def _open_finished(output, settings, dtype):
+    """The finished store that will be extended, or {}; InputError if it has other settings."""
     if not output.exists():
         return {}
     store = FeatureStore(output)
+    found = {**store.meta, "dtype": str(store.dtype)}
     for name, value in {**settings, "dtype": dtype}.items():
-        found = {**store.meta, "dtype": str(store.dtype)}.get(name)
-        if found != value:
+        if found.get(name) != value:
             raise InputError(
-                f"{str(output)!r} holds features of {name} {found}, not {value}; name another --output, or remove that file"
+                f"{str(output)!r} holds features of {name} {found.get(name)}, not {value}; "
+                "name another --output, or remove that file"
             )
     return store
 
 
-def write(writer, video):
-    """Write a finished video, or note why it cannot be; returns its number of frames."""
+def _extract_into(writer, videos, report, sources, features, options):
+    """Extract `videos` into the store and the report; returns the ids that are then stored."""
+    try:
+        with writer, tqdm(total=len(videos), unit="video") as bar:
+            for video in extract(videos, features, **options):
+                frames = write_video(writer, video)
+                report.add(video, sources[video.id], frames)
+                if video.reason:
+                    bar.write(f"skipped {video.id}: {video.reason}", file=sys.stderr)
+                bar.update()
+    except InputError:
+        if writer.done:
+            raise
+        # All videos failed, so the writer had nothing to write: the report has the reasons.
+    return writer.done
+
+
+def write_video(writer: StoreWriter, video: Video) -> int:
+    """Write a finished video's rows and release them; returns how many are stored.
+
+    Rows that cannot be stored, such as a value that overflows float16, set `video.reason`.
+    """
     try:
         if not video.reason:
             writer.add(video.id, np.stack(video.rows))
-    except InputError as error:  # such as a value that overflows float16
+    except InputError as error:
         video.reason = str(error)
     frames = 0 if video.reason else len(video.rows)
     video.rows.clear()
     return frames
-
-
-def update_store(output, videos, settings, features, options):
-    """Add to the store `output` what it lacks of `videos`, and report; returns {id: the report's row} of `videos`.
-
-    What is done is left alone, and so is what the store holds of files that are gone; a file that has changed is done again.
-    """
-    sources, report = (
-        {video.id: identity(video.path) for video in videos},
-        ExtractionReport(output.with_suffix(".json"), settings),
-    )
-    old = open_finished(output, settings, options.dtype)
-    kept = {
-        name
-        for name in old
-        if not sources.get(name) or report.stored(name) in (None, sources[name])
-    }
-    failed = {name for name in sources if report.failed(name, sources[name])} - kept
-    left_out = set() if options.retry_failed else failed
-    if left_out:
-        print(
-            f"left out: {len(left_out)} videos that failed before; --retry_failed tries them again",
-            file=sys.stderr,
-        )
-    todo, done = [video for video in videos if video.id not in kept | left_out], set(old)
-    if todo or kept < done:
-        present = {name: source for name, source in sources.items() if source}
-        writer = StoreWriter(output, options.dtype, settings, present, renew=True)
-        for name in sorted(
-            kept - writer.done
-        ):  # first into the spool: the finished file is replaced whole, or stays
-            writer.add(name, old.read_verified(name))
-        before = len(writer.done.intersection(sources))
-        if before:
-            print(f"going on: {before} of {len(videos)} videos were done before", file=sys.stderr)
-        todo = [video for video in todo if video.id not in writer.done]
-        done = run_through(todo, writer, report, sources, features, options)
-    untold = {name for name in done if name not in report.rows or report.failed(name)}
-    lengths = FeatureStore(output).lengths if untold else {}
-    for video in videos:
-        if (
-            video.id in untold
-        ):  # done by a run that was killed before it told, or that stood before there were reports
-            report.add(video, sources[video.id], lengths[video.id])
-    report.write(done.union(sources))
-    return {name: report.rows[name] for name in sources}
-
-
-def run_through(videos, writer, report, sources, features, options):
-    """Extract `videos` into `writer` and `report`; returns the ids that the store then holds."""
-    names = ("fps", "frames", "workers", "time_limit", "batch_sz", "streams", "threads")
-    try:
-        with writer, tqdm(total=len(videos), unit="video") as bar:
-            for video in extract(
-                videos, features, **{name: getattr(options, name) for name in names}
-            ):
-                report.add(video, sources[video.id], write(writer, video))
-                if video.reason:
-                    bar.write(f"skipped {video.id}: {video.reason}", file=sys.stderr)
-                bar.update()
-    except InputError:  # the writer's, when it was given nothing: the report tells
-        if writer.done:
-            raise
-    return writer.done
-
-
-class ExtractionReport:
-    """What became of every video: NAME.json at the end, NAME.json.part until then. An earlier run's rows are read first.
-
-    rows {id: {"path", "source" (its `identity`), "status" ("ok" or "failed"), "frames", "seconds" (None where only an earlier
-    run knew), "corrupt_packets", "reason"}}
-    Raises InputError where NAME.json is somebody else's.
-    """
-
-    def __init__(self, path, settings):
-        self.path, self.settings, self._log = path, settings, Path(f"{path}.part")
-        self._finished = self._read()
-        self.rows = dict(self._finished)
-        for line in (
-            self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else ()
-        ):
-            with contextlib.suppress(
-                ValueError
-            ):  # a line that was being written when the run was killed
-                name, its_settings, row = json.loads(line)
-                if its_settings == utils.digest(settings):
-                    self.rows[name] = row
-
-    def _read(self):
-        """The rows of NAME.json; of other settings they tell nothing."""
-        if not self.path.exists():
-            return {}
-        try:
-            report = json.loads(self.path.read_text(encoding="utf-8"))
-            return report["videos"] if report["settings"] == self.settings else {}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{str(self.path)!r}, where the report goes, is no report; move it, or name another --output"
-            ) from None
-
-    def stored(self, name):
-        """The source of what the finished store holds of a video: a killed run's log speaks of its spool."""
-        return self._finished.get(name, {}).get("source")
-
-    def failed(self, name, source=None):
-        """Whether the latest try failed (and, if given, was of this `source`)."""
-        row = self.rows.get(name, {})
-        return row.get("status") == "failed" and source in (None, row["source"])
-
-    def add(self, video, source, frames):
-        self.rows[video.id] = {
-            "path": str(video.path),
-            "source": source,
-            "status": "failed" if video.reason else "ok",
-            "frames": frames,
-            "seconds": None if video.seconds is None else round(video.seconds, 3),
-            "corrupt_packets": video.corrupt_packets,
-            "reason": video.reason,
-        }
-        with open(
-            self._log, "a", encoding="utf-8"
-        ) as log:  # the newline first: it ends a line that was cut short
-            log.write(
-                "\n" + json.dumps([video.id, utils.digest(self.settings), self.rows[video.id]])
-            )
-
-    def write(self, names):
-        """The report of the videos `names`, in place of the log, where there is anything new."""
-        if not self._log.exists():
-            return
-        rows = {name: self.rows[name] for name in sorted(names) if name in self.rows}
-        utils.write_json(
-            self.path, {**utils.provenance(), "settings": self.settings, "videos": rows}
-        )
-        self._log.unlink()
