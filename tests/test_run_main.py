@@ -111,7 +111,7 @@ def test_run_main_prints_bad_input_as_one_line():
 
 
 def test_run_main_broken_pipe_is_silent():
-    """As in `script | head -1`, with more output than a pipe holds."""
+    """As in `script | head -1`, with more output than a pipe holds, and some still buffered."""
     code = (
         "from distributed import run_main\n"
         "run_main(lambda: [print('x' * 100) for _ in range(10000)])"
@@ -119,7 +119,7 @@ def test_run_main_broken_pipe_is_silent():
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(),
+        env=environment(PYTHONUNBUFFERED=""),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
