@@ -1,4 +1,4 @@
-"""The contrastive losses against other implementations, formulas by hand, and the edges of float arithmetic."""
+"""Contrastive losses: other implementations, formulas by hand, the limits of float arithmetic."""
 
 import math
 
@@ -10,17 +10,13 @@ from losses import LOSSES, circle, circle_released, infonce, triplet
 
 INF = torch.inf
 NAMES = list(LOSSES)
-FIRST = {
-    "circle": circle,
-    "infonce": infonce,
-    "triplet": triplet,
-}  # those that treat every row alike
+ROW_BY_ROW = ["circle", "infonce", "triplet"]  # the losses that treat every row alike
 
 
-def similarities(N=6, K=20, seed=0, dtype=torch.float32):
+def similarities(N=6, K=20, seed=0):
     """Logits in [-1, 1] and labels 0."""
     torch.manual_seed(seed)
-    return (torch.rand(N, 1 + K) * 2 - 1).to(dtype), torch.zeros(N, dtype=torch.long)
+    return torch.rand(N, 1 + K) * 2 - 1, torch.zeros(N, dtype=torch.long)
 
 
 def value_and_gradient(loss, logits, labels, **options):
@@ -39,12 +35,15 @@ def log_sum_exp(values):
     return top + math.log(sum(math.exp(value - top) for value in values))
 
 
-# --- circle ----------------------------------------------------------------------------------------------------------
+# --- circle ---
 
 
 def circle_by_loop(logits, labels, m, gamma):
-    """Circle loss eq. 6, one anchor at a time in double precision. Returns its value and its gradient by hand:
-    with Z the argument of the softplus, dL/ds_n = sigmoid(Z) softmax_n gamma alpha_n, dL/ds_p = -sigmoid(Z) gamma alpha_p."""
+    """Circle loss eq. 6, one anchor at a time in double precision: its value and its gradient.
+
+    With Z the argument of the softplus,
+    dL/ds_n = sigmoid(Z) softmax_n gamma alpha_n,  dL/ds_p = -sigmoid(Z) gamma alpha_p.
+    """
     rows, gradient = [], np.zeros(logits.shape)
     for i, (row, label) in enumerate(zip(logits.double().tolist(), labels.tolist(), strict=True)):
         s_p = row[label]
@@ -62,9 +61,10 @@ def circle_by_loop(logits, labels, m, gamma):
     return sum(rows) / len(rows), gradient / len(rows)
 
 
-def test_circle_is_what_a_case_worked_by_hand_gives():
+def test_circle_case_by_hand():
     # m = 1/4, gamma = 4. s_p = 1/2: alpha_p = 3/4, pull = 4 * 3/4 * (3/4 - 1/2) = 3/4.
-    # s_n = 1/4, -1/4: alpha_n = 1/2, 0, terms = 0, 0, push = log 2. L = log(1 + 2 e^(3/4)) = 1.65518
+    # s_n = 1/4, -1/4: alpha_n = 1/2, 0, terms = 0, 0, push = log 2.
+    # L = log(1 + 2 e^(3/4)) = 1.65518
     value = circle(torch.tensor([[0.5, 0.25, -0.25]]), torch.tensor([0]), margin=0.25, gamma=4)
     assert float(value) == pytest.approx(math.log(1 + 2 * math.exp(0.75)), rel=1e-6)
     assert float(value) == pytest.approx(1.65518, abs=1e-5)
@@ -72,7 +72,7 @@ def test_circle_is_what_a_case_worked_by_hand_gives():
 
 @pytest.mark.parametrize("gamma", [1, 16, 80, 256])
 @pytest.mark.parametrize("margin", [0.25, 0.4])
-def test_circle_equals_equation_6_in_double_precision(gamma, margin):
+def test_circle_equation_6_in_double_precision(gamma, margin):
     for seed in range(5):
         logits, _ = similarities(seed=seed)
         labels = torch.randint(0, logits.shape[1], (len(logits),))
@@ -85,28 +85,25 @@ def test_circle_equals_equation_6_in_double_precision(gamma, margin):
 
 
 @pytest.mark.parametrize("gamma", [1, 32, 256])
-def test_circle_equals_pytorch_metric_learnings(gamma):
+def test_circle_pytorch_metric_learning(gamma):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     torch.manual_seed(0)
     N, K, D = 5, 30, 16
     q, p, bank = (torch.nn.functional.normalize(torch.randn(n, D), dim=1) for n in (N, N, K))
     theirs = losses.CircleLoss(m=0.25, gamma=gamma)
-    by_anchor = [
-        float(
-            theirs(
-                q[i : i + 1], torch.tensor([0]),
-                ref_emb=torch.cat([p[i : i + 1], bank]), ref_labels=torch.tensor([0] + [1] * K),
-            )
-        )
-        for i in range(N)
-    ]  # fmt: skip
+    by_anchor = []
+    for i in range(N):  # the anchor and its positive are of class 0, the bank of class 1
+        references = torch.cat([p[i : i + 1], bank])
+        classes = torch.tensor([0] + [1] * K)
+        loss = theirs(q[i : i + 1], torch.tensor([0]), ref_emb=references, ref_labels=classes)
+        by_anchor.append(float(loss))
     logits = torch.cat([(q * p).sum(1, keepdim=True), q @ bank.T], 1)
     ours = circle(logits, torch.zeros(N, dtype=torch.long), gamma=gamma)
     assert float(ours) == pytest.approx(np.mean(by_anchor), rel=1e-4)
 
 
-def test_circles_weights_alpha_carry_no_gradient():
-    # one anchor, one negative: with alpha in the gradient, dL/ds_p would be sigmoid(Z) gamma (2 s_p - 2) instead
+def test_circle_weights_alpha_carry_no_gradient():
+    """One anchor, one negative. With alpha in it, dL/ds_p would be sigmoid(Z) gamma (2 s_p - 2)."""
     m, gamma, s_p, s_n = 0.25, 2.0, 0.6, 0.3
     Z = gamma * (s_n + m) * (s_n - m) + gamma * (1 + m - s_p) * (1 - m - s_p)
     sigmoid = 1 / (1 + math.exp(-Z))
@@ -119,12 +116,15 @@ def test_circles_weights_alpha_carry_no_gradient():
     assert gradient[0, 0] != pytest.approx(sigmoid * gamma * (2 * s_p - 2), rel=1e-2)
 
 
-# --- circle-released -------------------------------------------------------------------------------------------------
+# --- circle-released ---
 
 
 def released_by_loop(logits, m, gamma):
-    """The released code's formula with labels 0: the first row's scores all in the positive form, the others' in the
-    negative form gamma (s^2 - m^2), where s > -m; then cross-entropy of column 0."""
+    """The released code's formula with labels 0.
+
+    The first row's scores take the positive form, the others' the negative form
+    gamma (s^2 - m^2), where s > -m; then cross-entropy of column 0.
+    """
     total = 0.0
     for i, row in enumerate(logits.double().tolist()):
         if i == 0:
@@ -136,14 +136,14 @@ def released_by_loop(logits, m, gamma):
 
 
 @pytest.mark.parametrize("gamma", [1, 32, 256])
-def test_circle_released_equals_the_released_codes_formula(gamma):
+def test_circle_released_formula_of_the_released_code(gamma):
     for seed in range(5):
         logits, labels = similarities(seed=seed)
         found = circle_released(logits, labels, gamma=gamma)
         assert float(found) == pytest.approx(released_by_loop(logits, 0.25, gamma), rel=1e-4)
 
 
-def test_the_published_and_the_released_circle_are_different_losses():
+def test_circle_and_circle_released_differ():
     for N in (1, 2, 8):
         for seed in range(5):
             value, gradient = value_and_gradient(circle, *similarities(N, seed=seed))
@@ -152,25 +152,22 @@ def test_the_published_and_the_released_circle_are_different_losses():
             assert not torch.allclose(gradient, other_gradient, rtol=1e-2)
 
 
-# --- infonce and triplet ---------------------------------------------------------------------------------------------
+# --- infonce and triplet ---
 
 
-def test_infonce_is_minus_the_log_of_the_positives_softmax_and_torchs_cross_entropy():
+def test_infonce_softmax_by_hand_and_torch_cross_entropy():
     logits, _ = similarities()
     labels = torch.randint(0, logits.shape[1], (len(logits),))
     for T in (1.0, 0.07):
-        by_hand = np.mean(
-            [
-                -math.log(math.exp(row[label]) / sum(map(math.exp, row)))
-                for row, label in zip((logits.double() / T).tolist(), labels.tolist(), strict=True)
-            ]
-        )
-        assert float(infonce(logits / T, labels)) == pytest.approx(by_hand, rel=1e-5)
+        rows = []
+        for row, label in zip((logits.double() / T).tolist(), labels.tolist(), strict=True):
+            rows.append(-math.log(math.exp(row[label]) / sum(map(math.exp, row))))
+        assert float(infonce(logits / T, labels)) == pytest.approx(np.mean(rows), rel=1e-5)
         theirs = torch.nn.functional.cross_entropy(logits / T, labels)
         assert float(infonce(logits / T, labels)) == pytest.approx(float(theirs), rel=1e-6)
 
 
-def test_the_defaults_are_the_papers_margin_and_gamma():
+def test_circle_defaults_are_the_papers_margin_and_gamma():
     logits, labels = similarities()
     assert float(circle(logits, labels)) == pytest.approx(
         circle_by_loop(logits, labels, 0.25, 256)[0], rel=1e-5
@@ -180,7 +177,7 @@ def test_the_defaults_are_the_papers_margin_and_gamma():
     )
 
 
-def test_triplet_is_what_a_case_worked_by_hand_gives():
+def test_triplet_case_by_hand():
     # margin .2; rows: .7 - .5 + .2 = .4 (hardest of .1, .7); .1 - .9 + .2 < 0; .3 - .4 + .2 = .1
     logits = torch.tensor([[0.5, 0.1, 0.7], [0.9, 0.1, 0.05], [0.4, 0.3, -1.0]])
     labels = torch.zeros(3, dtype=torch.long)
@@ -190,8 +187,8 @@ def test_triplet_is_what_a_case_worked_by_hand_gives():
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_the_positive_may_stand_in_any_column_that_labels_names(name):
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+def test_loss_positive_in_any_column(name):
     logits, labels = similarities()
     columns = torch.tensor([0, 3, 20, 7, 1, 11])
     moved = logits.clone()
@@ -204,7 +201,7 @@ def test_the_positive_may_stand_in_any_column_that_labels_names(name):
         torch.testing.assert_close(other_gradient[i, column], gradient[i, 0])
 
 
-# --- every loss is finite --------------------------------------------------------------------------------------------
+# --- every loss is finite ---
 
 EXTREMES = {
     "all 1": torch.ones(4, 30),
@@ -222,7 +219,7 @@ EXTREMES = {
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16", "float64"])
-def test_a_finite_input_gives_a_finite_loss_and_gradient_at_gamma_256(name, extreme, precision):
+def test_loss_and_gradient_finite_for_finite_input(name, extreme, precision):
     logits, labels = EXTREMES[extreme], torch.zeros(4, dtype=torch.long)
     if precision in ("bfloat16", "float64"):
         dtype = getattr(torch, precision)
@@ -235,7 +232,7 @@ def test_a_finite_input_gives_a_finite_loss_and_gradient_at_gamma_256(name, extr
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast_changes_no_loss(name):
+def test_loss_unchanged_under_autocast(name):
     logits, labels = similarities()
     with torch.autocast("cpu", torch.bfloat16):
         value, gradient = value_and_gradient(LOSSES[name], logits, labels)
@@ -245,12 +242,12 @@ def test_autocast_changes_no_loss(name):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-# --- columns left out ------------------------------------------------------------------------------------------------
+# --- columns left out ---
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [1, 1 / 0.07])
-def test_a_column_at_minus_infinity_counts_as_dropped(name, scale):
+def test_loss_column_at_minus_infinity_counts_as_dropped(name, scale):
     logits, labels = similarities(K=20)
     logits = logits * scale
     out = [2, 5, 6, 20]
@@ -265,23 +262,22 @@ def test_a_column_at_minus_infinity_counts_as_dropped(name, scale):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_row_may_leave_out_other_columns(name):
+def test_loss_rows_leave_out_different_columns(name):
     logits, labels = similarities(N=4, K=10)
     torch.manual_seed(1)
     out = torch.rand(4, 11) < 0.4
     out[:, 0] = False
     value, gradient = value_and_gradient(LOSSES[name], logits.masked_fill(out, -INF), labels)
     assert torch.isfinite(gradient).all() and not gradient[out].any()
-    if name in FIRST:
-        alone = [
-            LOSSES[name](row[~mask][None], labels[:1])
-            for row, mask in zip(logits, out, strict=True)
-        ]
+    if name in ROW_BY_ROW:
+        alone = []
+        for row, mask in zip(logits, out, strict=True):
+            alone.append(LOSSES[name](row[~mask][None], labels[:1]))
         torch.testing.assert_close(value, torch.stack(alone).mean())
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_a_row_with_no_negative_left_teaches_nothing(name):
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+def test_loss_row_without_negative_contributes_nothing(name):
     logits, labels = similarities(N=4, K=10)
     logits[:, 0] = -0.9  # so that every row has something to learn
     emptied = logits.clone()
@@ -294,7 +290,7 @@ def test_a_row_with_no_negative_left_teaches_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_0_with_a_gradient_of_0_when_no_row_has_a_negative(name):
+def test_loss_and_gradient_0_without_any_negative(name):
     logits, labels = similarities(N=4, K=10)
     logits[:, 1:] = -INF
     value, gradient = value_and_gradient(LOSSES[name], logits, labels)
@@ -302,7 +298,7 @@ def test_the_loss_is_0_with_a_gradient_of_0_when_no_row_has_a_negative(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loss_is_a_scalar_and_leaves_its_input_alone(name):
+def test_loss_is_a_scalar_and_keeps_its_input(name):
     logits, labels = similarities()
     before = logits.clone()
     assert LOSSES[name](logits, labels).shape == ()
@@ -310,8 +306,8 @@ def test_a_loss_is_a_scalar_and_leaves_its_input_alone(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nan_is_not_hidden(name):
-    """A broken encoder must stop the run, not teach nothing in silence."""
+def test_loss_shows_nan(name):
+    """A broken encoder must stop the run, not train on nothing in silence."""
     logits, labels = similarities()
     logits[0, 3] = float("nan")
     assert torch.isnan(LOSSES[name](logits, labels))
