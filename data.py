@@ -1,67 +1,70 @@
-"""Training pairs: an anchor, a positive, and background videos as negatives; the same on any number of dist.
+"""Training pairs: an anchor video, a positive, and background videos as negatives.
 
-N videos, T frames, C channels, M negatives an item. What an item draws depends on (seed, epoch, pair) alone: it is the same
-on any number of processes and on a resumed run, and another in every epoch (`set_epoch`).
+T frames of C channels a video, M negatives a pair. What a pair draws depends on (seed, epoch, pair)
+alone. It is the same on any number of processes and in a resumed run, and differs from epoch to
+epoch. A negative is named by its id, its place in `negatives`.
 """
 
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from distributed import Distributed
 from padding import pack
 from utils import InputError, digest, load_pickle, require_path, seeded_rng
 
-# --- augmentations
+# --- augmentations: frames (T, C) and a NumPy generator -> frames (T', C) ---
 
 
-def crop(frames, draw):
-    """An excerpt: three tenths of the video or more, in one piece."""
+def crop(frames, rng):
+    """One piece of the video, three tenths of it or more."""
     T = len(frames)
-    size = max(1, round(T * draw.uniform(0.3, 1)))
-    start = draw.integers(T - size + 1)
+    size = max(1, round(T * rng.uniform(0.3, 1)))
+    start = rng.integers(T - size + 1)
     return frames[start : start + size]
 
 
-def shuffle(frames, draw):
+def shuffle(frames, rng):
     """Two to four pieces in another order."""
-    pieces = min(int(draw.integers(2, 5)), len(frames))
-    cuts = np.sort(draw.choice(np.arange(1, len(frames)), pieces - 1, replace=False))
+    pieces = min(int(rng.integers(2, 5)), len(frames))
+    cuts = np.sort(rng.choice(np.arange(1, len(frames)), pieces - 1, replace=False))
     parts = np.split(frames, cuts)
-    return np.concatenate([parts[i] for i in draw.permutation(len(parts))])
+    return np.concatenate([parts[i] for i in rng.permutation(len(parts))])
 
 
-def drop(frames, draw):
-    """Up to half of the frames left out, here and there."""
-    keep = draw.random(len(frames)) >= draw.uniform(0, 0.5)
-    keep[draw.integers(len(frames))] = True
+def drop(frames, rng):
+    """The video without up to half of its frames, chosen at random."""
+    keep = rng.random(len(frames)) >= rng.uniform(0, 0.5)
+    keep[rng.integers(len(frames))] = True  # never an empty video
     return frames[keep]
 
 
-def speed(frames, draw):
-    """Played at half to double speed: frames repeated or skipped evenly."""
-    T = max(1, round(len(frames) / 2 ** draw.uniform(-1, 1)))
-    return frames[np.minimum((np.arange(T) + 0.5) * len(frames) / T, len(frames) - 1).astype(int)]
+def speed(frames, rng):
+    """Half to double speed: frames are repeated or skipped evenly."""
+    T = max(1, round(len(frames) / 2 ** rng.uniform(-1, 1)))
+    times = (np.arange(T) + 0.5) * len(frames) / T
+    return frames[np.minimum(times, len(frames) - 1).astype(int)]
 
 
-def noise(frames, draw):
-    """Another rendering: one offset for the whole video and a smaller one a frame, up to six tenths of the features' size."""
+def noise(frames, rng):
+    """Noise of up to .6 of the features' size: one offset a video, a smaller one a frame."""
     frames = np.asarray(frames, np.float32)
-    size = draw.uniform(0, 0.6) * np.sqrt(np.mean(frames**2))
-    offset = draw.standard_normal((1, frames.shape[1]), np.float32)
-    return frames + np.float32(size) * (
-        offset + 0.5 * draw.standard_normal(frames.shape, np.float32)
-    )
+    size = np.float32(rng.uniform(0, 0.6) * np.sqrt(np.mean(frames**2)))
+    video_offset = rng.standard_normal((1, frames.shape[1]), np.float32)
+    frame_offsets = rng.standard_normal(frames.shape, np.float32)
+    return frames + size * (video_offset + 0.5 * frame_offsets)
 
 
-def mask(frames, draw):
-    """Up to three tenths of the channels at zero, the same in every frame."""
-    return np.where(draw.random(frames.shape[1]) < draw.uniform(0, 0.3), 0, frames).astype(
-        frames.dtype
-    )
+def mask(frames, rng):
+    """Up to three tenths of the channels set to zero, the same ones in every frame."""
+    zero = rng.random(frames.shape[1]) < rng.uniform(0, 0.3)
+    return np.where(zero, 0, frames).astype(frames.dtype)
 
 
 AUGMENTATIONS = {
@@ -75,35 +78,55 @@ AUGMENTATIONS = {
 DEFAULT_MIX = ("crop", "drop", "speed", "noise", "mask")
 
 
-def augment(frames, mix, draw):
-    """frames (T, C) through each augmentation of `mix` in its order, each with a chance of one half."""
+def augment(frames: np.ndarray, mix: Sequence[str], rng: np.random.Generator) -> np.ndarray:
+    """Frames (T, C) after the augmentations of `mix`, in order, each applied half the time."""
     for name in mix:
-        if draw.random() < 0.5:
-            frames = AUGMENTATIONS[name](frames, draw)
+        if rng.random() < 0.5:
+            frames = AUGMENTATIONS[name](frames, rng)
     return frames
 
 
-# --- pairs
+# --- pair datasets ---
 
 
 class PairDataset(Dataset):
-    """Anchor, positive and `neg_num` negatives: one item a pair. A subclass says what the pairs are and what they show.
+    """One item a pair: anchor, positive and `neg_num` negatives. Subclasses say what the pairs are.
 
-    pairs: [(anchor id, positive id)]; negatives: the ids that negatives are drawn from, numbered by their place.
-    store: the FeatureStore. padding_size: a longer video is cropped to so many frames at a random place, or thinned to so
-    many random frames with `random_sampling`; 0 takes all. segments: {id: [[source, start, end], ...]}, what videos show.
+    Args:
+        store: a FeatureStore, video id -> frames (T, C).
+        pairs: [(anchor id, positive id)].
+        negatives: the video ids that negatives are drawn from.
+        segments: {video id: [[source, start, end], ...]}, what each video shows.
+        mask_shared: whether a negative that shows the anchor's material is a false negative.
+        padding_size: the number of frames that a longer video is cropped to; 0 takes all.
+        random_sampling: thin a longer video to random frames instead of cropping it.
+        readers: threads that read a batch's videos.
     """
 
     def __init__(
-        self, store, pairs, negatives, padding_size=300, neg_num=16, seed=0, random_sampling=False, readers=1, segments=None
-    ):  # fmt: skip
-        self.store, self.pairs, self.negatives, self.segments = store, pairs, negatives, segments
-        self.padding_size, self.neg_num, self.readers = padding_size, neg_num, readers
-        self.seed, self.random_sampling, self.epoch = seed, random_sampling, 0
-        self.anchors = {
-            anchor: row for row, anchor in enumerate(dict.fromkeys(anchor for anchor, _ in pairs))
-        }
-        self.mined = None  # (anchors, H) int: each anchor's nearest negatives by number, -1 where there are fewer
+        self,
+        store: Mapping[str, np.ndarray],
+        pairs: list[tuple[str, str]],
+        negatives: list[str],
+        segments: dict | None = None,
+        mask_shared: bool = False,
+        padding_size: int = 300,
+        neg_num: int = 16,
+        seed: int = 0,
+        random_sampling: bool = False,
+        readers: int = 1,
+    ):
+        self.store, self.pairs, self.negatives = store, pairs, negatives
+        self.segments, self.mask_shared = segments, mask_shared
+        self.padding_size, self.random_sampling = padding_size, random_sampling
+        self.neg_num, self.seed, self.readers = neg_num, seed, readers
+        self.epoch = 0
+        anchors = dict.fromkeys(anchor for anchor, _ in pairs)
+        self.anchors = {anchor: row for row, anchor in enumerate(anchors)}
+        # (anchors, H) ids of each anchor's nearest negatives, -1 where there are fewer than H
+        self.hard_negatives = None
+        if mask_shared:
+            self.segment_table()  # bad segments are an error now, not in the middle of a run
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -112,266 +135,329 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index):
-        """index -> (pair index, anchor (T, C), positive (T, C), negative numbers (M,), [negatives (T, C)])."""
-        draw = seeded_rng(self.seed, self.epoch, index)
-        numbers = self._numbers(index, draw)
-        anchor, positive = self.views(index, draw)
-        return (
-            index,
-            anchor,
-            positive,
-            numbers,
-            [self._crop(self.store[self.negatives[n]], draw) for n in numbers],
-        )
+        """(index, anchor (T, C), positive (T, C), negative ids (M,), [M negatives (T, C)])."""
+        rng = seeded_rng(self.seed, self.epoch, index)
+        negative_ids = self.sample_negatives(index, rng)
+        anchor, positive = self.sample_views(index, rng)
+        negatives = [self.sample_frames(self.store[self.negatives[i]], rng) for i in negative_ids]
+        return index, anchor, positive, negative_ids, negatives
 
     def __getitems__(self, indices):
-        """A batch's items, read by `readers` threads (worth it where the file system answers slowly)."""
+        """A batch's items. Threads pay where the file system answers slowly."""
         if self.readers <= 1:
             return [self[i] for i in indices]
         with ThreadPoolExecutor(self.readers) as pool:
             return list(pool.map(self.__getitem__, indices))
 
-    def views(self, index, draw):
-        """The anchor's and the positive's frames (T, C) of pair `index`."""
-        anchor, positive = (self._crop(self.store[video], draw) for video in self.pairs[index])
-        return anchor, positive
+    def sample_views(self, index, rng):
+        """The frames (T, C) of a pair's anchor and of its positive."""
+        anchor, positive = self.pairs[index]
+        return (
+            self.sample_frames(self.store[anchor], rng),
+            self.sample_frames(self.store[positive], rng),
+        )
 
-    def _numbers(self, index, draw):
-        """Numbers (M,) of distinct negatives: at random, but up to half of them among the anchor's mined ones, if there are."""
-        numbers = self._random(index, draw)
-        if self.mined is None:
-            return numbers
-        near = self.mined[self.anchors[self.pairs[index][0]]]
-        near = near[near >= 0]
-        near = draw.choice(near, min((self.neg_num + 1) // 2, len(near)), replace=False)
-        return np.concatenate([near, numbers[~np.isin(numbers, near)][: self.neg_num - len(near)]])
+    def sample_negatives(self, index, rng):
+        """Distinct negative ids (M,): random ones, up to half of them hard if they are known."""
+        random_ids = self.sample_random_negatives(index, rng)
+        if self.hard_negatives is None:
+            return random_ids
+        hard_ids = self.hard_negatives[self.anchors[self.pairs[index][0]]]
+        hard_ids = hard_ids[hard_ids >= 0]
+        half = (self.neg_num + 1) // 2
+        hard_ids = rng.choice(hard_ids, min(half, len(hard_ids)), replace=False)
+        others = random_ids[~np.isin(random_ids, hard_ids)]
+        return np.concatenate([hard_ids, others[: self.neg_num - len(hard_ids)]])
 
-    def _random(self, index, draw):
-        return draw.choice(len(self.negatives), self.neg_num, replace=False)
+    def sample_random_negatives(self, index, rng):
+        return rng.choice(len(self.negatives), self.neg_num, replace=False)
 
-    def _crop(self, frames, draw):
+    def sample_frames(self, frames, rng):
+        """At most `padding_size` frames: a random crop, or random frames in their order."""
         T, size = len(frames), self.padding_size
         if not size or T <= size:
             return frames
         if self.random_sampling:
-            return frames[np.sort(draw.choice(T, size, replace=False))]
-        start = draw.integers(T - size + 1)
+            return frames[np.sort(rng.choice(T, size, replace=False))]
+        start = rng.integers(T - size + 1)
         return frames[start : start + size]
 
-    # --- what is no negative ---
+    # --- false negatives ---
 
-    def shares(self, indices):
-        """For the pairs `indices` (N,): a function bank numbers (K,) -> (N, K) bool, true where that negative shows material
-        of the anchor's film, by the annotation's segments. Number -1 (the bank's random start) shares nothing."""
-        rows = torch.stack([self.shared(self.pairs[i][0]) for i in indices])  # (N, negatives + 1)
-        return lambda numbers: rows.to(numbers.device)[:, numbers]
+    @property
+    def has_false_negatives(self):
+        return self.mask_shared
+
+    def false_negative_mask(self, indices: Sequence[int]) -> Callable | None:
+        """Which bank entries are false negatives of the pairs `indices` (N,).
+
+        Returns a function bank_ids (K,) -> (N, K) bool, or None when every entry is a negative.
+        Bank id -1 (the bank's random start) is never a false negative.
+        """
+        if not self.has_false_negatives:
+            return None
+        rows = [self.false_negatives(self.pairs[i][0]) for i in indices]
+        rows = torch.stack(rows)  # (N, negatives + 1)
+        return lambda bank_ids: rows.to(bank_ids.device)[:, bank_ids]
+
+    def false_negatives(self, anchor: str) -> torch.Tensor:
+        """(negatives + 1,) bool by negative id. The last entry, which id -1 reads, is false."""
+        return self.shared_material(anchor)
 
     @lru_cache(maxsize=1024)  # noqa: B019 - a run has one data set
-    def shared(self, anchor):
-        """(negatives + 1,) bool, by number; the last entry, which number -1 reads, is false."""
-        names, owner, source, start, end = self._material()
+    def shared_material(self, anchor):
+        """Whether each negative overlaps with the anchor: segments of one source that overlap."""
+        sources, owner, source, start, end = self.segment_table()
         row = np.zeros(len(self.negatives) + 1, bool)
         for name, a, b in self.segments.get(anchor, ()):
-            row[owner[(source == names.get(name, -1)) & (start < b) & (a < end)]] = True
+            overlaps = (source == sources.get(name, -1)) & (start < b) & (a < end)
+            row[owner[overlaps]] = True
         return torch.from_numpy(row)
 
     @lru_cache(maxsize=1)  # noqa: B019
-    def _material(self):
-        """The negatives' segments as arrays: numbers of their sources, and a negative, source, start and end a segment."""
+    def segment_table(self):
+        """The negatives' segments: {source name: number}, then arrays with one entry a segment.
+
+        The arrays are the negative's id, the number of its source, start and end.
+        """
         if not self.segments:
             raise InputError(
-                "the annotation has no 'segments', so shared material is not known; leave --mask_shared out"
+                "the annotation has no 'segments', so shared material is not known;"
+                " leave --mask_shared out"
             )
-        names, rows, number = {}, [], {video: i for i, video in enumerate(self.negatives)}
+        ids = {video: i for i, video in enumerate(self.negatives)}
+        sources, rows = {}, []
         try:
-            for (
-                video,
-                parts,
-            ) in self.segments.items():  # anchors' too: they must be sound before training starts
-                for name, a, b in parts:
-                    rows.append(
-                        (
-                            number.get(video, -1),
-                            names.setdefault(name, len(names)),
-                            float(a),
-                            float(b),
-                        )
-                    )
+            for video, segments in self.segments.items():  # anchors' segments are checked too
+                for name, start, end in segments:
+                    source = sources.setdefault(name, len(sources))
+                    row = ids.get(video, -1), source, float(start), float(end)
+                    if video in ids:
+                        rows.append(row)
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}"
             ) from None
-        rows = np.array([row for row in rows if row[0] >= 0] or np.zeros((0, 4)))
-        owner, source, start, end = rows.T
-        return names, owner.astype(int), source, start, end
+        owner, source, start, end = np.array(rows or np.zeros((0, 4))).T
+        return sources, owner.astype(int), source, start, end
 
 
 class VCDBPairDataset(PairDataset):
     """Pairs of VCDB's copies, with its background videos as negatives.
 
-    annotation_path: a pickle of VCDB's form, {"video_pairs": [{"videos": [a, b], "overlap": [x, y]}], "negs": [ids]}; with
-    "segments" it also tells which videos share material (see `shares`). Pairs and negatives without features are left out
-    and counted in `missing`. min_overlap: pairs whose smaller overlap is below it are left out. Raises InputError on a file
-    of another form, or when fewer than a pair and `neg_num` negatives are left.
+    Pairs and negatives without features are left out, and counted in `missing`.
+
+    Args:
+        annotation_path: a pickle {"video_pairs": [{"videos": [a, b], "overlap": [x, y]}],
+            "negs": [ids], "segments": optional}.
+        min_overlap: pairs whose smaller overlap is below it are left out.
+
+    Raises InputError on a file of another form, or when no pair or fewer than `neg_num` negatives
+    are left.
     """
 
     def __init__(
-        self, annotation_path, store, padding_size=300, neg_num=16, seed=0, random_sampling=False, min_overlap=0.0, readers=1
-    ):  # fmt: skip
-        annotation = load_pickle(annotation_path)
-        pairs, negatives = _vcdb(annotation, annotation_path)
-        super().__init__(
-            store,
-            [(a, b) for a, b, overlap in pairs if a in store and b in store and overlap >= min_overlap],
-            [video for video in negatives if video in store],
-            padding_size, neg_num, seed, random_sampling, readers, annotation.get("segments"),
-        )  # fmt: skip
-        self.missing = {
-            "pairs": sum(a not in store or b not in store for a, b, _ in pairs),
-            "negatives": len(negatives) - len(self.negatives),
-        }
-        if not self.pairs or len(self.negatives) < neg_num:
+        self,
+        annotation_path: str | Path,
+        store: Mapping[str, np.ndarray],
+        min_overlap: float = 0.0,
+        neg_num: int = 16,
+        **options,
+    ):
+        listed, listed_negatives, segments = read_vcdb_annotation(annotation_path)
+        with_features = [pair for pair in listed if pair[0] in store and pair[1] in store]
+        pairs = [(a, b) for a, b, overlap in with_features if overlap >= min_overlap]
+        negatives = [video for video in listed_negatives if video in store]
+        if not pairs or len(negatives) < neg_num:
             raise InputError(
-                f"{len(self.pairs)} of {len(pairs)} pairs and {len(self.negatives)} of {len(negatives)} negatives of"
-                f" {str(annotation_path)!r} can be used with {str(store.path)!r}; a pair and {neg_num} negatives are needed:"
+                f"{len(pairs)} of {len(listed)} pairs and {len(negatives)} of"
+                f" {len(listed_negatives)} negatives of {str(annotation_path)!r} can be used with"
+                f" {str(store.path)!r}; a pair and {neg_num} negatives are needed:"
                 " do the ids of the two files agree?"
             )
+        super().__init__(store, pairs, negatives, segments, neg_num=neg_num, **options)
+        self.missing = {
+            "pairs": len(listed) - len(with_features),
+            "negatives": len(listed_negatives) - len(negatives),
+        }
         self.digest = digest([self.pairs, self.negatives, self.segments])
 
 
-def _vcdb(annotation, path):
-    """([(anchor, positive, smaller overlap)], [negatives]) of an annotation of VCDB's form."""
-    try:
-        pairs = [
-            (a, b, float(min(pair.get("overlap", [1.0]))))
-            for pair in annotation["video_pairs"]
-            for a, b in [pair["videos"]]
-        ]
-        negatives = annotation["negs"]
-        return pairs, list(
-            dict.fromkeys(
-                sorted(negatives) if isinstance(negatives, set | frozenset) else negatives
+class AugmentedPairDataset(PairDataset):
+    """Pairs without annotation: each video is an anchor, its positive is made from its own frames.
+
+    All other videos are negatives; a video is never its own negative.
+
+    Args:
+        annotation_path: a text file with one id a line, or a pickle of VCDB's form, of which the
+            ids and segments are read; without it, all videos of the store.
+        mix: names of augmentations.
+    """
+
+    def __init__(
+        self,
+        store: Mapping[str, np.ndarray],
+        annotation_path: str | Path | None = None,
+        mix: Sequence[str] = DEFAULT_MIX,
+        neg_num: int = 16,
+        **options,
+    ):
+        listed, segments = read_video_list(annotation_path, store)
+        videos = [video for video in listed if video in store]
+        if len(videos) <= neg_num:
+            raise InputError(
+                f"{len(videos)} of {len(listed)} videos have features in {str(store.path)!r};"
+                f" a video and {neg_num} others are needed: do the ids agree? Or lower --neg_num"
             )
-        )
+        pairs = [(video, video) for video in videos]
+        super().__init__(store, pairs, videos, segments, neg_num=neg_num, **options)
+        self.mix = list(mix)
+        missing = len(listed) - len(videos)
+        self.missing = {"pairs": missing, "negatives": missing}
+        self.digest = digest([videos, segments])
+
+    def sample_views(self, index, rng):
+        frames = self.store[self.pairs[index][0]]
+        anchor = self.sample_frames(frames, rng)
+        return anchor, self.sample_frames(augment(frames, self.mix, rng), rng)
+
+    def sample_random_negatives(self, index, rng):
+        ids = rng.choice(len(self.negatives) - 1, self.neg_num, replace=False)
+        return ids + (ids >= index)  # skips the anchor itself
+
+    @property
+    def has_false_negatives(self):
+        return True
+
+    def false_negatives(self, anchor):
+        if self.mask_shared:
+            row = self.shared_material(anchor).clone()
+        else:
+            row = torch.zeros(len(self.negatives) + 1, dtype=torch.bool)
+        row[self.anchors[anchor]] = True  # the anchor itself
+        return row
+
+
+def read_vcdb_annotation(path):
+    """([(anchor, positive, smaller overlap)], [negatives], segments or None) of VCDB's pickle."""
+    annotation = load_pickle(path)
+    pairs = []
+    try:
+        for pair in annotation["video_pairs"]:
+            anchor, positive = pair["videos"]
+            pairs.append((anchor, positive, float(min(pair.get("overlap", [1.0])))))
+        negatives = annotation["negs"]
+        if isinstance(negatives, set | frozenset):
+            negatives = sorted(negatives)  # a set's order depends on the hash seed
+        return pairs, list(dict.fromkeys(negatives)), annotation.get("segments")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise InputError(
             f"annotation file {str(path)!r} is not of VCDB's form (video_pairs, negs): {error!r}"
         ) from None
 
 
-class AugmentedPairDataset(PairDataset):
-    """Every video is an anchor, its positive is made from its own frames (`augment.py`), and all others are negatives.
-
-    For those who hold videos and no annotation. annotation_path: a text file with an id a line, or a pickle of VCDB's form,
-    whose pairs are not read, only its ids and segments; by default all videos of the store. mix: names of augmentations.
-    mask_shared: segments, too, tell what is no negative. A video is never its own negative.
-    """
-
-    def __init__(
-        self, store, annotation_path=None, mix=DEFAULT_MIX, mask_shared=False, padding_size=300, neg_num=16, seed=0,
-        random_sampling=False, readers=1,
-    ):  # fmt: skip
-        videos, segments = _own_videos(store, annotation_path)
-        here = [video for video in videos if video in store]
-        super().__init__(
-            store,
-            [(video, video) for video in here],
-            here,
-            padding_size,
-            neg_num,
-            seed,
-            random_sampling,
-            readers,
-            segments,
-        )
-        self.mix, self.mask_shared = list(mix), mask_shared
-        self.missing = {"pairs": len(videos) - len(here), "negatives": len(videos) - len(here)}
-        if len(here) <= neg_num:
-            raise InputError(
-                f"{len(here)} of {len(videos)} videos have features in {str(store.path)!r}; a video and {neg_num} others are"
-                " needed: do the ids agree? Or lower --neg_num"
-            )
-        self.digest = digest([here, segments])
-
-    def views(self, index, draw):
-        frames = self.store[self.pairs[index][0]]
-        return self._crop(frames, draw), self._crop(augment(frames, self.mix, draw), draw)
-
-    def _random(self, index, draw):
-        numbers = draw.choice(len(self.negatives) - 1, self.neg_num, replace=False)
-        return numbers + (numbers >= index)  # any but itself
-
-    def shares(self, indices):
-        own = torch.tensor(indices)[:, None]
-        material = super().shares(indices) if self.mask_shared else None
-
-        def function(numbers):
-            same = own.to(numbers.device) == numbers  # (N, K)
-            return same | material(numbers) if material else same
-
-        return function
-
-    @lru_cache(maxsize=1024)  # noqa: B019
-    def shared(self, anchor):
-        row = (
-            super().shared(anchor).clone()
-            if self.mask_shared
-            else torch.zeros(len(self.negatives) + 1, dtype=torch.bool)
-        )
-        row[self.anchors[anchor]] = True
-        return row
-
-
-def _own_videos(store, path):
-    """(ids, segments) that an annotation of either form names; all ids of the store without one."""
+def read_video_list(path, store):
+    """([video ids], segments or None) of a list or an annotation; of the store without either."""
     if path is None:
         return sorted(store), None
     if Path(path).suffix in (".pickle", ".pkl"):
-        annotation = load_pickle(path)
-        pairs, negatives = _vcdb(annotation, path)
-        return list(
-            dict.fromkeys([video for a, b, _ in pairs for video in (a, b)] + negatives)
-        ), annotation.get("segments")
+        pairs, negatives, segments = read_vcdb_annotation(path)
+        videos = [video for pair in pairs for video in pair[:2]]
+        return list(dict.fromkeys(videos + negatives)), segments
     try:
         lines = require_path(path, "list of ids").read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(
-            f"list of ids {str(path)!r} is no text; give an id a line, or a .pickle of VCDB's form"
+            f"list of ids {str(path)!r} is not a text; give one id a line,"
+            " or a .pickle of VCDB's form"
         ) from None
     return list(dict.fromkeys(line.strip() for line in lines if line.strip())), None
 
 
-# --- batches
+# --- batches ---
 
 
-def collate_pairs(items):
-    """Items of a PairDataset -> (indices, anchors, positives, negatives, numbers (N*M,)); videos as `pack` gives them."""
-    indices, anchors, positives, numbers, negatives = zip(*items, strict=True)
-    flat = [video for group in negatives for video in group]
-    return (
-        list(indices),
-        pack(anchors),
-        pack(positives),
-        pack(flat),
-        torch.from_numpy(np.concatenate(numbers)),
-    )
+def batch_indices(
+    data: PairDataset, batch_size: int, dist: Distributed, epoch: int, seen: int = 0
+) -> list[list[int]]:
+    """The batches of an epoch's shuffle that this process takes: lists of pair indices.
 
-
-# --- hard negatives
-
-
-def nearest_negatives(anchors, negatives, count, excluded=None):
-    """(A, count) int64 numbers of each anchor's nearest negatives, nearest first, -1 where fewer are left.
-
-    anchors (A, D), negatives (B, D): descriptors. excluded: a function rows (slice of A) -> (n, B) bool, true where a
-    negative is none for that anchor.
+    A step takes one slice of the shuffle, and each process its part of the slice. The shuffle's
+    tail that does not fill a step is left out. seen: pairs that earlier steps of the epoch took.
     """
-    out = torch.full((len(anchors), count), -1)
-    for start in range(0, len(anchors), 256):
+    order = seeded_rng(data.seed, epoch).permutation(len(data)).tolist()
+    step_size = batch_size * dist.world_size
+    batches = []
+    for start in range(seen, len(order) - step_size + 1, step_size):
+        own = start + dist.rank * batch_size
+        batches.append(order[own : own + batch_size])
+    return batches
+
+
+def load_batches(
+    data: PairDataset,
+    batches: list[list[int]],
+    dist: Distributed,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[tuple]:
+    """Read the `batches` of `batch_indices` one by one, as `collate_pairs` gives them."""
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collate_pairs,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_sigterm,
+    )
+    iterator = iter(loader)
+    for _ in batches:
+        with dist.exit_together_on_error():  # a video that cannot be read ends all processes
+            batch = next(iterator)
+        yield batch
+
+
+def collate_pairs(items: list[tuple]) -> tuple:
+    """Join a batch's N items.
+
+    Returns (indices, anchors, positives, negatives, negative_ids (N*M,)). Anchors, positives and
+    the N*M negatives are packed: frames (sum T, C) and num_frames.
+    """
+    indices, anchors, positives, negative_ids, negatives = zip(*items, strict=True)
+    negatives = [video for group in negatives for video in group]
+    negative_ids = torch.from_numpy(np.concatenate(negative_ids))
+    return list(indices), pack(anchors), pack(positives), pack(negatives), negative_ids
+
+
+def ignore_sigterm(_):
+    """Workers ignore SIGTERM (launchers signal the whole group); the main process handles it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# --- hard negatives ---
+
+
+def nearest_negatives(
+    anchors: torch.Tensor,
+    negatives: torch.Tensor,
+    count: int,
+    excluded: Callable | None = None,
+) -> torch.Tensor:
+    """The `count` nearest negatives of each anchor by cosine similarity.
+
+    Args:
+        anchors: descriptors (A, D).
+        negatives: descriptors (B, D).
+        excluded: a function slice of A -> (n, B) bool, true for an anchor's false negatives.
+
+    Returns int64 (A, count) negative ids, nearest first, -1 where fewer are left.
+    """
+    nearest = torch.full((len(anchors), count), -1)
+    for start in range(0, len(anchors), 256):  # bounds the memory
         rows = slice(start, start + 256)
         similarities = anchors[rows] @ negatives.T  # (256, B)
         if excluded is not None:
             similarities.masked_fill_(excluded(rows), -torch.inf)
-        values, numbers = similarities.topk(min(count, len(negatives)), dim=1)
-        out[rows, : numbers.shape[1]] = numbers.masked_fill(values == -torch.inf, -1)
-    return out
+        values, ids = similarities.topk(min(count, len(negatives)), dim=1)
+        nearest[rows, : ids.shape[1]] = ids.masked_fill(values == -torch.inf, -1)
+    return nearest
