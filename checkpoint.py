@@ -1,97 +1,332 @@
-"""A run's folder: the state that a stopped run goes on from, and the encoder to share.
+"""A training run's folder: how far the run is, what it resumes from, and the encoder to share.
 
-checkpoint.pth is the newest state and checkpoint.prev.pth the one before it; both are written aside and renamed. A file that
-was cut short, or that another program wrote, is named on stderr, and the one before it is used.
+checkpoint.pth is the newest state and checkpoint.prev.pth the one before. Each is written to a
+temporary file and renamed. A checkpoint that cannot be read is reported on stderr, and the one
+before it is used.
 """
 
+import argparse
+import math
 import os
+import signal
 import sys
 from pathlib import Path
 
-from utils import InputError, load_torch, remove_leftovers, save_torch
+import torch
+from torch import nn
 
-NEWEST, BEFORE, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
-FILES = (NEWEST, BEFORE, "model.pth", "args.json", "log.jsonl")  # written by rename
+from data import PairDataset
+from distributed import Distributed
+from utils import (
+    InputError,
+    load_torch,
+    provenance,
+    remove_leftovers,
+    save_torch,
+    write_json,
+)
 
-# A resumed run must agree on everything but these: paths, whose content is compared instead, and what does not change the
-# result (another device does, in the last bits; a larger step changes it, and is told).
+NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
+WRITTEN = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")  # by rename
+
+# A resumed run may change these: paths, whose content is compared instead, and what does not change
+# the result. Another device changes the last bits, and another batch size more, which is printed.
 FREE = {
-    *("model_path", "annotation_path", "feature_path", "val_feature_path", "annotation_dir"),
-    *("num_workers", "num_readers", "print_freq", "save_every", "device", "batch_sz"),
+    "model_path",
+    "annotation_path",
+    "feature_path",
+    "val_feature_path",
+    "annotation_dir",
+    "num_workers",
+    "num_readers",
+    "print_freq",
+    "save_every",
+    "device",
+    "batch_sz",
 }
 
 
-def save(folder, state):
-    """Write `state` as the newest checkpoint; the newest so far becomes the one before."""
+class Run:
+    """A training run that can stop after any step and resume with the same result.
+
+    Every random draw depends on (seed, step) or (seed, epoch, pair), so no generator is saved.
+
+    Args:
+        encoder: what rebuilds the encoder: its name, arguments, and the features it is made for.
+        inputs: {what: digest} of the files the run depends on.
+
+    Attributes:
+        step, epoch: optimiser steps and epochs done.
+        seen: pairs of the current epoch that its steps have taken.
+        best, best_epoch, best_weights: of the best epoch on the validation set.
+        stopped: whether SIGTERM has reached any process.
+    """
+
+    POSITION = ("step", "epoch", "seen", "best", "best_epoch", "best_weights")
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        dist: Distributed,
+        data: PairDataset,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        encoder: dict,
+        inputs: dict[str, str],
+    ):
+        self.args, self.dist, self.folder = args, dist, Path(args.model_path)
+        self.data, self.model, self.optimizer = data, model, optimizer
+        self.encoder, self.inputs = encoder, inputs
+        self.step = self.epoch = self.seen = 0
+        self.best, self.best_epoch, self.best_weights = -math.inf, -1, None
+        self.stopped = self._sigterm = False
+        self.pairs_per_step = args.batch_sz * dist.world_size
+
+    # --- position ---
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data) // self.pairs_per_step
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run, unless --patience ends it earlier."""
+        left = (self.args.epochs - self.epoch) * self.steps_per_epoch
+        return self.step + left - self.seen // self.pairs_per_step
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether too few pairs are left for another step."""
+        return self.seen + self.pairs_per_step > len(self.data)
+
+    @property
+    def finished(self) -> bool:
+        since_best = self.epoch - 1 - self.best_epoch  # epochs scored since the best
+        return self.epoch >= self.args.epochs or 0 < self.args.patience <= since_best
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier start of the run has finished and written model.pth."""
+        written = self.dist.is_main and (self.folder / "model.pth").exists()
+        return self.finished and self.dist.any(written)
+
+    def next_step(self):
+        self.step += 1
+        self.seen += self.pairs_per_step
+
+    def next_epoch(self):
+        self.epoch, self.seen = self.epoch + 1, 0
+
+    def keep_best(self, score: float):
+        """Keep the weights when the epoch that just ended scores better than all before it."""
+        if score > self.best:
+            self.best, self.best_epoch = score, self.epoch - 1
+            weights = self.model.encoder_q.state_dict()
+            self.best_weights = {name: value.cpu().clone() for name, value in weights.items()}
+
+    # --- stopping ---
+
+    def stop_on_sigterm(self):
+        """From now on, SIGTERM ends the run after the current step."""
+
+        def handler(*_):
+            self._sigterm = True
+
+        signal.signal(signal.SIGTERM, handler)
+
+    def save_if_due(self):
+        """After a step: save every --save_every steps and after SIGTERM, and set `stopped`.
+
+        The end of an epoch is not saved here but after validation, so no resumed run skips a score.
+        """
+        self.stopped = self.dist.any(self._sigterm)
+        due = self.stopped or self.step % self.args.save_every == 0
+        if due and not self.epoch_done:
+            self.save()
+
+    def check_loss(self, loss: torch.Tensor, indices: list[int], negative_ids: torch.Tensor):
+        """End all processes, before the weights change, if the loss of any is not finite."""
+        with self.dist.exit_together_on_error():
+            if not torch.isfinite(loss):
+                pairs = ", ".join("/".join(self.data.pairs[i]) for i in indices)
+                negatives = dict.fromkeys(self.data.negatives[i] for i in negative_ids.tolist())
+                raise InputError(
+                    f"loss is {loss.item()} at step {self.step}, pairs {pairs},"
+                    f" negatives {', '.join(negatives)}; {self._last_checkpoint()}; look for odd"
+                    " values in those features, or start again with a lower --learning_rate, in"
+                    " another --model_path"
+                )
+
+    def _last_checkpoint(self):
+        path = self.folder / NEWEST
+        if path.exists():
+            return f"the last good checkpoint is {str(path)!r}"
+        return "there is no checkpoint yet"
+
+    # --- files ---
+
+    def state(self) -> dict:
+        """All that a resumed run needs, as plain containers and tensors. Every process calls it.
+
+        Processes have the same state, except for batch statistics, of which the main process's are
+        saved, and the moments of Adasum's optimisers, which are saved of all processes.
+        """
+        optimizers = [self.optimizer.state_dict()]
+        if self.args.use_adasum:
+            optimizers = self.dist.all_gather_objects(optimizers[0])
+        return {
+            **self.encoder,
+            "moco": self.model.state_dict(),
+            "optimizers": optimizers,
+            "mined": self.data.hard_negatives,
+            "inputs": self.inputs,
+            "args": vars(self.args),
+            "processes": self.dist.world_size,
+            **{name: getattr(self, name) for name in self.POSITION},
+        }
+
+    def save(self):
+        """Write a checkpoint. Every process calls it."""
+        with self.dist.exit_together_on_error():
+            weights = self.model.encoder_q.state_dict().values()
+            if not all(value.isfinite().all() for value in weights):
+                raise InputError(
+                    f"the weights are not finite at step {self.step}; {self._last_checkpoint()};"
+                    " start again with a lower --learning_rate, in another --model_path"
+                )
+        state = self.state()
+        if self.dist.is_main:
+            save(self.folder, state)
+        self.dist.barrier()
+
+    def resume(self):
+        """Go on from the folder's checkpoint, if it has one.
+
+        InputError if another command made it.
+        """
+        expected, state = self.state().keys(), None
+        with self.dist.exit_together_on_error():
+            if self.dist.is_main:  # other machines may not see the folder
+                state = load(self.folder, expected)
+                if state:
+                    check_same_run(state, self.args, self.inputs, self.folder)
+        state = self.dist.broadcast(state)
+        if state is None:
+            return
+        self.model.load_state_dict(state["moco"])
+        optimizers = state["optimizers"]
+        same_processes = len(optimizers) == self.dist.world_size
+        self.optimizer.load_state_dict(optimizers[self.dist.rank if same_processes else 0])
+        self.data.hard_negatives = state["mined"]
+        for name in self.POSITION:
+            setattr(self, name, state[name])
+        if self.dist.is_main:
+            for note in resume_notes(state, self.args.batch_sz, self.dist, len(self.data)):
+                print(note)
+
+    def save_encoder(self):
+        """Write model.pth: the encoder to share, of the best epoch if there is a validation set."""
+        weights = self.best_weights
+        if weights is None:
+            weights = self.model.encoder_q.state_dict()
+            weights = {name: value.cpu() for name, value in weights.items()}
+        if self.dist.is_main:
+            save_torch(self.folder / "model.pth", {**self.encoder, "state_dict": weights})
+
+    def save_arguments(self):
+        """Write args.json: the arguments, the size of the run, the code and the machine."""
+        settings = {
+            "arguments": dict(sorted(vars(self.args).items())),
+            "processes": self.dist.world_size,
+            "engine": self.dist.backend,
+            "steps": self.total_steps,
+        }
+        if self.dist.is_main:
+            write_json(self.folder / "args.json", settings | provenance())
+
+
+def save(folder: str | Path, state: dict):
+    """Write `state` as the newest checkpoint; the newest so far becomes the previous one."""
     path = Path(folder) / NEWEST
     fresh = path.with_name(f".{NEWEST}.new")
     save_torch(fresh, state)
     if path.exists():
-        os.replace(path, path.with_name(BEFORE))
+        os.replace(path, path.with_name(PREVIOUS))
     os.replace(fresh, path)
 
 
-def load(folder, keys):
-    """The newest whole state in `folder` that holds `keys`, or None when there is no checkpoint.
+def load(folder: str | Path, keys) -> dict | None:
+    """The newest state in `folder` that can be read and has the `keys`; None without a checkpoint.
 
     InputError when there are checkpoints and none can be used.
     """
     folder = Path(folder)
-    for name in FILES:
+    for name in WRITTEN:
         remove_leftovers(folder / name)
     remove_leftovers(folder / f".{NEWEST}.new")
     (folder / f".{NEWEST}.new").unlink(missing_ok=True)
-    reasons = []
-    for path in (folder / NEWEST, folder / BEFORE):
+    errors = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
         if not path.exists():
             continue
         try:
-            state = load_torch(path, "checkpoint")
-            lacking = set(keys) - set(state) if isinstance(state, dict) else keys
-            if lacking:
-                raise InputError(
-                    f"checkpoint {str(path)!r} is not of this program (no {', '.join(sorted(lacking)[:3])})"
-                )
+            state = _read(path, keys)
         except InputError as error:
-            reasons.append(str(error))
+            errors.append(str(error))
             continue
-        if reasons:
-            os.replace(folder / NEWEST, folder / REFUSED)  # lest it become the one before
+        if errors:
+            os.replace(folder / NEWEST, folder / REFUSED)  # it must not become the previous one
             print(
-                f"warning: {reasons[0]}; it is now {REFUSED}; going on from {BEFORE}, step {state['step']}",
+                f"warning: {errors[0]}; it is now {REFUSED}; resuming from {PREVIOUS},"
+                f" step {state['step']}",
                 file=sys.stderr,
             )
         return state
-    if reasons:
+    if errors:
         raise InputError(
-            f"{'; '.join(reasons)}; choose another --model_path, or remove it to start anew"
+            f"{'; '.join(errors)}; choose another --model_path, or remove it to start again"
         )
     return None
 
 
-def check(state, args, inputs, folder):
-    """InputError when `state` was made with other settings or from other files than `args` and `inputs` {what: digest}."""
-    old = state["args"]
+def _read(path, keys):
+    state = load_torch(path, "checkpoint")
+    missing = sorted(set(keys) - set(state)) if isinstance(state, dict) else sorted(keys)
+    if missing:
+        raise InputError(
+            f"checkpoint {str(path)!r} is not of train.py (it has no {', '.join(missing[:3])})"
+        )
+    return state
+
+
+def check_same_run(state: dict, args: argparse.Namespace, inputs: dict, folder: Path):
+    """InputError if `state` was made with other settings, or from files of other content."""
+    saved = state["args"]
     changed = [
-        f"--{name} {old.get(name)!r} -> {value!r}"
+        f"--{name} {saved.get(name)!r} -> {value!r}"
         for name, value in vars(args).items()
-        if name not in FREE and old.get(name) != value
+        if name not in FREE and saved.get(name) != value
     ]
-    where, other_run = f"the checkpoint in {str(folder)!r} was made", "choose another --model_path"
+    made = f"the checkpoint in {str(folder)!r} was made"
     if changed:
-        raise InputError(f"{where} with other settings ({', '.join(changed)}); {other_run}")
+        raise InputError(
+            f"{made} with other settings ({', '.join(changed)}); choose another --model_path"
+        )
     other = [name for name, value in inputs.items() if state["inputs"].get(name) != value]
     if other:
-        raise InputError(f"{where} from other {' and '.join(other)} files; {other_run}")
+        raise InputError(
+            f"{made} from other {' and '.join(other)} files; choose another --model_path"
+        )
 
 
-def told_changes(state, batch_sz, world_size, pairs):
-    """What a resumed run does otherwise than before, as lines to print: a step of another size."""
+def resume_notes(state: dict, batch_sz: int, dist: Distributed, pairs: int) -> list[str]:
+    """What a resumed run does differently than before, as lines to print."""
     before = state["processes"], state["args"]["batch_sz"]
-    if before == (world_size, batch_sz):
+    if before == (dist.world_size, batch_sz):
         return []
     return [
-        f"note: the checkpoint was made by {before[0]} x {before[1]} pairs a step (processes x --batch_sz), this run takes"
-        f" {world_size} x {batch_sz}; it goes on after the {state['seen']} of {pairs} pairs that epoch {state['epoch'] + 1}"
-        " has seen, with the learning rate of this run's processes"
+        f"note: the checkpoint was made by {before[0]} x {before[1]} pairs a step (processes x"
+        f" --batch_sz), this run takes {dist.world_size} x {batch_sz}; it resumes after the"
+        f" {state['seen']} of {pairs} pairs that epoch {state['epoch'] + 1} has seen, with the"
+        " learning rate of this run's processes"
     ]

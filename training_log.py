@@ -1,58 +1,82 @@
-"""What a training run tells of itself: log.jsonl, TensorBoard, and what their figures mean.
+"""The metrics of a training run: how they are defined, written and read back.
 
-loss; lr; data_wait, the share of a step's time spent waiting for data; videos_per_s, of all processes; and of the logits
-(similarities times 1/T, which is taken out again):
-positive, negative                  mean similarity of anchors with their positives, and with the bank's entries
-hardest_negative                    mean over anchors of the most similar bank entry
-hardest_share                       an anchor's gradient weight on a negative is |d loss / d logit|; this is the part of it that
-                                    lies on the 1 % of bank entries most similar to the anchor, averaged over the anchors that
-                                    have any weight on negatives (null when none has)
-left_out                            share of (anchor, bank entry) that are no negatives (--mask_shared)
-queue_age, queue_random             mean age, in steps, of the bank entries that the step saw, not counting the random start;
-                                    the share of the bank that is still the random start
-Each figure is the mean over dist.
+A line of log.jsonl holds step, epoch (counted from 0) and, each as the mean over processes,
+
+    loss, lr            of the step
+    positive            mean similarity of the anchors to their positives
+    negative            mean similarity of the anchors to the bank's entries
+    hardest_negative    mean over anchors of the similarity to the most similar entry
+    hardest_share       an anchor's gradient weight on an entry is |d loss / d logit|; this is the
+                        part of it on the 1 % of entries most similar to the anchor, averaged over
+                        the anchors that have any weight on the bank (null when none has)
+    left_out            share of (anchor, entry) masked as false negatives
+    queue_age           mean number of steps since an entry of the bank was written, before this
+                        step and without the random start
+    queue_random        share of the bank that is still its random start
+    data_wait           share of the step's time spent waiting for data
+    videos_per_s        videos encoded a second, by all processes
+
+or, after an epoch with a validation set, `held_out`: the set's metrics. Similarities are the logits
+times the temperature. TensorBoard shows the same values.
 """
 
 import json
 import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
+from distributed import Distributed
 from utils import InputError, atomic, nan_to_none, require_path
+
+# --- definitions ---
 
 HARDEST = 0.01  # the part of the bank that hardest_share is about
 
 
-def step_metrics(loss, similarities, weights):
-    """Figures {name: float, nan where there is none} of one step on this process.
+def step_metrics(
+    loss: torch.Tensor, similarities: torch.Tensor, grad_logits: torch.Tensor
+) -> dict[str, float]:
+    """Metrics of one step on this process; NaN where a metric is not defined.
 
-    loss: scalar; similarities (N, 1+K), the positive first, -inf where a negative was left out; weights (N, 1+K): d loss / d
-    logits.
+    Args:
+        loss: scalar.
+        similarities: (N, 1+K), the positive first, -inf where a negative was masked.
+        grad_logits: (N, 1+K), d loss / d logits.
     """
-    negatives, nan = similarities[:, 1:], math.nan
+    negatives = similarities[:, 1:]
     used = negatives > -torch.inf
-    some = used.any(1)  # rows that have a negative at all
-    return {
+    rows = used.any(1)  # anchors that have a negative
+    metrics = {
         "loss": loss.item(),
         "positive": similarities[:, 0].mean().item(),
-        "negative": negatives[used].mean().item() if some.any() else nan,
-        "hardest_negative": negatives[some].amax(1).mean().item() if some.any() else nan,
-        "hardest_share": hardest_share(negatives, weights[:, 1:]),
+        "negative": math.nan,
+        "hardest_negative": math.nan,
+        "hardest_share": hardest_share(negatives, grad_logits[:, 1:]),
         "left_out": 1 - used.float().mean().item(),
     }
+    if rows.any():
+        metrics["negative"] = negatives[used].mean().item()
+        metrics["hardest_negative"] = negatives[rows].amax(1).mean().item()
+    return metrics
 
 
-def hardest_share(negatives, weights, part=HARDEST):
-    """Mean over anchors of the share of |weights| (N, K) on each row's ceil(part * K) largest `negatives` (N, K)."""
-    weights = weights.abs().float()
-    hardest = negatives.topk(math.ceil(part * negatives.shape[1]), dim=1).indices  # (N, K/100)
+def hardest_share(negatives: torch.Tensor, grad_logits: torch.Tensor) -> float:
+    """Mean over anchors of the share of |grad_logits| (N, K) on the hardest `negatives` (N, K)."""
+    weights = grad_logits.abs().float()
+    count = math.ceil(HARDEST * negatives.shape[1])
+    hardest = negatives.topk(count, dim=1).indices  # (N, K/100)
     total = weights.sum(1)
     shares = weights.gather(1, hardest).sum(1)[total > 0] / total[total > 0]
     return shares.mean().item() if len(shares) else math.nan
 
 
-def queue_metrics(model):
-    """Age of the bank's entries, before a step."""
+def queue_metrics(model: nn.Module) -> dict[str, float]:
+    """Age of the entries in MoCo's bank, and the share of it that is still random."""
     known = model.queue_ids >= 0
     return {
         "queue_age": model.queue_age[known].float().mean().item() if known.any() else math.nan,
@@ -60,80 +84,123 @@ def queue_metrics(model):
     }
 
 
-def mean_over(dist, figures):
-    """The mean of each figure over the processes that have one; None where none has."""
-    values = (
-        dist.all_gather(torch.tensor([list(figures.values())], dtype=torch.float64))
-        .nanmean(0)
-        .tolist()
-    )
-    return {
-        name: None if math.isnan(value) else value
-        for name, value in zip(figures, values, strict=True)
-    }
+def mean_over_processes(metrics: dict[str, float], dist: Distributed) -> dict[str, float | None]:
+    """The mean of each metric over the processes that have it; None where none has."""
+    own = torch.tensor([list(metrics.values())], dtype=torch.float64)
+    means = dist.all_gather(own).nanmean(0).tolist()
+    return nan_to_none(dict(zip(metrics, means, strict=True)))
+
+
+# --- writing ---
 
 
 class TrainingLog:
-    """Figures of a run: JSON objects in FOLDER/log.jsonl, one a line, and TensorBoard events beside it.
+    """log.jsonl, TensorBoard events and the progress bar of a run. Only the main process writes.
 
-    A resumed run first drops the lines past its step. `first` is false on all processes but one, which then write nothing.
+    A resumed run first drops the lines past its step.
+
+    Args:
+        run: the checkpoint.Run, which knows step, epoch, folder, model and processes.
+        print_freq: steps between lines.
     """
 
-    def __init__(self, folder, step, first=True):
-        self.path, self.events = folder / "log.jsonl" if first else None, None
-        if not first:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+    def __init__(self, run, print_freq: int = 1):
+        self.run, self.print_freq = run, print_freq
+        self.path = Path(run.folder) / "log.jsonl"
+        self.should_log = False  # whether the current step gets a line
+        self.events, is_main = None, run.dist.is_main
+        if is_main:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        kept = (
-            [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            if self.path.exists()
-            else []
-        )
-        with atomic(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            drop_lines_past(self.path, run.step)
+            purge_step = run.step + 1 if run.step else None
+            self.events = SummaryWriter(str(run.folder), purge_step=purge_step)
+        self.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=not is_main)
 
-    def write(self, step, epoch, **figures):
-        """One line; TensorBoard leaves out what is None."""
-        if self.path is None:
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(
-                json.dumps(nan_to_none({"step": step, "epoch": epoch, **figures}), allow_nan=False)
-                + "\n"
-            )
-        for name, value in figures.items():
-            for tag, number in (
-                {f"{name}/{k}": v for k, v in value.items()}.items()
-                if isinstance(value, dict)
-                else [(name, value)]
-            ):
-                if number is not None and not math.isnan(number):
-                    self.events.add_scalar(tag, number, step)
+    def __enter__(self):
+        return self
 
-    def close(self):
+    def __exit__(self, *_):
+        self.bar.close()
         if self.events:
             self.events.close()
 
+    def time_steps(self, batches: Iterable) -> Iterator:
+        """Yield the batches, and note the time of each step and the state of the bank before it."""
+        self.start = time.perf_counter()
+        for batch in batches:
+            self.data_time = time.perf_counter() - self.start
+            _, anchors, positives, negatives, _ = batch
+            self.videos = sum(len(side[1]) for side in (anchors, positives, negatives))
+            self.should_log = (self.run.step + 1) % self.print_freq == 0
+            self.queue = queue_metrics(self.run.model) if self.should_log else {}
+            yield batch
+            self.start = time.perf_counter()
 
-def _step(line):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):  # a line cut short by a kill, or not ours
-        return math.inf
+    def write_step(self, loss: torch.Tensor, logits: torch.Tensor, lr: float):
+        """Write the metrics of the step that was done, every `print_freq` steps.
+
+        Args:
+            loss: scalar.
+            logits: (N, 1+K), with their gradient.
+        """
+        self.bar.update()
+        if not self.should_log:
+            return
+        similarities = logits.detach() * self.run.model.T
+        metrics = step_metrics(loss, similarities, logits.grad) | self.queue
+        seconds = time.perf_counter() - self.start
+        metrics["data_wait"] = self.data_time / seconds
+        metrics["videos_per_s"] = self.videos * self.run.dist.world_size / seconds
+        metrics = mean_over_processes(metrics, self.run.dist)
+        self.write(self.run.epoch, lr=lr, **metrics)
+        self.bar.set_postfix(
+            loss=f"{metrics['loss']:.3f}", videos_per_s=f"{metrics['videos_per_s']:.1f}"
+        )
+
+    def write(self, epoch: int, **metrics):
+        """Write a line; a metric is a number, or a dict of them. TensorBoard skips what is NaN."""
+        if not self.run.dist.is_main:
+            return
+        line = nan_to_none({"step": self.run.step, "epoch": epoch, **metrics})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        for name in metrics:
+            values = line[name] if isinstance(line[name], dict) else {"": line[name]}
+            for key, value in values.items():
+                if value is not None:
+                    tag = f"{name}/{key}" if key else name
+                    self.events.add_scalar(tag, value, self.run.step)
 
 
-PANELS = {  # title: {figure of a log line: line style}
+def drop_lines_past(path: Path, step: int):
+    """Drop the lines of a log.jsonl past `step`, and those cut short by a kill."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            continue
+    with atomic(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+# --- reading ---
+
+PANELS = {  # title: {metric: line style}
     "loss": {"loss": "-"},
     "similarity": {"positive": "-", "hardest_negative": "--", "negative": ":"},
     "gradient weight on the hardest 1 %": {"hardest_share": "-"},
-    "held-out mAP": None,  # whatever the set calls its figures
+    "held-out mAP": None,  # the metrics of the validation set, by their own names
 }
 
 
-def read_log(path):
-    """The objects of a run's log.jsonl; `path` is the run's folder or the file. A last line cut short by a kill is left out."""
+def read_log(path: str | Path) -> list[dict]:
+    """The lines of a run's log.jsonl, without a last one cut short by a kill.
+
+    path: the run's folder, or the file.
+    """
     path = require_path(path, "run")
     path = require_path(path / "log.jsonl", "log") if path.is_dir() else path
     lines = []
@@ -144,7 +211,7 @@ def read_log(path):
                 lines.append({"step": line["step"], **line})
     except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{str(path)!r} is no log of train.py ({error}); name a run's folder"
+            f"{str(path)!r} is not a log of train.py ({error}); give a run's folder"
         ) from None
     if not lines:
         raise InputError(
@@ -153,38 +220,37 @@ def read_log(path):
     return lines
 
 
-def series(lines):
-    """{panel: {figure: (steps, values)}} of a log's lines, without what is null everywhere."""
-    found = {title: {} for title in PANELS}
+def series(lines: list[dict]) -> dict[str, dict[str, tuple[list, list]]]:
+    """{panel: {metric: (steps, values)}} of a log's lines, without null values."""
+    panels = {title: {} for title in PANELS}
     for line in lines:
-        values = {
-            title: {name: line.get(name) for name in names}
-            for title, names in PANELS.items()
-            if names
-        }
-        values["held-out mAP"] = line.get("held_out", {})
-        for title, figures in values.items():
-            for name, value in figures.items():
+        for title, styles in PANELS.items():
+            metrics = line.get("held_out", {}) if styles is None else line
+            for name in metrics if styles is None else styles:
+                value = metrics.get(name)
                 if value is not None:
-                    steps, numbers = found[title].setdefault(name, ([], []))
+                    steps, values = panels[title].setdefault(name, ([], []))
                     steps.append(line["step"])
-                    numbers.append(value)
-    return found
+                    values.append(value)
+    return panels
 
 
-def draw_curves(runs):
-    """runs {name: series} -> a matplotlib figure."""
+def draw_curves(runs: dict[str, dict]):
+    """A matplotlib figure of {run name: its `series`}, one panel beside another."""
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-    titles = [title for title in PANELS if any(found[title] for found in runs.values())]
+    titles = [title for title in PANELS if any(panels[title] for panels in runs.values())]
     figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
-    for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
+    all_axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, title in zip(all_axes, titles, strict=True):
         styles = PANELS[title] or {}
-        for number, (name, found) in enumerate(runs.items()):
-            for place, (label, (steps, values)) in enumerate(found[title].items()):
-                style = styles.get(label, ("-", "--", ":", "-.")[place % 4])
-                shown = f"{name}: {label}" if len(found[title]) > 1 else name
-                axes.plot(steps, values, style, color=f"C{number}", label=shown, linewidth=1.2)
+        for number, (run, panels) in enumerate(runs.items()):
+            curves = panels[title]
+            for i, (name, (steps, values)) in enumerate(curves.items()):
+                style = styles.get(name, ("-", "--", ":", "-.")[i % 4])
+                label = f"{run}: {name}" if len(curves) > 1 else run
+                color = f"C{number}"
+                axes.plot(steps, values, style, color=color, label=label, linewidth=1.2)
         axes.set(title=title, xlabel="optimiser step")
         axes.legend(fontsize="x-small")
     return figure

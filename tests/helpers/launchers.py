@@ -1,0 +1,55 @@
+"""Scripts under torchrun and horovodrun, on 2 processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import ROOT, environment
+
+BIN = Path(sys.executable).parent
+HOROVOD = (BIN / "horovodrun").exists()
+needs_horovod = pytest.mark.skipif(
+    not HOROVOD, reason="Horovod is not built; `make horovod` builds it"
+)
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
+    "horovodrun": ["horovodrun", "-np", "2", "-H", "localhost:2", "python"],
+}
+ENGINES = ["torchrun", pytest.param("horovodrun", marks=needs_horovod)]
+
+
+def launch(launcher, *arguments, **changes):
+    """Start a script on 2 processes, in a process group of its own; `changes` to the environment.
+
+    PATH is that of an activated environment.
+    """
+    command = [*map(str, LAUNCHERS[launcher]), *map(str, arguments)]
+    env = environment(
+        PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        # MPI waits in a busy loop by default: slow with more processes than cores.
+        OMPI_MCA_mpi_yield_when_idle="1",
+        **changes,
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+
+
+def finish(process, timeout=120):
+    """Wait for a launched process and give its result. If it hangs, its group is killed."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_two(launcher, *arguments, **changes):
+    """Run a script on 2 processes; it must end well."""
+    result = finish(launch(launcher, *arguments, **changes))
+    assert result.returncode == 0, result.stderr[:3000]
+    return result
