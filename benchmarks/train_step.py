@@ -1,12 +1,15 @@
-"""One training step, data included: the plain recipe of the released code against train.py's.
+"""One training step, data included: the plain recipe of the released code against train.py.
 
     python benchmarks/train_step.py --output train_step.json
 
-Plain: one HDF5 dataset a video in float32, every video padded to 300 frames, all 16 negatives of all anchors in one batch, the
-bank copied, Adam as it comes. Ours: train.py itself, on a packed half-precision store; and the same with --amp bfloat16.
-Videos of C channels have log-normal lengths (median 60 s, 5 % above 300). Every side runs in a process of its own, on the same
-draws, with a process that loads data beside it; the first step is not timed. Memory is the most that each of the two processes
-held at once, as Linux counts: what they share, such as the libraries, is in both. With dropout off the losses must be equal.
+Plain: one HDF5 dataset a video in float32, every video padded to 300 frames, all negatives of all
+anchors in one batch, the bank copied, Adam as it comes. Ours: train.py run as users run it, on a
+packed half-precision store, in float32 and with --amp bfloat16.
+
+The lengths of the made-up videos are log-normal (median 60 s, 5 % above 300 s). Every side runs in
+a process of its own, on the same draws, with one process that loads data; the first step is not
+timed. Memory is the peak of each of the two processes as Linux counts it: what they share, such as
+the libraries, is in both. With dropout 0 the losses must be equal (exit status 1 if they are not).
 """
 
 import argparse
@@ -32,72 +35,79 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import VCDBPairDataset
-from distributed import Distributed
+from distributed import run_main
 from features.store import StoreWriter
 from losses import circle
-from train import Trainer, parse, settle
-from utils import provenance, seed_torch, seeded_rng, write_json
+from model import TCA, MoCo
+from training_log import read_log
+from utils import (
+    InputError,
+    Parser,
+    check_ranges,
+    provenance,
+    seed_torch,
+    seeded_rng,
+    write_json,
+)
 
-SIDES = {"plain": [], "ours": [], "ours, bfloat16": ["--amp", "bfloat16"]}
-MEDIAN, LONG, PART = 60, 300, 0.05  # seconds; 5 % of the videos are longer than 300
+SIDES = {"plain": None, "ours": [], "ours, bfloat16": ["--amp", "bfloat16"]}  # flags of train.py
+MEDIAN, LONG, LONG_SHARE = 60, 300, 0.05  # seconds, seconds, share of videos longer than that
+NEGATIVES = 16  # of an anchor
 
 
-def make_videos(folder, channels, videos, pairs):
+def make_videos(folder, args):
     """The same random videos in both layouts, and an annotation of VCDB's form."""
-    draw = np.random.default_rng(0)
-    sigma = math.log(LONG / MEDIAN) / 1.6449  # the normal distribution's 95th percentile
-    lengths = np.clip(draw.lognormal(math.log(MEDIAN), sigma, videos).round(), 2, 1500).astype(int)
-    names = [f"v{i:05}" for i in range(videos)]
+    rng = np.random.default_rng(0)
+    normal_quantile = 1.6449  # of 1 - LONG_SHARE
+    sigma = math.log(LONG / MEDIAN) / normal_quantile
+    lengths = rng.lognormal(math.log(MEDIAN), sigma, args.videos).round().clip(2, 1500).astype(int)
+    names = [f"v{i:05}" for i in range(args.videos)]
     with (
         StoreWriter(folder / "packed.hdf5") as packed,
         h5py.File(folder / "plain.hdf5", "w") as plain,
     ):
         for name, T in zip(names, lengths, strict=True):
-            frames = draw.standard_normal((T, channels), np.float32) + draw.standard_normal(
-                (1, channels), np.float32
-            )
-            frames = (frames / np.linalg.norm(frames, axis=1, keepdims=True)).astype(np.float16)
+            frames = rng.standard_normal((T, args.channels), np.float32)
+            frames += rng.standard_normal((1, args.channels), np.float32)
+            frames /= np.linalg.norm(frames, axis=1, keepdims=True)
+            frames = frames.astype(np.float16)
             packed.add(name, frames)
             plain[name] = frames.astype(np.float32)
-    annotation = {
-        "video_pairs": [{"videos": [names[2 * i], names[2 * i + 1]]} for i in range(pairs)],
-        "negs": names[2 * pairs :],
-    }
+    count = (args.steps + 4) * args.anchors  # more steps than are measured
+    pairs = [{"videos": [names[2 * i], names[2 * i + 1]]} for i in range(count)]
+    annotation = {"video_pairs": pairs, "negs": names[2 * count :]}
     (folder / "pairs.pickle").write_bytes(pickle.dumps(annotation))
 
 
-# --- the plain recipe ------------------------------------------------------------------------------------------------
+# --- the plain recipe ---------------------------------------------------------------------------
 
 
 class PlainStore(dict):
-    """Video id -> (T, C), read from one HDF5 dataset a video; opened by the process that reads."""
-
-    file = None
+    """Video id -> (T, C), from one HDF5 dataset a video. Each process opens the file for itself."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.file = path, None
         with h5py.File(path) as file:
             super().__init__(dict.fromkeys(file))
 
     def __getitem__(self, video):
-        self.file = self.file or h5py.File(self.path)
+        if self.file is None:
+            self.file = h5py.File(self.path)
         return self.file[video][:]
 
 
 def pad_all(items):
-    """Every video padded to 300 frames: (indices, and for anchors, positives, negatives x (N, 300, C) and a padding mask)."""
-    indices, anchors, positives, _, negatives = zip(*items, strict=True)
-    out = [list(indices)]
-    for side in (anchors, positives, [video for group in negatives for video in group]):
-        x, mask = (
-            torch.zeros(len(side), LONG, side[0].shape[1]),
-            torch.ones(len(side), LONG, dtype=torch.bool),
-        )
-        for i, video in enumerate(side):
+    """Anchors, positives and negatives, each x (N, 300, C) and a padding mask (N, 300)."""
+    _, anchors, positives, _, negatives = zip(*items, strict=True)
+    batch = []
+    for videos in (anchors, positives, [video for group in negatives for video in group]):
+        x = torch.zeros(len(videos), LONG, videos[0].shape[1])
+        padding = torch.ones(len(videos), LONG, dtype=torch.bool)
+        for i, video in enumerate(videos):
             x[i, : len(video)] = torch.from_numpy(video)
-            mask[i, : len(video)] = False
-        out.append((x, mask))
-    return out
+            padding[i, : len(video)] = False
+        batch.append((x, padding))
+    return batch
 
 
 class PlainModel(nn.Module):
@@ -107,175 +117,220 @@ class PlainModel(nn.Module):
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(channels, 8, 2048, dropout, batch_first=True)
 
-    def forward(self, x, mask):
-        out = self.layer(x, src_key_padding_mask=mask).masked_fill(mask[..., None], 0)
-        return F.normalize(out.sum(1) / (~mask).sum(1, keepdim=True), dim=1)
+    def forward(self, x, padding):
+        out = self.layer(x, src_key_padding_mask=padding).masked_fill(padding[..., None], 0)
+        return F.normalize(out.sum(1) / (~padding).sum(1, keepdim=True), dim=1)
 
 
-def plain_steps(args):
-    """The batches of our first epoch, and the function that takes a step on one; from our weights and bank."""
-    query, key = PlainModel(args.channels, args.dropout), PlainModel(args.channels, args.dropout)
-    weights, queue = torch.load(args.folder / "start.pt")
-    query.layer.load_state_dict(
-        {name.removeprefix("transformer_encoder.layers.0."): w for name, w in weights.items()}
-    )
-    pointer = 0
-    optimizer = torch.optim.Adam(query.parameters(), 1e-5, weight_decay=1e-4)
-    data = VCDBPairDataset(
-        args.folder / "pairs.pickle", PlainStore(args.folder / "plain.hdf5"), LONG, 16
-    )
-    order = seeded_rng(0, 0).permutation(len(data)).tolist()
-    batches = [order[i : i + args.anchors] for i in range(0, len(order), args.anchors)]
+class PlainTraining:
+    """MoCo with circle loss, from the weights and the bank that train.py --seed 0 starts with."""
 
-    def step(batch, number):
-        nonlocal pointer
-        _, anchors, positives, negatives = batch
-        seed_torch(0, number)
-        q = query(*anchors)
+    def __init__(self, channels, dropout, bank):
+        seed_torch(0)
+        start = MoCo(TCA(channels, dropout=dropout), channels, bank)
+        prefix = "transformer_encoder.layers.0."
+        weights = start.encoder_q.state_dict()
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        self.query, self.key = (PlainModel(channels, dropout) for _ in range(2))
+        self.query.layer.load_state_dict(weights)
+        self.queue, self.pointer = start.queue, 0
+        self.optimizer = torch.optim.Adam(self.query.parameters(), 1e-5, weight_decay=1e-4)
+
+    def step(self, anchors, positives, negatives):
+        q = self.query(*anchors)
         with torch.no_grad():
-            for one, other in zip(key.parameters(), query.parameters(), strict=True):
-                one.data = one.data * 0.0 + other.data * 1.0
-            p, n = key(*positives), key(*negatives)
-        logits = torch.cat([(q * p).sum(1, keepdim=True), q @ queue.clone()], 1)
+            parameters = zip(self.key.parameters(), self.query.parameters(), strict=True)
+            for key, query in parameters:
+                key.data = key.data * 0.0 + query.data * 1.0
+            p, n = self.key(*positives), self.key(*negatives)
+        logits = torch.cat([(q * p).sum(1, keepdim=True), q @ self.queue.clone()], 1)
         loss = circle(logits, torch.zeros(len(q), dtype=torch.long))
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        queue[:, pointer : pointer + len(n)] = n.T
-        pointer = (pointer + len(n)) % queue.shape[1]
+        self.optimizer.step()
+        self.queue[:, self.pointer : self.pointer + len(n)] = n.T
+        self.pointer = (self.pointer + len(n)) % self.queue.shape[1]
         return loss.item()
 
-    return DataLoader(data, batch_sampler=batches, collate_fn=pad_all, num_workers=1), step
+
+def run_plain(args):
+    """Train by the plain recipe in this process, and print what `measure` returns as JSON."""
+    training = PlainTraining(args.channels, args.dropout, args.bank)
+    store = PlainStore(args.folder / "plain.hdf5")
+    data = VCDBPairDataset(
+        args.folder / "pairs.pickle", store, padding_size=LONG, neg_num=NEGATIVES
+    )
+    order = seeded_rng(0, 0).permutation(len(data)).tolist()  # of train.py's first epoch
+    batches = [order[i : i + args.anchors] for i in range(0, len(order), args.anchors)]
+    loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=pad_all, num_workers=1))
+    losses, seconds, waits = [], [], []
+    for number in range(args.steps + 1):
+        start = time.perf_counter()
+        batch = next(loader)
+        waits.append(time.perf_counter() - start)
+        seed_torch(0, number)
+        losses.append(training.step(*batch))
+        seconds.append(time.perf_counter() - start)
+    (worker,) = multiprocessing.active_children()
+    print(json.dumps(summary(losses, seconds, waits, os.getpid(), worker.pid)))
 
 
-# --- one side, in its own process ------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------
 
 
-def trainer(args, dropout, *more):
-    flags = [
-        "--annotation_path", args.folder / "pairs.pickle", "--feature_path", args.folder / "packed.hdf5",
-        "--model_path", "none",
-        "--batch_sz", args.anchors, "--moco_k", args.bank, "--dropout", dropout, "--num_workers", 1, "--device", "cpu",
-    ]  # fmt: skip
-    parsed = parse("", list(map(str, [*flags, *more])))
-    settle(parsed, Distributed())
-    return Trainer(parsed)
+def measure(args, side, dropout):
+    """Losses, seconds of each step after the first, share of them spent waiting, peak memory."""
+    if SIDES[side] is None:
+        return measure_plain(args, dropout)
+    return measure_ours(args, dropout, SIDES[side])
+
+
+def measure_plain(args, dropout):
+    command = [sys.executable, __file__, "--folder", args.folder, "--dropout", dropout]
+    for name in ("channels", "videos", "anchors", "bank", "steps"):
+        command += [f"--{name}", getattr(args, name)]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        raise InputError(f"the plain side failed: {last_line(result.stderr)}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure_ours(args, dropout, flags):
+    """Run train.py until its log has the steps, read its memory, and stop it."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as run:
+        command = [sys.executable, ROOT / "train.py", "--model_path", run, *flags]
+        command += ["--annotation_path", args.folder / "pairs.pickle"]
+        command += ["--feature_path", args.folder / "packed.hdf5"]
+        command += ["--batch_sz", args.anchors, "--neg_num", NEGATIVES, "--moco_k", args.bank]
+        command += ["--dropout", dropout, "--num_workers", 1, "--device", "cpu"]
+        command += ["--print-freq", 1, "--epochs", 1]
+        with open(Path(run) / "stderr", "w+", encoding="utf-8") as stderr:
+            process = subprocess.Popen(
+                list(map(str, command)), stdout=subprocess.DEVNULL, stderr=stderr
+            )
+            try:
+                lines = wait_for_lines(process, run, args.steps + 1)
+                if lines is None:
+                    stderr.seek(0)
+                    raise InputError(f"train.py failed: {last_line(stderr.read())}")
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                (worker,) = children.read_text().split()
+                videos = args.anchors * (2 + NEGATIVES)
+                seconds = [videos / line["videos_per_s"] for line in lines]
+                waits = [line["data_wait"] * s for line, s in zip(lines, seconds, strict=True)]
+                losses = [line["loss"] for line in lines]
+                return summary(losses, seconds, waits, process.pid, worker)
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def wait_for_lines(process, run, count):
+    """The first `count` lines of a run's log, or None when the process ends before."""
+    while process.poll() is None:
+        try:
+            lines = read_log(run)
+        except InputError:  # nothing is logged yet
+            lines = []
+        if len(lines) >= count:
+            return lines[:count]
+        time.sleep(0.05)
+    return None
+
+
+def summary(losses, seconds, waits, pid, worker):
+    return {
+        "losses": losses,
+        "seconds": seconds[1:],
+        "waiting": sum(waits[1:]) / sum(seconds[1:]),
+        "memory_mb": peak_mb(pid),
+        "loader_memory_mb": peak_mb(worker),
+    }
 
 
 def peak_mb(pid):
-    """The most memory that a process held; its children's `ru_maxrss` would begin at that of the process they come from."""
+    """Peak memory of a running process. (A child's `ru_maxrss` would start at its parent's.)"""
     status = Path(f"/proc/{pid}/status").read_text()
     return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
-def run_side(args):
-    """Losses, seconds of each step, the part of them spent waiting for data, and peak memory; printed as JSON."""
-    if args.side == "plain":
-        batches, step = plain_steps(args)
-    else:
-        ours = trainer(args, args.dropout, *SIDES[args.side])
-        batches = ours.batches()
-
-        def step(batch, number):
-            return ours.train_step(batch)[0].item()
-
-    losses, seconds, waited, start = [], [], [], time.perf_counter()
-    batches = iter(batches)  # held, so that its process is there to be asked at the end
-    for number, batch in zip(range(args.steps + 1), batches, strict=False):
-        waited.append(time.perf_counter() - start)
-        losses.append(step(batch, number))
-        seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-    (loader,) = multiprocessing.active_children()
-    print(json.dumps({
-        "losses": losses, "seconds": seconds[1:], "waiting": sum(waited[1:]) / sum(seconds[1:]),
-        "memory_mb": peak_mb(os.getpid()), "loader_memory_mb": peak_mb(loader.pid),
-    }))  # fmt: skip
+def last_line(text):
+    return (text.strip().splitlines() or ["it printed nothing"])[-1]
 
 
-def measure(args, side, dropout):
-    command = [
-        sys.executable,
-        __file__,
-        "--side",
-        side,
-        "--dropout",
-        dropout,
-        "--folder",
-        args.folder,
-    ]
-    for name in ("channels", "videos", "anchors", "bank", "steps"):
-        command += [f"--{name}", getattr(args, name)]
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(result.stderr)
-    return json.loads(result.stdout.splitlines()[-1])
+def compare(sides):
+    """Add median, ratio to plain and, with equal draws, the relative difference of the losses."""
+    plain = sides["plain"]
+    for measured in sides.values():
+        measured["seconds_median"] = float(np.median(measured["seconds"]))
+        plain_median = float(np.median(plain["seconds"]))
+        measured["ratio"] = plain_median / measured["seconds_median"]
+        pairs = zip(measured["losses"], plain["losses"], strict=True)
+        measured["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def print_table(by_dropout):
+    print(
+        f"{'dropout':>7}  {'side':14}  {'s a step':>8}  {'ratio':>5}  {'memory MB':>9}"
+        f"  {'loader MB':>9}  {'waiting':>7}  loss differs by"
     )
-    for name, default, note in (
-        ("channels", 1024, "of a frame feature"), ("videos", 600, "in the files"), ("anchors", 4, "of a step"),
-        ("bank", 4096, "entries"), ("steps", 3, "timed, after one that is not"),
-    ):  # fmt: skip
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{note} (default %(default)s)"
-        )
-    parser.add_argument(
-        "--dropout", type=float, nargs="+", default=[0.0, 0.2], help="(default 0 and .2)"
-    )
-    parser.add_argument("--output", help="JSON file for the figures")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
+    for dropout, sides in by_dropout.items():
+        for side, row in sides.items():
+            difference = row["loss_difference"]
+            differs = "(other draws)" if difference is None else f"{difference:.1e}"
+            print(
+                f"{dropout:7}  {side:14}  {row['seconds_median']:8.2f}  {row['ratio']:5.1f}"
+                f"  {row['memory_mb']:9}  {row['loader_memory_mb']:9}  {row['waiting']:7.1%}"
+                f"  {differs}"
+            )
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--channels", type=int, default=1024, help="of a frame feature (default 1024)")
+    add("--videos", type=int, default=600, help="in the files (default 600)")
+    add("--anchors", type=int, default=4, help="of a step (default 4)")
+    add("--bank", type=int, default=4096, help="entries (default 4096)")
+    add("--steps", type=int, default=3, help="timed, after one that is not (default 3)")
+    add("--dropout", type=float, nargs="+", default=[0.0, 0.2], help="(default 0 and .2)")
+    add("--output", help="JSON file for the measurements")
+    add("--folder", type=Path, help=argparse.SUPPRESS)  # given to the process of the plain side
+    args = parser.parse_args(argv)
+    least = {"channels": 8, "videos": 2, "anchors": 1, "bank": 1, "steps": 1}
+    check_ranges(args, {name: (low, math.inf) for name, low in least.items()})
+    needed = 2 * (args.steps + 4) * args.anchors + NEGATIVES
+    if args.videos < needed:
+        raise InputError(f"--videos {args.videos} is too few for the pairs; give {needed} or more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.folder:
         args.dropout = args.dropout[0]
-        return run_side(args)
+        return run_plain(args)
+    by_dropout = {}
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        make_videos(
-            args.folder,
-            args.channels,
-            args.videos,
-            max(2 * args.anchors, (args.steps + 4) * args.anchors),
-        )
-        model = trainer(args, 0).model
-        torch.save((model.encoder_q.state_dict(), model.queue), args.folder / "start.pt")
-        rows = {
-            dropout: {side: measure(args, side, dropout) for side in SIDES}
-            for dropout in args.dropout
-        }
-    print(
-        f"{'dropout':>7}  {'side':14}  {'s a step':>8}  {'ratio':>5}  {'memory MB':>9}  {'loader MB':>9}  {'waiting':>7}"
-        "  loss differs by"
-    )
-    for dropout, sides in rows.items():
-        plain = sides["plain"]
-        for side, found in sides.items():
-            found["seconds_median"] = float(np.median(found["seconds"]))
-            found["ratio"] = plain["seconds_median"] / found["seconds_median"]
-            pairs = zip(found["losses"], plain["losses"], strict=True)
-            found["loss_difference"] = (
-                max(abs(a - b) / abs(b) for a, b in pairs) if not dropout else None
-            )
-            differs = f"{found['loss_difference']:.1e}" if not dropout else "(other draws)"
-            print(
-                f"{dropout:7}  {side:14}  {found['seconds_median']:8.2f}  {found['ratio']:5.1f}  {found['memory_mb']:9}"
-                f"  {found['loader_memory_mb']:9}  {found['waiting']:7.1%}  {differs}"
-            )
+        make_videos(args.folder, args)
+        for dropout in args.dropout:
+            sides = {side: measure(args, side, dropout) for side in SIDES}
+            compare(sides)
+            if dropout:  # the sides draw differently
+                for measured in sides.values():
+                    measured["loss_difference"] = None
+            by_dropout[dropout] = sides
+    print_table(by_dropout)
     if args.output:
-        settings = {
-            name: getattr(args, name) for name in ("channels", "videos", "anchors", "bank", "steps")
-        }
-        threads = {"threads": torch.get_num_threads()}
-        write_json(
-            args.output, {"settings": settings | threads, "by_dropout": rows, **provenance()}
-        )
-    equal = rows.get(0.0, {}).get("ours", {}).get("loss_difference", 0.0)
-    return int(equal > 1e-4)
+        names = ("channels", "videos", "anchors", "bank", "steps")
+        settings = {name: getattr(args, name) for name in names}
+        settings["threads"] = torch.get_num_threads()
+        record = {"settings": settings, "by_dropout": by_dropout, **provenance()}
+        write_json(args.output, record)
+    if 0.0 in by_dropout:
+        return int(by_dropout[0.0]["ours"]["loss_difference"] > 1e-4)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
