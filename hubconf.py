@@ -1,20 +1,26 @@
-"""What torch.hub offers: the encoder, with the weights that are shipped, those of a file, or none.
+"""What torch.hub offers: the TCA encoder, with the shipped weights, those of a file, or none.
 
-import torch
+    import torch
 
-tca = torch.hub.load("PATH/OF/THIS/REPOSITORY", "tca", source="local", trust_repo=True)
-frames = tca.encode(x, num_frames)  # x (N, T, 512) PCA-whitened features, num_frames (N,) -> (N, T, 512)
+    tca = torch.hub.load("PATH/OF/THIS/REPOSITORY", "tca", source="local", trust_repo=True)
+    frames = tca.encode(x, num_frames)
+
+x (N, T, 512) PCA-whitened features and num_frames (N,) int64 -> (N, T, 512) frame descriptors.
 """
 
 dependencies = ["torch", "numpy"]
 
 
 def tca(pretrained=True, nhead=8, **arguments):
-    """TCA, in eval mode: forward(x (N, T, C), num_frames (N,)) -> (N, D), encode(...) -> (N, T, D).
+    """TCA in eval mode: forward(x (N, T, C), num_frames (N,)) -> (N, D), encode(...) -> (N, T, D).
 
-    pretrained: True for the encoder in models/demo (trained on three minutes of one film, for features projected by the
-    pca.npz beside it), the path of a run's folder, a model.pth or a released state dict, or False for a new one with the
-    `arguments` of model.TCA (feature_size, nhead, nlayers, dim_feedforward, dropout, init).
+    Args:
+        pretrained: True for the encoder in models/demo, which was trained on three minutes of one
+            film, for features projected by the pca.npz beside it. A path for the encoder of a run's
+            folder, a model.pth or a released state dict. False for a new encoder.
+        nhead: attention heads of a new encoder or of a released state dict.
+        arguments: of a new encoder, as in model.TCA: feature_size, nlayers, dim_feedforward,
+            dropout, init.
     """
     from pathlib import Path
 
@@ -28,4 +34,5 @@ def tca(pretrained=True, nhead=8, **arguments):
             f"{', '.join(arguments)}: a pretrained model has its own arguments; leave them out"
         )
     shipped = Path(__file__).resolve().parent / "models" / "demo"
-    return load_encoder(shipped if pretrained is True else pretrained, nhead)[1]
+    _, encoder, _ = load_encoder(shipped if pretrained is True else pretrained, nhead)
+    return encoder

@@ -1,20 +1,27 @@
-"""ViSiL's video comparator."""
+"""ViSiL's video comparator: a small network over the frame similarities of two videos."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from utils import InputError, load_torch
 
 
 class VideoComparator(nn.Module):
-    """ViSiL's video comparator (Kordopatis-Zilos et al., ICCV 2019, section 3.4): learns which patterns of a frame similarity
-    matrix show a copy. Parameters are named as in the ViSiL and TCA releases, so their checkpoints load.
+    """Learns which patterns in a frame similarity matrix show a copy.
+
+    Kordopatis-Zilos et al., ICCV 2019, section 3.4. Parameters are named as in the ViSiL and TCA
+    releases, so their checkpoints load.
+
+    Args:
+        tile_bytes: memory for the feature maps of one tile, without gradient.
     """
 
-    CELL_BYTES = 480  # what the first layers' maps take a cell of the matrix
+    CELL_BYTES = 480  # of the first layers' feature maps, for each cell of the matrix
 
-    def __init__(self, tile_bytes=64 << 20):
+    def __init__(self, tile_bytes: int = 64 << 20):
         super().__init__()
         self.tile_bytes = tile_bytes
         self.conv1 = nn.Conv2d(1, 32, 3)
@@ -22,56 +29,60 @@ class VideoComparator(nn.Module):
         self.conv3 = nn.Conv2d(64, 128, 3)
         self.fconv = nn.Conv2d(128, 1, 1)
 
-    def forward(self, matrix):
-        """matrix (Tq, Tt) of frame similarities -> (Tq // 4, Tt // 4), at least (1, 1), not yet clamped to -1..1.
+    def forward(self, matrix: Tensor) -> Tensor:
+        """Frame similarities (Tq, Tt) -> (Tq // 4, Tt // 4), at least (1, 1), not yet clamped.
 
-        Videos of fewer than 4 frames are lengthened by their last. Without gradient a long query is worked on in tiles of its
-        frames that take about `tile_bytes` (or 16 frames); the tiles overlap, which makes the result the same.
+        The last frame of a video shorter than 4 frames is repeated. Without gradient, a long query
+        is computed in tiles of its frames, which overlap so that the result is the same.
         """
         Tq, Tt = matrix.shape
-        x = F.pad(
-            matrix[None], (0, max(4 - Tt, 0), 0, max(4 - Tq, 0)), mode="replicate"
-        )  # (1, Tq, Tt)
-        frames = max(self.tile_bytes // (self.CELL_BYTES * x.shape[2]) // 4 * 4 - 16, 16)
-        if torch.is_grad_enabled() or x.shape[1] <= frames + 16:
+        missing = (0, max(4 - Tt, 0), 0, max(4 - Tq, 0))
+        x = F.pad(matrix[None], missing, mode="replicate")  # (1, Tq, Tt)
+        T = x.shape[1]
+        rows = self.tile_bytes // (self.CELL_BYTES * x.shape[2])
+        rows = max(rows // 4 * 4 - 16, 16)  # of a tile, without its overlaps of 8 at either side
+        if torch.is_grad_enabled() or T <= rows + 16:
             return self._layers(x)[0]
-        # A tile's cut edge reaches 2 rows of its result: it takes 8 frames more on that side, and its result loses 2 rows.
+        # A cut edge changes the 2 nearest rows of the result, which are of 8 frames.
         parts = []
-        for start in range(0, x.shape[1] // 4 * 4, frames):
+        for start in range(0, T // 4 * 4, rows):
             above = min(start, 8)
-            part = self._layers(x[:, start - above : start + frames + 8])[0, above // 4 :]
-            parts.append(part[: frames // 4])
+            part = self._layers(x[:, start - above : start + rows + 8])[0, above // 4 :]
+            parts.append(part[: rows // 4])
         return torch.cat(parts)
 
     def _layers(self, x):
         """One channel (1, Tq, Tt) -> (1, Tq // 4, Tt // 4)."""
+        edges = (1, 1, 1, 1)
         for conv in (self.conv1, self.conv2):
-            x = F.max_pool2d(F.relu(conv(F.pad(x, (1, 1, 1, 1), mode="replicate"))), 2)
-        return self.fconv(F.relu(self.conv3(F.pad(x, (1, 1, 1, 1), mode="replicate"))))
+            x = F.relu(conv(F.pad(x, edges, mode="replicate")))
+            x = F.max_pool2d(x, 2)
+        x = F.relu(self.conv3(F.pad(x, edges, mode="replicate")))
+        return self.fconv(x)
 
 
-def load_comparator(path):
-    """The VideoComparator of a saved state dict, in eval mode, whether it lies there alone or under a prefix beside others
-    (`video_comperator.` in ViSiL's). Raises InputError when there is none or its tensors do not fit.
+def load_comparator(path: str | Path) -> VideoComparator:
+    """Load a comparator's state dict, in eval mode.
+
+    Its tensors may be among others, under a prefix, such as `video_comperator.` in ViSiL's files.
+    Raises InputError for a tensor that is missing or has another shape.
     """
     state, comparator = load_torch(path, "comparator file"), VideoComparator()
     state = state if isinstance(state, dict) else {}
-    prefix = next(
-        (
-            key.removesuffix("fconv.weight")
-            for key in map(str, state)
-            if key.endswith("fconv.weight")
-        ),
-        "",
-    )
-    fits = {
-        key: getattr(state.get(prefix + key), "shape", None) == own.shape
-        for key, own in comparator.state_dict().items()
-    }
-    if not all(fits.values()):
-        wrong = ", ".join(prefix + key for key, fit in fits.items() if not fit)
+    prefix, last = "", "fconv.weight"
+    for key in map(str, state):
+        if key.endswith(last):
+            prefix = key.removesuffix(last)
+            break
+    tensors, wrong = {}, []
+    for key, own in comparator.state_dict().items():
+        tensors[key] = state.get(prefix + key)
+        if getattr(tensors[key], "shape", None) != own.shape:
+            wrong.append(prefix + key)
+    if wrong:
         raise InputError(
-            f"comparator file {str(path)!r} lacks, or has in another shape: {wrong}; is it a video comparator's?"
+            f"comparator file {str(path)!r} lacks, or has in another shape: {', '.join(wrong)};"
+            " is it a video comparator's?"
         )
-    comparator.load_state_dict({key: state[prefix + key] for key in fits})
+    comparator.load_state_dict(tensors)
     return comparator.eval()

@@ -1,17 +1,23 @@
-"""A set's queries against its database, under a memory bound: queries are held, the database passes by batch by batch.
+"""Queries against a database under a memory bound: queries are held, the database streams past.
 
-`compare_collections` gives whole tables of similarities (Q, N); `Comparison` also compares chosen pairs only, which two-stage search needs:
-rank by video descriptors, `shortlist` the first R, compare those by frames, order by `two_stage`.
+`compare_collections` gives whole tables of similarities (Q, N). `Comparison` also compares chosen
+pairs only. Two-stage search needs that: rank by video descriptors, take the first R of each query
+(`shortlist`), compare those by frames, and rank them first (`two_stage`).
 """
 
 import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from distributed import Distributed
+from features.store import FeatureStore
+from retrieval.comparator import VideoComparator
 from retrieval.encode import (
     LEVELS,
     VideoEncoder,
@@ -24,261 +30,309 @@ from retrieval.encode import (
 from retrieval.similarity import CHUNK_BYTES, PackedDescriptors, similarity_tables
 from utils import InputError
 
-MEMORY = 4.0  # GiB, where a command line does not say
-LEAST_FRAMES, LEAST_CHUNK = 512, 16 << 20  # below these, little work is done a call
+MEMORY = 4.0  # GiB, the default of command lines
+
+# Smaller batches and chunks do too little work in one call.
+MIN_BATCH_FRAMES = 512
+MIN_CHUNK_BYTES = 16 << 20
 
 
 class Comparison:
-    """Compares `queries` with `database` (lists of ids) by `metrics`; each video of the database is described once a call.
+    """Compares queries with a database, both lists of ids, by several metrics.
 
-    video_encoder: a `VideoEncoder`; its batches are made smaller where the bound asks for it. memory: GiB that this process may hold,
-    what it holds already included; InputError when the queries, the tables and one batch do not fit. use_faiss: cosine is
-    computed by FAISS, over all video descriptors of this process at once, which are then held. cache: the folder that
-    descriptors are kept in (`cached`). dtype: what frame descriptors are multiplied in.
+    Each call of `tables` encodes every video of the database once. Processes take turns at the
+    batches, so tables are the same to the last bit for any number of processes. The exception is
+    cosine by FAISS, which multiplies in groups: there the last bits may differ.
 
-    `seconds`: how long this process has compared so far, descriptors at hand.
+    Args:
+        video_encoder: its batches are made smaller where the memory bound requires it.
+        memory: GiB that this process may hold, including what it holds already.
+        cache: folder in which descriptors are kept (`cache_descriptors`).
+        use_faiss: compute cosine by FAISS over all of this process's video descriptors at once,
+            which are then held.
+        comparator: the network of the metric of that name.
+        dtype: type in which frame descriptors are multiplied.
 
-    Distributed take turns at the batches, so that tables are the same, to the last bit, for any number of them; but for the last
-    bits of cosine by FAISS, which groups what it multiplies.
+    Attributes:
+        seconds: time this process has compared so far, without encoding.
+
+    Raises:
+        InputError: the queries, the tables and one batch do not fit into `memory`.
     """
 
     def __init__(
-        self, video_encoder, queries, database, metrics, dist=None, memory=math.inf, cache=None, use_faiss=False, progress=False,
-        comparator=None, dtype=torch.float32,
-    ):  # fmt: skip
-        self.video_encoder, self.queries, self.database = (
-            video_encoder,
-            list(queries),
-            list(database),
-        )
-        self.dist, self.use_faiss = dist or Distributed(), use_faiss
+        self,
+        video_encoder: VideoEncoder,
+        queries: Sequence[str],
+        database: Sequence[str],
+        metrics: Sequence[str],
+        dist: Distributed | None = None,
+        memory: float = math.inf,
+        cache: str | Path | None = None,
+        use_faiss: bool = False,
+        progress: bool = False,
+        comparator: VideoComparator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.video_encoder = video_encoder
+        self.queries = list(queries)
+        self.database = list(database)
+        self.dist = dist or Distributed()
+        self.use_faiss = use_faiss
         self.progress = progress and self.dist.is_main
-        self.levels = [level for level in LEVELS if level in map(level_of, metrics)]
-        self.frames = {
-            video: video_encoder.length(video) for video in {*self.queries, *self.database}
-        }
-        self.place = {video: i for i, video in enumerate(self.database)}
+        self.levels = self._levels_of(metrics)
+        self.lengths = {}  # {id: frames}
+        for video in [*self.queries, *self.database]:
+            self.lengths[video] = video_encoder.length(video)
+        self.column = {video: i for i, video in enumerate(self.database)}
         self.seconds = 0.0
+
         with self.dist.exit_together_on_error():
-            if (
-                "frame" in self.levels
-            ):  # an encoder that has none says so before anything is encoded
-                x = torch.zeros(1, 1, video_encoder.store.feature_size, device=video_encoder.device)
-                video_encoder.encoder.encode(x, torch.ones(1, dtype=int, device=x.device))
+            if "frame" in self.levels:
+                self._require_frame_descriptors()
             plan = self._plan(memory * 2**30, metrics, dtype)
-        video_encoder.frames, chunk_bytes = self.dist.broadcast(
-            plan
-        )  # one plan: all must form the same batches
-        self.options = dict(
-            device=video_encoder.device, chunk_bytes=chunk_bytes, comparator=comparator, dtype=dtype
-        )
+        # The main process's plan, because all processes must form the same batches.
+        video_encoder.batch_frames, chunk_bytes = self.dist.broadcast(plan)
+        self.options = {
+            "device": video_encoder.device,
+            "chunk_bytes": chunk_bytes,
+            "comparator": comparator,
+            "dtype": dtype,
+        }
         if cache:
-            videos = list(dict.fromkeys([*self.queries, *self.database]))
+            videos = list(self.lengths)
+            levels = levels_of(video_encoder.encoder)
             self.video_encoder = cache_descriptors(
-                video_encoder,
-                videos,
-                levels_of(video_encoder.encoder),
-                cache,
-                self.dist,
-                self.progress,
+                video_encoder, videos, levels, cache, self.dist, self.progress
             )
         with self.dist.exit_together_on_error():
-            self.query_descriptors = self._describe_queries(dtype)
+            self.query_descriptors = self._encode_queries(dtype)
+
+    def _levels_of(self, metrics):
+        levels = {level_of(metric) for metric in metrics}
+        return [level for level in LEVELS if level in levels]
+
+    def _require_frame_descriptors(self):
+        """Raise an encoder's InputError for missing frame descriptors before work begins."""
+        device = self.video_encoder.device
+        x = torch.zeros(1, 1, self.video_encoder.store.feature_size, device=device)
+        self.video_encoder.encoder.encode(x, torch.ones(1, dtype=torch.long, device=device))
 
     def _plan(self, memory, metrics, dtype):
-        """Frames a batch and bytes a chunk of similarities may take, so that all together stays under `memory` bytes."""
+        """(frames of a batch, bytes of a chunk of similarities) for a total of `memory` bytes."""
         Q, N, D = len(self.queries), len(self.database), self.video_encoder.encoder.descriptor_size
-        size = self.dist.world_size
-        held = 4 * Q * D + ("frame" in self.levels) * dtype.itemsize * D * sum(
-            self.frames[query] for query in self.queries
-        )
-        held += (
-            4 * Q * N * (2 * len(metrics) + 1)
-        )  # tables: this process's columns, and all of them in order
-        held += self.use_faiss * (4 * N * D + 12 * Q * N) // size
+        held = 4 * Q * D
+        if "frame" in self.levels:
+            held += dtype.itemsize * D * sum(self.lengths[query] for query in self.queries)
+        # Tables: this process's columns, then all columns in order.
+        held += 4 * Q * N * (2 * len(metrics) + 1)
+        if self.use_faiss:
+            held += (4 * N * D + 12 * Q * N) // self.dist.world_size
         left = memory - resident_bytes() - held
-        longest, frames = max(self.frames.values()), self.video_encoder.frames
-        while (
-            frames > LEAST_FRAMES
-            and self.video_encoder.batch_bytes(longest, frames) > left - CHUNK_BYTES
-        ):
-            frames //= 2
-        left -= self.video_encoder.batch_bytes(longest, frames)
-        if left < LEAST_CHUNK:
-            raise InputError(
-                f"--memory {memory / 2**30:.3g} GiB does not hold the queries, the tables and a batch of {max(frames, longest)}"
-                f" frames; give {(memory + LEAST_CHUNK - left) / 2**30 + 0.005:.2f} or more, or a smaller --padding_size"
-            )
-        return frames, CHUNK_BYTES if left >= CHUNK_BYTES else 1 << int(left).bit_length() - 1
 
-    def _describe_queries(self, dtype):
-        """{level: PackedDescriptors} of all queries, in their order."""
-        D, held = self.video_encoder.encoder.descriptor_size, {}
-        for level in self.levels:
-            lengths = [1 if level == "video" else self.frames[query] for query in self.queries]
-            kind = torch.float32 if level == "video" else dtype
-            held[level] = PackedDescriptors(
-                torch.empty(sum(lengths), D, dtype=kind, device=self.video_encoder.device), lengths
+        longest, frames = max(self.lengths.values()), self.video_encoder.batch_frames
+        batch_bytes = self.video_encoder.batch_bytes
+        while frames > MIN_BATCH_FRAMES and batch_bytes(longest, frames) > left - CHUNK_BYTES:
+            frames //= 2
+        left -= batch_bytes(longest, frames)
+        if left < MIN_CHUNK_BYTES:
+            needed = (memory + MIN_CHUNK_BYTES - left) / 2**30 + 0.005  # to round up
+            raise InputError(
+                f"--memory {memory / 2**30:.3g} GiB does not hold the queries, the tables and"
+                f" a batch of {max(frames, longest)} frames; give {needed:.2f} or more,"
+                " or a smaller --padding_size"
             )
-        parts = {
-            level: dict(zip(self.queries, data.split(lengths), strict=True))
-            for level, (data, lengths) in held.items()
-        }
+        if left >= CHUNK_BYTES:
+            return frames, CHUNK_BYTES
+        return frames, 1 << int(left).bit_length() - 1  # the power of 2 below
+
+    def _encode_queries(self, dtype):
+        """{level: PackedDescriptors} of all queries, in their order."""
+        D = self.video_encoder.encoder.descriptor_size
+        packed, views = {}, {}
+        for level in self.levels:
+            if level == "video":
+                kind, lengths = torch.float32, [1] * len(self.queries)
+            else:
+                kind, lengths = dtype, [self.lengths[query] for query in self.queries]
+            data = torch.empty(sum(lengths), D, dtype=kind, device=self.video_encoder.device)
+            packed[level] = PackedDescriptors(data, lengths)
+            views[level] = dict(zip(self.queries, data.split(lengths), strict=True))
         for batch in self.video_encoder.batches(self.queries):
             for level, (data, lengths) in self.video_encoder(batch, self.levels).items():
-                for video, part in zip(batch, data.split(lengths), strict=True):
-                    parts[level][video].copy_(part)
-        return held
+                for video, rows in zip(batch, data.split(lengths), strict=True):
+                    views[level][video].copy_(rows)
+        return packed
 
-    def tables(self, metrics, pair_mask=None):
-        """{metric: similarities (Q, N) float32}. pair_mask (Q, N) bool: the pairs to compare; the others are NaN."""
-        videos = (
-            self.database
-            if pair_mask is None
-            else [self.database[i] for i in np.flatnonzero(pair_mask.any(0))]
-        )
+    def tables(
+        self, metrics: Sequence[str], pair_mask: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """{metric: similarities (Q, N) float32}.
+
+        pair_mask (Q, N) bool: compare these pairs only; the others are NaN.
+        """
+        videos = self.database
+        if pair_mask is not None:
+            videos = [self.database[i] for i in np.flatnonzero(pair_mask.any(0))]
         batches = list(self.video_encoder.batches(videos))
+        shares = [batches[rank :: self.dist.world_size] for rank in range(self.dist.world_size)]
         with self.dist.exit_together_on_error():
-            mine = self._compare(
-                batches[self.dist.rank :: self.dist.world_size], metrics, pair_mask
-            )
-        order = [
-            video
-            for rank in range(self.dist.world_size)
-            for batch in batches[rank :: self.dist.world_size]
-            for video in batch
-        ]
-        columns = [self.place[video] for video in order]
-        found = {}
+            own = self._compare(shares[self.dist.rank], metrics, pair_mask)
+        # The order in which `all_gather` joins the processes' columns.
+        columns = []
+        for share in shares:
+            for batch in share:
+                columns += [self.column[video] for video in batch]
+        tables = {}
         for metric in metrics:
-            found[metric] = np.full((len(self.queries), len(self.database)), np.nan, np.float32)
-            found[metric][:, columns] = (
-                self.dist.all_gather(torch.from_numpy(mine.pop(metric))).numpy().T
-            )
-        return found
+            joined = self.dist.all_gather(torch.from_numpy(own.pop(metric)))  # (n, Q)
+            tables[metric] = np.full((len(self.queries), len(self.database)), np.nan, np.float32)
+            tables[metric][:, columns] = joined.numpy().T
+        return tables
 
     def _compare(self, batches, metrics, pair_mask):
         """{metric: (n, Q)} of the n videos of `batches`, in their order."""
-        levels = [level for level in self.levels if level in map(level_of, metrics)]
-        n, end = sum(map(len, batches)), 0
+        n, levels = sum(map(len, batches)), self._levels_of(metrics)
         out = {metric: np.empty((n, len(self.queries)), np.float32) for metric in metrics}
-        use_faiss = self.use_faiss and "cosine" in metrics
-        vectors = (
-            np.empty((n, self.video_encoder.encoder.descriptor_size), np.float32)
-            if use_faiss
-            else None
-        )
+        vectors = None
+        if self.use_faiss and "cosine" in metrics:
+            metrics = [metric for metric in metrics if metric != "cosine"]
+            vectors = np.empty((n, self.video_encoder.encoder.descriptor_size), np.float32)
+        end = 0
         with tqdm(
             total=n, desc="compare", unit="video", disable=not self.progress, leave=False
         ) as bar:
             for batch in batches:
                 start, end = end, end + len(batch)
-                described, began = self.video_encoder(batch, levels), time.perf_counter()
-                if use_faiss:
-                    vectors[start:end] = described["video"].data.cpu()
+                targets = self.video_encoder(batch, levels)
+                began = time.perf_counter()
+                if vectors is not None:
+                    vectors[start:end] = targets["video"].data.cpu()
+                pairs = None
+                if pair_mask is not None:
+                    pairs = pair_mask[:, [self.column[video] for video in batch]]
                 for level in levels:
-                    wanted = [
-                        metric
-                        for metric in metrics
-                        if level_of(metric) == level and not (use_faiss and metric == "cosine")
-                    ]
-                    pairs = (
-                        None
-                        if pair_mask is None
-                        else pair_mask[:, [self.place[video] for video in batch]]
-                    )
-                    for metric, block in self._similar(
-                        level, described[level], wanted, pairs
-                    ).items():
+                    of_level = [metric for metric in metrics if level_of(metric) == level]
+                    blocks = self._similarities(level, targets[level], of_level, pairs)
+                    for metric, block in blocks.items():
                         out[metric][start:end] = block.T
                 self.seconds += time.perf_counter() - began
                 bar.update(len(batch))
-        if use_faiss:
+        if vectors is not None:
             began = time.perf_counter()
-            out["cosine"] = _by_faiss(self.query_descriptors["video"].data.cpu().numpy(), vectors)
+            queries = self.query_descriptors["video"].data.cpu().numpy()
+            out["cosine"] = _inner_products_by_faiss(queries, vectors)
             self.seconds += time.perf_counter() - began
         return out
 
-    def _similar(self, level, targets, metrics, pairs):
-        """{metric: (Q, n)} of the queries and a batch; pairs (Q, n) bool or None, as `tables`."""
+    def _similarities(self, level, targets, metrics, pairs):
+        """{metric: (Q, n)} of the queries and a batch; pairs (Q, n) bool, or None for all."""
         queries = self.query_descriptors[level]
-        if not metrics or pairs is None:
-            return similarity_tables(queries, targets, metrics, **self.options) if metrics else {}
-        found = {metric: np.full(pairs.shape, np.nan, np.float32) for metric in metrics}
-        rows, columns = queries.data.split(queries.lengths), targets.data.split(targets.lengths)
+        if not metrics:
+            return {}
+        if pairs is None:
+            return similarity_tables(queries, targets, metrics, **self.options)
+        blocks = {metric: np.full(pairs.shape, np.nan, np.float32) for metric in metrics}
+        query_rows = queries.data.split(queries.lengths)
+        target_rows = targets.data.split(targets.lengths)
         for i in np.flatnonzero(pairs.any(1)):
-            hit = np.flatnonzero(pairs[i])
-            some = PackedDescriptors(
-                torch.cat([columns[j] for j in hit]), [targets.lengths[j] for j in hit]
-            )
-            for metric, row in similarity_tables(
-                PackedDescriptors(rows[i], [len(rows[i])]), some, metrics, **self.options
-            ).items():
-                found[metric][i, hit] = row[0]
-        return found
+            query = PackedDescriptors(query_rows[i], [len(query_rows[i])])
+            chosen = np.flatnonzero(pairs[i])
+            rows = [target_rows[j] for j in chosen]
+            some = PackedDescriptors(torch.cat(rows), [len(part) for part in rows])
+            tables = similarity_tables(query, some, metrics, **self.options)
+            for metric, table in tables.items():  # (1, len(chosen))
+                blocks[metric][i, chosen] = table[0]
+        return blocks
 
-    def cost(self, pairs):
-        """The share of the exhaustive frame-level work, counted in pairs of frames, that the pairs (Q, N) bool need."""
-        query, video = (
-            np.array([self.frames[name] for name in side], float)
-            for side in (self.queries, self.database)
-        )
-        compared = [video[row].sum() for row in pairs]  # frames of the database, a query
-        return float(query @ compared / (query.sum() * video.sum()))
+    def cost(self, pair_mask: np.ndarray) -> float:
+        """The share of all pairs of frames that the pairs (Q, N) of videos have."""
+        queries = np.array([self.lengths[video] for video in self.queries], float)
+        database = np.array([self.lengths[video] for video in self.database], float)
+        compared = [database[row].sum() for row in pair_mask]  # frames, for each query
+        return float(queries @ compared / (queries.sum() * database.sum()))
 
 
-def _by_faiss(queries, vectors):
-    """Inner products (n, Q) of queries (Q, D) with vectors (n, D): an exact search for the n nearest."""
-    import faiss  # here: only two-stage search needs it
+def _inner_products_by_faiss(queries, vectors):
+    """queries (Q, D), vectors (n, D) -> (n, Q), by an exact search for the n nearest."""
+    import faiss  # only two-stage search needs it
 
     out = np.empty((len(vectors), len(queries)), np.float32)
     if len(vectors):
-        # What IndexFlatIP computes, over the vectors where they are: an index would copy them, and again as it grows.
-        values, places = faiss.knn(
+        # As IndexFlatIP computes it, but without the index's copy of the vectors.
+        values, nearest = faiss.knn(
             queries, vectors, len(vectors), metric=faiss.METRIC_INNER_PRODUCT
         )
-        out[places, np.arange(len(queries))[:, None]] = values
+        out[nearest, np.arange(len(queries))[:, None]] = values
     return out
 
 
 def compare_collections(
-    encoder, store, queries, database, metrics, padding_size=300, device="cpu", progress=False, dist=None, memory=math.inf,
-    amp=None, cache=None, comparator=None,
-):  # fmt: skip
-    """{metric: similarities (Q, N) float32} between the ids `queries` and `database`, all metrics from one encoding pass.
+    encoder: nn.Module,
+    store: FeatureStore,
+    queries: Sequence[str],
+    database: Sequence[str],
+    metrics: Sequence[str],
+    padding_size: int = 300,
+    device: str = "cpu",
+    progress: bool = False,
+    dist: Distributed | None = None,
+    memory: float = math.inf,
+    amp: torch.dtype | None = None,
+    cache: str | Path | None = None,
+    comparator: VideoComparator | None = None,
+) -> dict[str, np.ndarray]:
+    """{metric: similarities (Q, N) float32} of two lists of ids, all metrics from one pass.
 
-    amp: torch.bfloat16 to encode and to multiply frames in; the rest as `VideoEncoder` and `Comparison`.
+    amp: torch.bfloat16 to encode and to multiply frames in. The rest as `VideoEncoder` and
+    `Comparison`.
     """
     check_feature_size(encoder, store)
+    metrics = list(dict.fromkeys(metrics))
     if not metrics:
         return {}
-    video_encoder = VideoEncoder(encoder, store, padding_size, device, amp)
-    options = dict(
-        cache=cache, progress=progress, comparator=comparator, dtype=amp or torch.float32
+    comparison = Comparison(
+        VideoEncoder(encoder, store, padding_size, device, amp),
+        queries,
+        database,
+        metrics,
+        dist,
+        memory,
+        cache,
+        progress=progress,
+        comparator=comparator,
+        dtype=amp or torch.float32,
     )
-    return Comparison(video_encoder, queries, database, metrics, dist, memory, **options).tables(
-        list(dict.fromkeys(metrics))
-    )
+    return comparison.tables(metrics)
 
 
-# --- two stages --------------------------------------------------------------------------------------------------------
+# --- two stages ---------------------------------------------------------------------------------
 
 
-def shortlist(table, R):
-    """(Q, N) bool: the R videos of highest similarity in each row of a table (Q, N), ties in column order."""
+def shortlist(table: np.ndarray, R: int) -> np.ndarray:
+    """(Q, N) bool: the R most similar videos in each row of a table (Q, N).
+
+    Ties are in column order.
+    """
     short = np.zeros(np.shape(table), bool)
     for row, values in zip(short, table, strict=True):
         row[np.argsort(-values, kind="stable")[:R]] = True
     return short
 
 
-def two_stage(first, second, short):
-    """A table (Q, N) that ranks the shortlisted videos first, by `second`, and the others after them, by `first`.
+def two_stage(first: np.ndarray, second: np.ndarray, short: np.ndarray) -> np.ndarray:
+    """Rank the shortlisted videos first, by `second`, then the others, by `first`.
 
-    first, second (Q, N): similarities; second may be NaN where `short` (Q, N) is false. Values are ranks counted from the end,
-    because similarities of two measures have no common scale. Ties in either stay in column order.
+    The values are ranks counted from the end, because similarities of two metrics have no common
+    scale. Ties are in column order.
+
+    Args:
+        first, second: similarities (Q, N); `second` may be NaN where `short` is false.
+        short: (Q, N) bool, the shortlists.
     """
-    ranked, N = np.empty(np.shape(first), np.float32), len(first[0])
-    for row, video, frame, listed in zip(ranked, first, second, short, strict=True):
-        row[np.lexsort((-np.where(listed, frame, video), ~listed))] = np.arange(N, 0, -1)
-    return ranked
+    ranks, N = np.empty(np.shape(first), np.float32), len(first[0])
+    for row, by_first, by_second, listed in zip(ranks, first, second, short, strict=True):
+        values = np.where(listed, by_second, by_first)
+        order = np.lexsort((-values, ~listed))  # by ~listed, then by -values
+        row[order] = np.arange(N, 0, -1)
+    return ranks

@@ -1,16 +1,18 @@
-"""Descriptors of an evaluation set's videos: encoded in batches of like length, or read from a cache on disk.
+"""Descriptors of a collection of videos: encoded in batches of like length, or read from a cache.
 
-A video has one descriptor at level "video" and T at level "frame", all L2-normalised. A batch of them is a `similarity.PackedDescriptors`
-a level: (n, D), or (sum T, D) with the videos' frames end to end.
+A video has one descriptor at level "video" and T at level "frame", all L2-normalised. Those of
+several videos come as one `PackedDescriptors` a level.
 """
 
 import hashlib
 import mmap
 import resource
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from distributed import Distributed
@@ -20,256 +22,307 @@ from retrieval.similarity import VIDEO_METRICS, PackedDescriptors
 from utils import InputError, digest
 
 LEVELS = ("video", "frame")
-FRAMES = 8192  # frames of a batch, padding included: enough for the full matrix-product rate
-WINDOWS = 16  # batches' worth of neighbours in the file among which lengths are matched, so that reading stays sequential
+
+# Frames of a batch, padding included: enough for the full rate of matrix products.
+BATCH_FRAMES = 8192
+
+# Videos of like length are looked for among neighbours in the file, so that reading stays
+# sequential. So many batches' worth of neighbours are a window.
+WINDOW_BATCHES = 16
 
 
-def crop(frames, padding_size):
-    """The middle `padding_size` frames of a longer video; 0 takes all. The same on every run, unlike the released crop."""
-    start = max(len(frames) - padding_size, 0) // 2 if padding_size else 0
-    return frames[start : start + padding_size] if padding_size else frames
-
-
-def level_of(metric):
+def level_of(metric: str) -> str:
     """The level of the descriptors that a metric compares."""
     return "video" if metric in VIDEO_METRICS else "frame"
 
 
-def levels_of(encoder):
-    """The levels that an encoder has descriptors of."""
+def levels_of(encoder: nn.Module) -> Sequence[str]:
+    """The levels at which an encoder has descriptors."""
     return LEVELS if encoder.has_frame_descriptors else LEVELS[:1]
 
 
-def check_feature_size(encoder, store):
+def check_feature_size(encoder: nn.Module, store: FeatureStore) -> None:
     if encoder.feature_size != store.feature_size:
         raise InputError(
-            f"the encoder takes features of {encoder.feature_size} channels, {str(store.path)!r} has {store.feature_size};"
+            f"the encoder takes features of {encoder.feature_size} channels,"
+            f" {str(store.path)!r} has {store.feature_size};"
             " use the features (and PCA) it was trained on"
         )
 
 
-class VideoEncoder:
-    """Descriptors of a store's videos by an encoder.
+def crop(rows: np.ndarray, padding_size: int) -> np.ndarray:
+    """The middle `padding_size` frames of rows (T, C), or all where there are fewer; 0 keeps all.
 
-    padding_size: frames of a video that count (`crop`), 0 for all. amp: a type to encode in under autocast (torch.bfloat16).
-    frames: how many a batch holds. Descriptors are float32 on `device`.
+    The released code crops at random; this crop is the same on every run.
+    """
+    if not padding_size:
+        return rows
+    start = max(len(rows) - padding_size, 0) // 2
+    return rows[start : start + padding_size]
+
+
+class VideoEncoder:
+    """Encodes the videos of a feature store.
+
+    Args:
+        padding_size: frames of a video that count (`crop`); 0 for all.
+        amp: type to encode in under autocast (torch.bfloat16). Descriptors are float32.
+        batch_frames: frames of a batch, padding included.
     """
 
-    def __init__(self, encoder, store, padding_size=300, device="cpu", amp=None, frames=FRAMES):
-        self.encoder, self.store = encoder.to(device).eval(), store
-        self.padding_size, self.device, self.amp, self.frames = padding_size, device, amp, frames
+    def __init__(
+        self,
+        encoder: nn.Module,
+        store: FeatureStore,
+        padding_size: int = 300,
+        device: str = "cpu",
+        amp: torch.dtype | None = None,
+        batch_frames: int = BATCH_FRAMES,
+    ):
+        self.encoder = encoder.to(device).eval()
+        self.store = store
+        self.padding_size = padding_size
+        self.device = device
+        self.amp = amp
+        self.batch_frames = batch_frames
 
-    def length(self, video):
+    def length(self, video: str) -> int:
         """How many frames of a video count."""
-        return min(self.store.lengths[video], self.padding_size or self.store.lengths[video])
+        length = self.store.lengths[video]
+        return min(length, self.padding_size or length)
 
-    def batches(self, videos):
-        """Lists of ids to describe together: neighbours in the file, of like length.
+    def batches(self, videos: Iterable[str]) -> Iterator[list[str]]:
+        """Split videos into batches: neighbours in the file, of like length, each video once.
 
-        They depend on nothing but the videos, so dealing them out to processes changes no descriptor by a single bit.
+        The batches depend on the videos alone. Any number of processes can share them without
+        changing a bit of a descriptor.
         """
-        videos, start, total = set(videos), 0, 0
-        videos = [video for video in self.store if video in videos]  # in the file's order
-        for end, video in enumerate(videos, 1):
-            total += self.length(video)
-            if total >= WINDOWS * self.frames or end == len(videos):
-                window, start, total = videos[start:end], end, 0
-                for batch in bucket_by_length(
-                    [self.length(video) for video in window], self.frames
-                ):
-                    yield [window[i] for i in batch]
+        videos = set(videos)
+        window, frames = [], 0
+        for video in self.store:  # in the file's order
+            if video not in videos:
+                continue
+            window.append(video)
+            frames += self.length(video)
+            if frames >= WINDOW_BATCHES * self.batch_frames:
+                yield from self._bucket(window)
+                window, frames = [], 0
+        if window:
+            yield from self._bucket(window)
+
+    def _bucket(self, window):
+        lengths = [self.length(video) for video in window]
+        for batch in bucket_by_length(lengths, self.batch_frames):
+            yield [window[i] for i in batch]
 
     @torch.inference_mode()
-    def __call__(self, videos, levels):
-        """{level: PackedDescriptors} of a batch of videos, in their order, from one pass of the encoder."""
+    def __call__(
+        self, videos: Sequence[str], levels: Iterable[str]
+    ) -> dict[str, PackedDescriptors]:
+        """{level: descriptors} of a batch of videos, in their order, from one pass."""
         x, num_frames = pad([crop(self.store[video], self.padding_size) for video in videos])
         self.store.release_pages()
         x, num_frames = x.to(self.device), num_frames.to(self.device)
+        frames = None
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
-            if "frame" not in levels:
-                return {
-                    "video": self._stack("video", self.encoder(x, num_frames), [1] * len(videos))
-                }
-            video, frames = self.encoder.encode_video_and_frames(x, num_frames)
-        frames = frames[frame_mask(num_frames, frames.shape[1])]  # (sum T, D)
-        found = (
-            {"video": self._stack("video", video, [1] * len(videos))} if "video" in levels else {}
-        )
-        return found | {"frame": self._stack("frame", frames, num_frames.tolist())}
+            if "frame" in levels:
+                video, frames = self.encoder.encode_video_and_frames(x, num_frames)
+            else:
+                video = self.encoder(x, num_frames)
 
-    def _stack(self, level, data, lengths):
-        data = data.float()
-        if not data.sum().isfinite():
+        descriptors = {}
+        if "video" in levels:
+            descriptors["video"] = self._pack("video", video, [1] * len(videos))  # (n, D)
+        if frames is not None:
+            rows = frames[frame_mask(num_frames, frames.shape[1])]  # (sum T, D)
+            descriptors["frame"] = self._pack("frame", rows, num_frames.tolist())
+        return descriptors
+
+    def _pack(self, level, rows, lengths):
+        rows = rows.float()
+        if not rows.sum().isfinite():
             raise InputError(
-                f"{level} descriptors hold NaN or infinity; is the model sound, and are {str(self.store.path)!r} its features?"
+                f"{level} descriptors hold NaN or infinity;"
+                f" is the model sound, and are {str(self.store.path)!r} its features?"
             )
-        return PackedDescriptors(data, lengths)
+        return PackedDescriptors(rows, lengths)
 
-    def batch_bytes(self, longest, frames):
-        """What describing and holding a batch of so many frames may allocate; longest: frames of the longest video.
+    def batch_bytes(self, longest: int, frames: int) -> int:
+        """Bytes that encoding a batch and its descriptors may take.
 
-        Measured on one TCA layer: 50 bytes a channel of every frame; attention 4 bytes a pair of frames and head, of 8.
+        Measured on one TCA layer: 50 bytes for each channel of a frame, and in attention 4 bytes
+        for each pair of frames and each of 8 heads.
+
+        Args:
+            longest: frames of the longest video.
+            frames: frames of the batch.
         """
         width = max(self.store.feature_size, self.encoder.descriptor_size)
         return max(frames, longest) * (58 * width + 36 * longest)
 
-    def identity(self):
-        """A digest of all that decides the descriptors: weights, settings, features, crop and precision."""
+    def identity(self) -> str:
+        """A digest of all that decides the descriptors: weights, settings, features, crop, type.
+
+        Settings are the plain attributes of each module, such as the number of heads, which no
+        weight shows. They come with the name of the module's class.
+        """
         weights = hashlib.sha256()
         for name, value in self.encoder.state_dict().items():
-            weights.update(
-                name.encode()
-                + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-        settings = [  # such as a number of heads, which no weight tells
-            [
-                type(module).__name__,
-                {
-                    name: value
-                    for name, value in vars(module).items()
-                    if type(value) in (int, float, bool)
-                },
-            ]
-            for module in self.encoder.modules()
-        ]
-        facts = self.store.path.stat()
-        unsealed = (
-            [] if self.store.checksum else [facts.st_size, facts.st_mtime_ns]
-        )  # rows without a checksum
-        return digest(
-            [
-                weights.hexdigest(),
-                settings,
-                self.store.fingerprint(),
-                unsealed,
-                self.padding_size,
-                str(self.amp),
-            ]
-        )
+            value = value.cpu().contiguous().reshape(-1).view(torch.uint8)
+            weights.update(name.encode() + value.numpy().tobytes())
+        settings = []
+        for module in self.encoder.modules():
+            attributes = vars(module).items()
+            plain = {name: value for name, value in attributes if type(value) in (int, float, bool)}
+            settings.append([type(module).__name__, plain])
+        file = []
+        if not self.store.checksum:  # the fingerprint then covers a sample of the rows
+            stat = self.store.path.stat()
+            file = [stat.st_size, stat.st_mtime_ns]
+        features = [self.store.fingerprint(), file]
+        return digest([weights.hexdigest(), settings, *features, self.padding_size, str(self.amp)])
 
 
-def describe(encoder, store, videos, video_level, padding_size=300, device="cpu", progress=False):
-    """Descriptors of `videos`, in their order: (D,) arrays, or (T, D) arrays of frame descriptors; float32, all held."""
-    level, found = "video" if video_level else "frame", {}
+# --- all processes together ---------------------------------------------------------------------
+
+
+def encode_collection(
+    video_encoder: VideoEncoder,
+    batches: Sequence[Sequence[str]],
+    levels: Iterable[str],
+    dist: Distributed,
+    progress: bool = False,
+) -> Iterator[tuple[list[str], dict[str, PackedDescriptors]]]:
+    """Encode batches of videos on all processes, in rounds of one batch a process.
+
+    Yields, on every process alike, the videos of a round and {level: their descriptors} on the CPU.
+    Every process must consume all rounds.
+    """
+    device, D = video_encoder.device, video_encoder.encoder.descriptor_size
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc="encode", unit="video", disable=not progress, leave=False) as bar:
+        for start in range(0, len(batches), dist.world_size):
+            shared = batches[start : start + dist.world_size]  # fewer in the last round
+            own = {}
+            with dist.exit_together_on_error():
+                if dist.rank < len(shared):
+                    own = video_encoder(shared[dist.rank], levels)
+            videos = [video for batch in shared for video in batch]
+            descriptors = {}
+            for level in levels:
+                rows = own[level].data if own else torch.zeros(0, D, device=device)
+                rows = dist.all_gather(rows).cpu()  # (n, D) of all processes, by rank
+                lengths = [1] * len(videos)
+                if level == "frame":
+                    lengths = [video_encoder.length(video) for video in videos]
+                descriptors[level] = PackedDescriptors(rows, lengths)
+            yield videos, descriptors
+            bar.update(len(videos))
+
+
+def encode_distributed(
+    encoder: nn.Module,
+    store: FeatureStore,
+    videos: Sequence[str],
+    padding_size: int,
+    device: str,
+    dist: Distributed,
+) -> Tensor:
+    """Video descriptors (N, D) of `videos`, in their order, on every process.
+
+    They are the same, to the bit, for any number of processes.
+    """
     video_encoder = VideoEncoder(encoder, store, padding_size, device)
-    with tqdm(
-        total=len(videos), desc="encode", unit="video", disable=not progress, leave=False
-    ) as bar:
-        for batch in video_encoder.batches(videos):
-            data, lengths = video_encoder(batch, [level])[level]
-            parts = (
-                data.cpu().numpy()
-                if video_level
-                else [part.numpy() for part in data.cpu().split(lengths)]
-            )
-            found |= dict(zip(batch, parts, strict=True))
-            bar.update(len(batch))
-    return [found[video] for video in videos]
+    batches = list(video_encoder.batches(videos))
+    order, parts = [], []
+    for names, descriptors in encode_collection(video_encoder, batches, ["video"], dist):
+        order += names
+        parts.append(descriptors["video"].data)
+    row = {video: i for i, video in enumerate(order)}
+    return torch.cat(parts)[[row[video] for video in videos]]
 
 
-# --- kept on disk ----------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------
 
 
 class CachedDescriptors:
-    """A video_encoder's descriptors, read from the files that `cached` made: {level: FeatureStore}. Called as the video_encoder is."""
+    """Descriptors read from a cache: called like the VideoEncoder that they were made by."""
 
-    def __init__(self, video_encoder, stores):
-        self.stores, self.device, self.encoder = stores, video_encoder.device, video_encoder.encoder
-        self.length, self.batches = video_encoder.length, video_encoder.batches
+    def __init__(self, video_encoder: VideoEncoder, stores: dict[str, FeatureStore]):
+        self.stores = stores  # {level: store}
+        self.encoder = video_encoder.encoder
+        self.device = video_encoder.device
+        self.length = video_encoder.length
+        self.batches = video_encoder.batches
 
-    def __call__(self, videos, levels):
-        found = {}
+    def __call__(
+        self, videos: Sequence[str], levels: Iterable[str]
+    ) -> dict[str, PackedDescriptors]:
+        descriptors = {}
         for level in levels:
             rows = [self.stores[level][video] for video in videos]
-            found[level] = PackedDescriptors(
-                torch.from_numpy(np.concatenate(rows)).to(self.device), [len(part) for part in rows]
-            )
+            data = torch.from_numpy(np.concatenate(rows)).to(self.device)
+            descriptors[level] = PackedDescriptors(data, [len(part) for part in rows])
             self.stores[level].release_pages()
-        return found
+        return descriptors
 
 
-def cache_descriptors(video_encoder, videos, levels, folder, dist=None, progress=False):
-    """The video_encoder's descriptors of `videos`, from `folder`: what is not there is encoded first. Returns a `CachedDescriptors`.
+def cache_descriptors(
+    video_encoder: VideoEncoder,
+    videos: Sequence[str],
+    levels: Iterable[str],
+    folder: str | Path,
+    dist: Distributed | None = None,
+    progress: bool = False,
+) -> CachedDescriptors:
+    """The descriptors of `videos` in `folder`; those that are missing are encoded first.
 
-    A level is one packed store, KEY-video.hdf5 (1, D a video) or KEY-frame.hdf5 (T, D), in float32 so that figures are those
-    of a run without; KEY: a digest of weights, settings, features and videos, so nothing stale is read. Both levels are kept
-    where the encoder has both. A run that was killed goes on where it stopped. All processes must see the folder; the first
-    one writes.
+    Each level is one packed store: KEY-video.hdf5, (1, D) a video, and KEY-frame.hdf5, (T, D).
+    KEY is a digest of weights, settings, features and videos, so nothing stale is read. Values are
+    float32: results are those of a run without a cache. A run that was killed resumes. All
+    processes must see the folder; the main process writes.
     """
     dist = dist or Distributed()
     key = digest([video_encoder.identity(), sorted(videos)])
     files = {level: Path(folder) / f"{key}-{level}.hdf5" for level in levels}
     absent = dist.broadcast([level for level, file in files.items() if not file.exists()])
     if absent:
-        _fill({level: files[level] for level in absent}, video_encoder, videos, dist, progress)
-    return CachedDescriptors(
-        video_encoder, {level: FeatureStore(file) for level, file in files.items()}
-    )
+        absent = {level: files[level] for level in absent}
+        _write_cache(absent, video_encoder, videos, dist, progress)
+    stores = {level: FeatureStore(file) for level, file in files.items()}
+    return CachedDescriptors(video_encoder, stores)
 
 
-def _fill(files, video_encoder, videos, dist, progress):
-    """Encode `videos` on all processes; the first one writes {level: file}."""
-    writers = {
-        level: StoreWriter(file, "float32", {"level": level})
-        for level, file in files.items()
-        if dist.is_main
-    }
-    done = dist.broadcast(
-        set.intersection(*(writer.done for writer in writers.values())) if writers else set()
-    )
-    todo = [batch for batch in video_encoder.batches(videos) if not done.issuperset(batch)]
-    with tqdm(
-        total=sum(map(len, todo)), desc="encode", unit="video", disable=not progress, leave=False
-    ) as bar:
-        for start in range(0, len(todo), dist.world_size):  # a round: a batch on every process
-            here = todo[start : start + dist.world_size]
-            with dist.exit_together_on_error():
-                mine = here[dist.rank] if dist.rank < len(here) else []
-                found = video_encoder(mine, files) if mine else None
-            empty = torch.zeros(
-                0, video_encoder.encoder.descriptor_size, device=video_encoder.device
-            )
-            for level in files:
-                rows = dist.all_gather(found[level].data if found else empty).cpu().numpy()
-                if dist.is_main:
-                    _add(writers[level], sum(here, []), rows, video_encoder, level)
-            bar.update(sum(map(len, here)))
+def _write_cache(files, video_encoder, videos, dist, progress):
+    """Encode `videos` on all processes; the main process writes {level: file}."""
+    writers, done = {}, set()
+    if dist.is_main:
+        for level, file in files.items():
+            writers[level] = StoreWriter(file, "float32", {"level": level})
+        done = set.intersection(*(set(writer.done) for writer in writers.values()))
+    done = dist.broadcast(done)
+    batches = []
+    for batch in video_encoder.batches(videos):
+        if not done.issuperset(batch):
+            batches.append(batch)
+    for names, descriptors in encode_collection(video_encoder, batches, files, dist, progress):
+        for level, writer in writers.items():
+            rows, lengths = descriptors[level]
+            for video, part in zip(names, rows.split(lengths), strict=True):
+                if video not in writer.done:
+                    writer.add(video, part.numpy())
     for writer in writers.values():
-        with writer:  # packs
-            pass
+        with writer:
+            pass  # the end of the block packs the rows into the file
     dist.barrier()
 
 
-def _add(writer, videos, rows, video_encoder, level):
-    start = 0
-    for video in videos:
-        end = start + (video_encoder.length(video) if level == "frame" else 1)
-        if video not in writer.done:
-            writer.add(video, rows[start:end])
-        start = end
+# --- memory -------------------------------------------------------------------------------------
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def resident_bytes():
-    """Bytes of memory this process holds now; the most it has held where the system does not tell."""
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds, or its peak where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def encode_distributed(encoder, store, videos, padding_size, device, dist):
-    """Descriptors (N, D) of `videos` on every process. Each encodes some of the batches that one would: the same to the bit."""
-    video_encoder = VideoEncoder(encoder, store, padding_size, device)
-    batches = list(video_encoder.batches(videos))
-    dealt = [batches[rank :: dist.world_size] for rank in range(dist.world_size)]
-    parts = [video_encoder(batch, ["video"])["video"].data for batch in dealt[dist.rank]]
-    empty = torch.zeros(0, encoder.descriptor_size, device=device)
-    gathered = dist.all_gather(torch.cat([empty, *parts])).cpu()
-    place = {
-        video: i
-        for i, video in enumerate(video for part in dealt for batch in part for video in batch)
-    }
-    return gathered[[place[video] for video in videos]]

@@ -9,8 +9,19 @@ from retrieval.comparator import VideoComparator, load_comparator
 from retrieval.similarity import similarity
 from utils import InputError
 
+SHAPES = {
+    "conv1.weight": (32, 1, 3, 3),
+    "conv1.bias": (32,),
+    "conv2.weight": (64, 32, 3, 3),
+    "conv2.bias": (64,),
+    "conv3.weight": (128, 64, 3, 3),
+    "conv3.bias": (128,),
+    "fconv.weight": (1, 128, 1, 1),
+    "fconv.bias": (1,),
+}
 
-def network(tile_bytes=64 << 20):
+
+def make_comparator(tile_bytes=64 << 20):
     torch.manual_seed(0)
     return VideoComparator(tile_bytes)
 
@@ -20,8 +31,8 @@ def network(tile_bytes=64 << 20):
 )
 def test_tiles_change_nothing(shape):
     matrix = torch.rand(shape, generator=torch.Generator().manual_seed(1))
-    whole = network()(matrix)  # with gradient: never in tiles
-    calls, tiled = [], network(tile_bytes=1)
+    whole = make_comparator()(matrix)  # with gradient: never in tiles
+    calls, tiled = [], make_comparator(tile_bytes=1)
     tiled.conv1.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         result = tiled(matrix)
@@ -30,91 +41,81 @@ def test_tiles_change_nothing(shape):
     assert len(calls) > 1 or shape[0] <= 32
 
 
-def test_it_is_the_released_network():
+def test_comparator_is_the_released_network():
     """The layers as ViSiL's paper lists them, edges repeated, on a batch of one."""
-    own, matrix = network(), torch.rand(21, 30)
-    pad, pool = nn.ReplicationPad2d(1), nn.MaxPool2d(2, 2)
-    layers = nn.Sequential(
-        pad,
-        own.conv1,
-        nn.ReLU(),
-        pool,
-        pad,
-        own.conv2,
-        nn.ReLU(),
-        pool,
-        pad,
-        own.conv3,
-        nn.ReLU(),
-        own.fconv,
-    )
-    torch.testing.assert_close(own(matrix), layers(matrix[None, None])[0, 0], atol=1e-6, rtol=1e-5)
+    own, matrix = make_comparator(), torch.rand(21, 30)
+    edges, relu, pool = nn.ReplicationPad2d(1), nn.ReLU(), nn.MaxPool2d(2, 2)
+    layers = [edges, own.conv1, relu, pool]
+    layers += [edges, own.conv2, relu, pool]
+    layers += [edges, own.conv3, relu, own.fconv]
+    expected = nn.Sequential(*layers)(matrix[None, None])[0, 0]
+    torch.testing.assert_close(own(matrix), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (3, 3), (2, 30), (30, 1)])
-def test_a_video_under_4_frames_counts_as_if_it_stood_still(shape):
+def test_videos_under_4_frames_repeat_their_last_frame(shape):
     matrix = torch.rand(shape)
-    index = [torch.arange(max(n, 4)).clamp(max=n - 1) for n in shape]
-    expected = network()(matrix[index[0]][:, index[1]])
-    torch.testing.assert_close(network()(matrix), expected)
+    rows, columns = (torch.arange(max(n, 4)).clamp(max=n - 1) for n in shape)
+    expected = make_comparator()(matrix[rows][:, columns])
+    torch.testing.assert_close(make_comparator()(matrix), expected)
+
+
+def test_parameters_are_named_and_shaped_as_released():
+    state = make_comparator().state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == SHAPES
 
 
 @pytest.mark.parametrize(
     "prefix", ["", "video_comparator.", "visil_head.video_comperator.", "module."]
 )
-def test_weights_load_alone_and_from_among_others(prefix, tmp_path):
-    state = {prefix + key: value for key, value in network().state_dict().items()}
+def test_load_comparator_finds_the_tensors_under_a_prefix(prefix, tmp_path):
+    state = {prefix + key: value for key, value in make_comparator().state_dict().items()}
     if prefix:
         state["attention.context_vector.weight"] = torch.zeros(1, 3840)
     torch.save(state, tmp_path / "comparator.pth")
     loaded = load_comparator(tmp_path / "comparator.pth")
-    frames = nn.functional.normalize(torch.randn(9, 16), dim=1).numpy()
-    expected = network()(torch.from_numpy(frames @ frames.T)).clamp(-1, 1).amax(1).mean()
-    assert similarity(frames, frames, "comparator", loaded) == pytest.approx(
-        float(expected), abs=1e-6
-    )
     assert not loaded.training
+    frames = nn.functional.normalize(torch.randn(9, 16), dim=1).numpy()
+    with torch.no_grad():
+        reduced = make_comparator()(torch.from_numpy(frames @ frames.T)).clamp(-1, 1)
+    expected = float(reduced.amax(1).mean())
+    assert similarity(frames, frames, "comparator", loaded) == pytest.approx(expected, abs=1e-6)
 
 
-def test_shapes_and_names_are_the_released_ones():
-    shapes = {key: tuple(value.shape) for key, value in network().state_dict().items()}
-    assert shapes == {
-        "conv1.weight": (32, 1, 3, 3),
-        "conv1.bias": (32,),
-        "conv2.weight": (64, 32, 3, 3),
-        "conv2.bias": (64,),
-        "conv3.weight": (128, 64, 3, 3),
-        "conv3.bias": (128,),
-        "fconv.weight": (1, 128, 1, 1),
-        "fconv.bias": (1,),
-    }
+PREFIX = "video_comparator."
 
 
-def test_files_that_do_not_fit_are_refused_by_what_does_not(tmp_path):
+@pytest.mark.parametrize(
+    "change, names",
+    [
+        ({"conv2.weight": torch.zeros(64, 16, 3, 3)}, r"video_comparator\.conv2\.weight;"),
+        ({"conv3.bias": None, "conv1.bias": None}, r"conv1\.bias, video.*conv3\.bias;"),
+    ],
+    ids=["another shape", "missing"],
+)
+def test_load_comparator_names_tensors_that_do_not_fit(change, names, tmp_path):
+    state = make_comparator().state_dict() | change
+    state = {PREFIX + key: value for key, value in state.items()}
+    torch.save(state, tmp_path / "comparator.pth")
+    with pytest.raises(InputError, match="comparator.pth.*" + names):
+        load_comparator(tmp_path / "comparator.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"transformer_encoder.layers.0.linear1.weight": torch.zeros(2, 2)}, torch.zeros(3), {}],
+    ids=["another model", "a tensor", "nothing"],
+)
+def test_load_comparator_refuses_another_model(content, tmp_path):
+    torch.save(content, tmp_path / "comparator.pth")
+    with pytest.raises(InputError, match="is it a video comparator's"):
+        load_comparator(tmp_path / "comparator.pth")
+
+
+def test_load_comparator_refuses_missing_and_unreadable_files(tmp_path):
     path = tmp_path / "comparator.pth"
-    state = {"video_comparator." + key: value for key, value in network().state_dict().items()}
-    for change, names in (
-        (
-            {"video_comparator.conv2.weight": torch.zeros(64, 16, 3, 3)},
-            r"video_comparator\.conv2\.weight;",
-        ),
-        (
-            {"video_comparator.conv3.bias": None, "video_comparator.conv1.bias": None},
-            r"conv1\.bias, video.*conv3\.bias;",
-        ),
-    ):
-        torch.save({**state, **change}, path)
-        with pytest.raises(InputError, match="comparator.pth.*" + names):
-            load_comparator(path)
-    for other in (
-        {"transformer_encoder.layers.0.linear1.weight": torch.zeros(2, 2)},
-        torch.zeros(3),
-    ):
-        torch.save(other, path)
-        with pytest.raises(InputError, match="is it a video comparator's"):
-            load_comparator(path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_comparator(path)
     path.write_bytes(np.arange(100).tobytes())
     with pytest.raises(InputError, match="comparator file .* cannot be read"):
         load_comparator(path)
-    with pytest.raises(InputError, match="does not exist"):
-        load_comparator(tmp_path / "none.pth")

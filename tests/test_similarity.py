@@ -1,13 +1,13 @@
-"""Every metric's table against a one-by-one NumPy loop, whatever the cut."""
+"""Every metric's table against a NumPy loop over pairs, for any cut into chunks."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import networkx
 import numpy as np
 import pytest
 import torch
+from helpers.commands import ROOT
 
 from retrieval import similarity as module
 from retrieval.comparator import VideoComparator
@@ -35,14 +35,14 @@ def similarity(query, target, metric):
     return module.similarity(query, target, metric, comparator=NETWORK)
 
 
-def unit(draw, *shape):
-    x = draw.normal(size=shape)
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def videos(seed, lengths):
-    draw = np.random.default_rng(seed)
-    return [unit(draw, T, D) for T in lengths]
+    rng = np.random.default_rng(seed)
+    return [unit(rng, T, D) for T in lengths]
 
 
 def descriptors(seed, n):
@@ -54,7 +54,7 @@ def chamfer(q, t):
 
 
 def dp(q, t, phi=10):
-    """Cell by cell, as the docstring's recurrence is written; similarities are clear of ties."""
+    """Cell by cell, as the recurrence is written; the similarities have no ties."""
     S = [[float(a.astype(float) @ b) for b in t] for a in q]
     cells, best = {}, -np.inf
     for i in range(len(q)):
@@ -62,18 +62,13 @@ def dp(q, t, phi=10):
             s = S[i][j]
             score, mismatches, weight = s, 0, 1
             if i and j:
-                came = [
-                    (
-                        cells[i - 1, j - 1][0] + s,
-                        cells[i - 1, j - 1][1],
-                        cells[i - 1, j - 1][2] + 1,
-                    ),
-                    (cells[i - 1, j][0] + s / 2, cells[i - 1, j][1] + 1, cells[i - 1, j][2] + 0.5),
-                    (cells[i, j - 1][0] + s / 2, cells[i, j - 1][1] + 1, cells[i, j - 1][2] + 0.5),
-                ]
-                step = max(came, key=lambda way: way[0])
-                if step[1] <= phi:
-                    score, mismatches, weight = step
+                score0, mismatches0, weight0 = cells[i - 1, j - 1]
+                steps = [(score0 + s, mismatches0, weight0 + 1)]
+                for score1, mismatches1, weight1 in (cells[i - 1, j], cells[i, j - 1]):
+                    steps.append((score1 + s / 2, mismatches1 + 1, weight1 + 0.5))
+                best_step = max(steps, key=lambda step: step[0])
+                if best_step[1] <= phi:
+                    score, mismatches, weight = best_step
             cells[i, j] = score, mismatches, weight
             best = max(best, score / max(len(q), weight))
     return best
@@ -151,14 +146,14 @@ def by_loop(metric, queries, targets):
     return np.array([[BY_LOOP[metric](q, t) for t in targets] for q in queries])
 
 
-def test_every_metric_has_an_oracle():
+def test_metrics_all_have_an_oracle():
     assert set(BY_LOOP) == set(METRICS)
 
 
 @pytest.mark.parametrize("lengths", SIDES.values(), ids=SIDES)
 @pytest.mark.parametrize("chunk_bytes", [1, 16, 100, 400, 2000, 256 << 20])
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_table_equals_the_loop_over_pairs_whatever_the_chunk(metric, chunk_bytes, lengths):
+def test_table_equals_the_loop_over_pairs_for_any_chunk(metric, chunk_bytes, lengths):
     queries, targets = sides(metric, lengths)
     table = similarity_table(queries, targets, metric, chunk_bytes=chunk_bytes)
     assert table.shape == (len(queries), len(targets)) and table.dtype == np.float32
@@ -166,7 +161,7 @@ def test_a_table_equals_the_loop_over_pairs_whatever_the_chunk(metric, chunk_byt
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_table_equals_the_function_of_one_pair(metric):
+def test_table_equals_the_similarity_of_each_pair(metric):
     queries, targets = sides(metric, SIDES["ragged"])
     table = similarity_table(queries, targets, metric, chunk_bytes=200)
     single = [[similarity(q, t, metric) for t in targets] for q in queries]
@@ -174,19 +169,19 @@ def test_a_table_equals_the_function_of_one_pair(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_many_random_shapes_and_cuts_agree_with_the_loop(metric):
-    draw = np.random.default_rng(0)
+def test_table_equals_the_loop_for_random_shapes_and_chunks(metric):
+    rng = np.random.default_rng(0)
     for _ in range(25):
-        lengths = [draw.integers(1, 12, draw.integers(1, 9)).tolist() for _ in range(2)]
+        lengths = [rng.integers(1, 12, rng.integers(1, 9)).tolist() for _ in range(2)]
         queries, targets = sides(metric, lengths)
-        table = similarity_table(queries, targets, metric, chunk_bytes=int(draw.integers(1, 3000)))
+        table = similarity_table(queries, targets, metric, chunk_bytes=int(rng.integers(1, 3000)))
         np.testing.assert_allclose(table, by_loop(metric, queries, targets), atol=1e-5)
 
 
-def test_chamfer_is_what_a_case_worked_by_hand_gives_and_is_not_symmetric():
+def test_chamfer_worked_by_hand_is_not_symmetric():
     a, b, diagonal = np.array([1.0, 0.0]), np.array([0.0, 1.0]), np.array([0.6, 0.8])
     query, target = np.stack([a, b]), np.stack([a, diagonal])
-    # query -> target: a finds a (1), b finds the diagonal (.8): .9; back: a finds a (1), the diagonal finds b (.8)
+    # The best match of a is a (1), that of b is the diagonal (.8).
     assert similarity(query, target, "chamfer") == pytest.approx(0.9)
     one = np.stack([a])
     assert similarity(one, target, "chamfer") == pytest.approx(1.0)
@@ -197,15 +192,13 @@ def test_chamfer_is_what_a_case_worked_by_hand_gives_and_is_not_symmetric():
 @pytest.mark.parametrize("metric", ["sym_chamfer", "cosine", "euclidean"])
 def test_symmetric_metrics_are_symmetric(metric):
     queries, targets = sides(metric, SIDES["ragged"])
-    table, back = (
-        similarity_table(queries, targets, metric),
-        similarity_table(targets, queries, metric),
-    )
+    table = similarity_table(queries, targets, metric)
+    back = similarity_table(targets, queries, metric)
     np.testing.assert_allclose(table, back.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", [metric for metric in METRICS if metric != "comparator"])
-def test_a_video_is_1_to_itself_and_nothing_is_more(metric):
+def test_similarity_of_a_video_with_itself_is_1_and_the_highest(metric):
     queries, _ = sides(metric, SIDES["ragged"])
     table = similarity_table(queries, queries, metric)
     np.testing.assert_allclose(np.diag(table), 1, atol=1e-5)
@@ -229,20 +222,20 @@ def test_float16_descriptors_are_compared_in_float32(metric):
         [x.astype(np.float16) for x in side] for side in sides(metric, SIDES["ragged"])
     )
     expected = by_loop(
-        metric, [q.astype(np.float32) for q in queries], [t.astype(np.float32) for t in targets]
+        metric, *([x.astype(np.float32) for x in side] for side in (queries, targets))
     )
     np.testing.assert_allclose(similarity_table(queries, targets, metric), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_inputs_stay_as_they_are(metric):
+def test_table_leaves_its_inputs_unchanged(metric):
     queries, targets = sides(metric, SIDES["ragged"])
     before = [x.copy() for x in (*queries, *targets)]
     similarity_table(queries, targets, metric)
     assert all(np.array_equal(x, y) for x, y in zip(before, (*queries, *targets), strict=True))
 
 
-def test_an_unknown_metric_is_refused_with_the_known_ones():
+def test_unknown_metric_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="'dice'.*cosine.*sym_chamfer"):
         similarity_table(descriptors(0, 1), descriptors(1, 1), "dice")
 
@@ -250,8 +243,8 @@ def test_an_unknown_metric_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_descriptor_that_is_not_finite_is_refused(metric, side, bad):
-    """Also where the odd frame is not the best match, which a maximum would hide."""
+def test_descriptors_not_finite_are_refused(metric, side, bad):
+    """Also in a frame that is nobody's best match, where a maximum would hide it."""
     both = sides(metric, SIDES["ragged"])
     if metric in FRAME_METRICS:
         both[side][2][-1, 3] = bad
@@ -263,30 +256,27 @@ def test_a_descriptor_that_is_not_finite_is_refused(metric, side, bad):
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("metric", FRAME_METRICS)
-def test_one_minus_infinity_is_refused_though_it_matches_nothing(metric, side):
+def test_minus_infinity_is_refused_though_it_matches_nothing(metric, side):
     both = [[np.abs(x) for x in side] for side in sides(metric, SIDES["ragged"])]
     both[side][2][-1, 3] = -np.inf
     with pytest.raises(InputError, match="infinity"):
         similarity_table(*both, metric)
 
 
-def test_metrics_of_one_level_share_a_pass_and_stacked_videos_serve_many():
+def test_packed_descriptors_serve_all_metrics_and_many_batches():
     queries, targets = sides("chamfer", SIDES["ragged"])
     single = {metric: similarity_table(queries, targets, metric) for metric in FRAME_METRICS}
-    stacked = pack_descriptors(queries, "chamfer")
+    packed = pack_descriptors(queries, "chamfer")
     batches = [targets[:3], pack_descriptors(targets[3:], "tn")]
-    parts = [
-        similarity_tables(stacked, batch, list(FRAME_METRICS), comparator=NETWORK, chunk_bytes=3000)
-        for batch in batches
-    ]
+    options = dict(comparator=NETWORK, chunk_bytes=3000)
+    parts = [similarity_tables(packed, batch, list(FRAME_METRICS), **options) for batch in batches]
     for metric, table in single.items():
-        np.testing.assert_allclose(
-            np.concatenate([part[metric] for part in parts], 1), table, atol=1e-5
-        )
+        joined = np.concatenate([part[metric] for part in parts], 1)
+        np.testing.assert_allclose(joined, table, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_no_targets_make_an_empty_table(metric):
+def test_table_without_targets_is_empty(metric):
     queries, _ = sides(metric, SIDES["ragged"])
     assert similarity_table(queries, [], metric).shape == (len(queries), 0)
 
@@ -295,31 +285,30 @@ def test_no_targets_make_an_empty_table(metric):
 def test_bfloat16_products_stay_close(metric):
     """8 bits: a similarity below 1 is off by at most 2**-9, and so are the descriptors' values."""
     queries, targets = sides(metric, SIDES["ragged"])
-    rounded, exact = (
-        similarity_table(queries, targets, metric, dtype=t) for t in (torch.bfloat16, torch.float32)
-    )
+    rounded = similarity_table(queries, targets, metric, dtype=torch.bfloat16)
+    exact = similarity_table(queries, targets, metric, dtype=torch.float32)
     assert not np.array_equal(rounded, exact)
-    if metric != "tn":  # whose threshold may see a node less
+    if metric != "tn":  # a node may fall below its threshold
         np.testing.assert_allclose(rounded, exact, atol=0.01)
 
 
-def test_bfloat16_of_what_it_holds_exactly_is_exact():
-    draw = np.random.default_rng(0)
+def test_bfloat16_is_exact_for_values_it_represents():
+    rng = np.random.default_rng(0)
     queries, targets = (
-        [draw.choice([-0.25, 0.25], (T, D)).astype(np.float32) for T in (3, 9, 1)] for _ in range(2)
+        [rng.choice([-0.25, 0.25], (T, D)).astype(np.float32) for T in (3, 9, 1)] for _ in range(2)
     )
     for metric in ("chamfer", "sym_chamfer", "dp"):
         table = similarity_table(queries, targets, metric, dtype=torch.bfloat16)
         np.testing.assert_allclose(table, similarity_table(queries, targets, metric), atol=1e-6)
 
 
-def test_the_comparator_without_weights_is_refused():
+def test_comparator_without_weights_is_refused():
     queries, targets = sides("comparator", SIDES["ragged"])
     with pytest.raises(InputError, match="^comparator needs weights: give --comparator FILE$"):
         module.similarity_table(queries, targets, "comparator")
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_descriptors_that_do_not_fit_are_refused():
     frames, video = sides("chamfer", SIDES["ragged"])[0], descriptors(1, 2)
     for queries, targets, metric, message in (
         (frames, video, "chamfer", r"\(T, D\) descriptors; these are \(16,\)"),
@@ -334,13 +323,14 @@ def test_what_cannot_be_compared_is_refused():
         similarity_tables(frames, frames, ["chamfer", "cosine"])
 
 
+# Prints how many bytes the peak of resident memory grows by.
 PEAK = """
 import resource, sys
 import numpy as np, torch
 torch.set_num_threads(1)
-from model import VideoComparator
-from similarity import similarity_tables, pack_descriptors
-metrics, length, videos, bound = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+from retrieval.comparator import VideoComparator
+from retrieval.similarity import pack_descriptors, similarity_tables
+metrics, length, videos, bound = sys.argv[1].split(","), *map(int, sys.argv[2:])
 network = VideoComparator(tile_bytes=1 << 20)
 x = np.full((length, 256), 1 / 16, np.float32)
 queries, targets = pack_descriptors([x] * (4000 // length), "chamfer"), [x] * videos
@@ -351,17 +341,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "metrics, length, videos",
     [("chamfer,sym_chamfer", 50, 300), ("sym_chamfer", 1, 3000), ("tn", 40, 60)],
 )
-def test_a_chunk_takes_no_more_memory_than_its_bound(metrics, length, videos):
-    """Peak resident memory of a process, over what it holds before; whole, their matrices take 1.5 to 7 times the bound."""
-    bound = 32 << 20
+def test_chunk_takes_no_more_memory_than_its_bound(metrics, length, videos):
+    """Peak resident memory beyond what the process holds before.
+
+    Uncut, the matrices of these cases take 1.5 to 7 times the bound.
+    """
+    bound, overhead = 32 << 20, 4 << 20  # of the allocator
     command = [sys.executable, "-c", PEAK, metrics, str(length), str(videos), str(bound)]
-    root = Path(module.__file__).parent
-    grown = int(
-        subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
-    )
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     tables = len(metrics.split(",")) * 4 * (4000 // length) * videos
-    assert grown < bound + tables + (4 << 20), "the bound, the tables, and the allocator's crumbs"
+    assert int(result.stdout) < bound + tables + overhead

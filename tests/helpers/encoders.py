@@ -1,4 +1,4 @@
-"""Small encoders with known weights, batches for them, and descriptors computed one video at a time."""
+"""Small encoders, batches for them, and descriptors computed one video at a time."""
 
 import torch
 
