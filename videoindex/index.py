@@ -1,22 +1,25 @@
-"""Search your own videos as a library: `VideoIndex`.
+"""Search your own videos, as a library.
 
-from search import VideoIndex
+    from videoindex.index import VideoIndex
 
-index = VideoIndex("holiday.index")           # opened, or made with the shipped model at the first `add`
-index.add(["holiday/", "film.mp4"])           # files and folders; what is unchanged is passed over
-for match in index.query("clip.mp4", top=5):  # Match(path, score, stretches in seconds of both, ...)
-    print(f"{match.score:.3f}", match.path, match.stretches)
-groups = index.duplicates()                   # which videos share material
-index.save()                                  # fill holes, keep the trained FAISS index; `add` has saved all else
-index = VideoIndex.load("holiday.index")      # must be there
+    index = VideoIndex("holiday.index")           # opened, or created by the first `add`
+    index.add(["holiday/", "film.mp4"])           # files and folders; unchanged files are skipped
+    for match in index.query("clip.mp4", top=5):  # Match(path, score, segments in seconds, ...)
+        print(f"{match.score:.3f}", match.path, match.segments)
+    groups = index.duplicates()                   # which videos share material
+    index.save()                                  # fill holes, store a trained FAISS index
+    index = VideoIndex.load("holiday.index")      # it must exist
+
+`add` and `remove` store what they do at once; `save` is needed for neither.
 """
 
 import os
-import stat
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -25,470 +28,450 @@ from scipy.sparse.csgraph import connected_components
 from retrieval.alignment import align
 from retrieval.similarity import FRAME_METRICS, similarity_table
 from utils import InputError, file_sha256
-from videoindex.nearest import Nearest
-from videoindex.pipeline import EncodedVideo, Model, calibration_folder, read_calibration
-from videoindex.store import Store
+from videoindex.nearest import NearestVideos
+from videoindex.pipeline import EncodedVideo, Pipeline, calibration_folder, read_calibration
+from videoindex.results import Group, IndexUpdate, Link, Match, TimeSegment
+from videoindex.sources import find_files, vanished_files
+from videoindex.store import Content, IndexStore, KnownFile
 
-METRIC = (
-    "tn"  # the best of the frame-level measures on the demo, in mAP and in recall at 99 % precision
-)
-METRICS = [
-    name for name in FRAME_METRICS if name != "comparator"
-]  # which needs a network of its own
-SHORTLIST = 500  # videos compared frame by frame; on the demo 100 of 460 cost three points of mAP
-CHUNK = 128  # new files that are hashed, then extracted, together
-
-
-class Place(NamedTuple):
-    """Where two videos match, in seconds of each: [query_start, query_end) shows what [start, end) of the found one does."""
-
-    query_start: float
-    query_end: float
-    start: float
-    end: float
-    similarity: float  # mean of the matched frames
-
-
-@dataclass
-class Match:
-    """A video of the index that answers a query.
-
-    score: frame-level similarity, 1 for the video itself; similarity: of the video descriptors, by which it was shortlisted;
-    also: other files of the very same content; content: its number in the index.
-    """
-
-    path: str
-    score: float
-    similarity: float
-    seconds: float
-    content: int
-    also: list = field(default_factory=list)
-    stretches: list = field(default_factory=list)
-
-
-class Link(NamedTuple):
-    """Two contents of a group that share material; stretches: Places, `a` as the query."""
-
-    a: int
-    b: int
-    score: float
-    stretches: list
-
-
-@dataclass
-class Group:
-    """Videos that hang together: files {content: [paths]}, seconds {content: s}, and the links between contents."""
-
-    files: dict
-    seconds: dict
-    links: list
-
-    @property
-    def paths(self):
-        return [path for paths in self.files.values() for path in paths]
-
-
-@dataclass
-class IndexUpdate:
-    """What `add` did, in files. same_content: known under another name, so nothing had to be extracted."""
-
-    added: int = 0
-    replaced: int = 0
-    same_content: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    failed: list = field(default_factory=list)  # [(path, reason)]
+# On the demo tn is the best frame-level measure, in mAP and in recall at 99 % precision.
+METRIC = "tn"
+METRICS = [name for name in FRAME_METRICS if name != "comparator"]  # that needs a network
+SHORTLIST = 500  # videos compared frame by frame; 100 of the demo's 460 cost 3 points of mAP
+CHUNK = 128  # new files that are hashed, then encoded, together
+NO_THRESHOLD = -2.0  # below every score
+MAX_HOLES = 0.5  # the share of holes above which an index is compacted
 
 
 class VideoIndex:
-    """Videos to be searched, in a folder. Options are the model's (search_model.DEFAULTS), `device` and `workers`.
+    """An index of videos, in a folder.
 
-    model: a `Model` that is there already, instead of options. index_type: a FAISS factory string for the video descriptors,
-    remembered; by default what the index remembers, or Flat.
-    Raises InputError where the index was made by another model than the options name.
+    Args:
+        folder: opened if it holds an index; otherwise the first `add` creates one.
+        index_type: a FAISS factory string for the window descriptors. It is stored; by default
+            what was stored, or Flat.
+        device, workers: see Pipeline.
+        pipeline: one that exists already, instead of options.
+        options: those of the Pipeline. An index remembers them.
+
+    Raises:
+        InputError: if the index was made by another model than the options name.
     """
 
-    def __init__(self, folder, index_type=None, device=None, workers=None, model=None, **options):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        index_type: str | None = None,
+        device: str | None = None,
+        workers: int | None = None,
+        pipeline: Pipeline | None = None,
+        **options: Any,
+    ):
         self.folder, self.index_type = Path(folder), index_type
-        self._device, self._workers, self._options = device, workers, options
-        self._model, self._nearest = model, None
-        self.store = Store(folder) if (self.folder / "index.db").exists() else None
-        if self.store and (model or any(value is not None for value in options.values())):
-            self._refuse_another(
-                self.store.settings["identity"], self.model.identity
-            )  # now, and not after an hour
+        self._device, self._workers = device, workers
+        self._options = {name: value for name, value in options.items() if value is not None}
+        self._pipeline = pipeline
+        self._nearest: NearestVideos | None = None
+        self.store: IndexStore | None = None
+        if (self.folder / "index.db").exists():
+            self.store = IndexStore(folder)
+            if pipeline or self._options:
+                self._check_identity(self.pipeline)  # now, not after an hour of work
 
     @classmethod
-    def load(cls, folder, **options):
-        """The index in `folder`; InputError when there is none."""
-        Store(folder)
+    def load(cls, folder: str | os.PathLike, **options: Any) -> "VideoIndex":
+        """Open the index in `folder`; raises InputError if there is none."""
+        IndexStore(folder)
         return cls(folder, **options)
 
     @property
-    def model(self):
-        """The Model that made the index, or is to make it."""
-        if self._model is None:
-            kept = self.store.settings["options"] if self.store else {}
-            given = {name: value for name, value in self._options.items() if value is not None}
-            self._model = Model(self._device, self._workers, **(kept | given))
-            if self.store:  # the files that its options name may have changed since
-                self._refuse_another(self.store.settings["identity"], self._model.identity)
-        return self._model
+    def pipeline(self) -> Pipeline:
+        """The Pipeline that made the index, or will make it."""
+        if self._pipeline is None:
+            stored = self.store.settings["options"] if self.store else {}
+            self._pipeline = Pipeline(self._device, self._workers, **(stored | self._options))
+            if self.store:  # the files that the options name may have changed since
+                self._check_identity(self._pipeline)
+        return self._pipeline
 
-    def _refuse_another(self, made_by, here):
-        for part in made_by:
-            if made_by[part] != here.get(part):
+    def _check_identity(self, pipeline):
+        for part, value in self.store.settings["identity"].items():
+            other = pipeline.identity.get(part)
+            if other != value:
                 raise InputError(
-                    f"index {str(self.folder)!r} was made with {part} {made_by[part]!r}, this model has {here.get(part)!r};"
-                    " use the model that made it, or make another index"
+                    f"index {str(self.folder)!r} was made with {part} {value!r}, this model has"
+                    f" {other!r}; use the model that made it, or make another index"
                 )
 
     @property
-    def calibration(self):
-        """Threshold, radius, metric and alignment as measured for this model (calibrate.py), or {}.
+    def calibration(self) -> dict[str, Any]:
+        """What calibrate.py measured for this model: threshold, radius, metric, align; or {}.
 
-        What stands beside the model's files now, or what stood there when the index was made.
+        Read from beside the model's files, or as it was there when the index was made.
         """
         if self.store is None:
             return {}
         settings = self.store.settings
-        return (
-            read_calibration(calibration_folder(settings["options"]), settings["identity"])
-            or settings["calibration"]
-        )
+        current = read_calibration(calibration_folder(settings["options"]), settings["identity"])
+        return current or settings["calibration"]
 
     @property
-    def fps(self):
+    def fps(self) -> Fraction:
+        """Frame descriptors a second."""
         return Fraction(self.store.settings["identity"]["fps"])
 
-    def __len__(self):
-        """The files in the index."""
-        return (
-            self.store.db.execute("SELECT count(*) FROM files").fetchone()[0] if self.store else 0
-        )
+    @property
+    def nearest(self) -> NearestVideos:
+        """The FAISS index of the current contents."""
+        if self._nearest is None:
+            index_type = self.index_type or self.store.settings["index_type"]
+            self._nearest = NearestVideos(self.store, index_type)
+        return self._nearest
 
-    # --- filling -----------------------------------------------------------------------------------------------------
+    def __len__(self) -> int:
+        """The number of files in the index."""
+        return self.store.num_files() if self.store else 0
 
-    def add(self, sources, prune=False, done=lambda path, reason: None):
-        """Bring the index up to date with files and folders; returns `IndexUpdate`.
+    # --- adding and removing --------------------------------------------------------------------
 
-        Every video is safe in the index as soon as it is through, so a killed call goes on where it was. A changed file
-        replaces its old entry; one that cannot be read is reported and keeps it. prune: forget files in these folders that are
-        no longer there. done(path, reason) is called for each file that is through, reason "" for success.
+    def add(
+        self,
+        sources: Iterable[str | os.PathLike],
+        prune: bool = False,
+        on_file: Callable[[str, str], None] = lambda path, reason: None,
+    ) -> IndexUpdate:
+        """Bring the index up to date with files and folders.
+
+        Every video is stored as soon as it is encoded, so a killed call can simply be repeated. A
+        changed file replaces its old entry. A file that cannot be read is reported and keeps its
+        entry.
+
+        Args:
+            prune: forget files of these folders that no longer exist.
+            on_file: called as on_file(path, reason) when a file is finished; "" means success.
         """
-        found, failed = walk(sources, self.folder)
+        sources = list(sources)
+        found, failed = find_files(sources, self.folder)
         if self.store is None and not found:
             raise InputError(
                 f"nothing to index: {failed[0][0]!r}: {failed[0][1]}"
                 if failed
-                else "nothing to index: no video there"
+                else "nothing to index: no video in these folders"
             )
-        self._create()
-        changes = IndexUpdate(failed=list(failed))
+        self._open_store()
+        outcome = _Outcome(on_file)
         for path, reason in failed:
-            done(path, reason)
+            outcome.failed(path, reason)
         with self.store.writing():
             self._nearest = None
-            known = self.store.known()
-            news = []
-            for path, size, mtime in found:
-                if known.get(path, [None])[:2] == [size, mtime]:
-                    changes.unchanged += 1
+            known = outcome.known = self.store.known_files()
+            changed = []
+            for file in found:
+                if file.path in known and known[file.path].unchanged(file.size, file.mtime):
+                    outcome.update.unchanged += 1
                 else:
-                    news.append((path, size, mtime))
-            for start in range(0, len(news), CHUNK):
-                self._add_chunk(news[start : start + CHUNK], known, changes, done)
+                    changed.append(file)
+            for start in range(0, len(changed), CHUNK):
+                self._add_files(changed[start : start + CHUNK], outcome)
             if prune:
-                changes.removed = self.store.remove(missing(known, sources, found, failed))
-            self._tidy()
-        return changes
+                vanished = vanished_files(known, sources, found, failed)
+                outcome.update.removed = self.store.remove(vanished)
+            self._compact_if_sparse()
+        return outcome.update
 
-    def _create(self):
+    def _open_store(self):
+        """Create the store of a new index, or store a new index type."""
         if self.store is None:
-            model = self.model
+            pipeline = self.pipeline
             settings = {
-                "identity": model.identity,
-                "options": model.given,
-                "calibration": model.calibration,
+                "identity": pipeline.identity,
+                "options": pipeline.given,
+                "calibration": pipeline.calibration,
                 "index_type": self.index_type or "Flat",
-                "versions": versions(),
+                "versions": package_versions(),
             }
-            self.store = Store.create(self.folder, model.identity["size"], settings)
+            self.store = IndexStore.create(self.folder, pipeline.identity["size"], settings)
         elif self.index_type and self.index_type != self.store.settings["index_type"]:
             with self.store.writing():
-                self.store.set(index_type=self.index_type)
+                self.store.update_settings(index_type=self.index_type)
 
-    def _add_chunk(self, news, known, changes, done):
-        """Hash new files, link those whose content is here, describe and put the others."""
-        waiting = {}  # sha256: [(path, size, mtime)]
-        for path, size, mtime in news:
+    def _add_files(self, files, outcome):
+        """Link the files whose content is stored already; encode and store the others."""
+        by_digest = {}  # of new content: {sha256: [FileEntry]}
+        for file in files:
             try:
-                digest = file_sha256(path)
+                digest = file_sha256(file.path)
             except OSError as error:
-                self._fail(path, error.strerror, changes, done)
+                outcome.failed(file.path, error.strerror)
                 continue
-            if self.store.link(digest, [(path, size, mtime)]):
-                self._count([path], known, changes, done, linked=True)
+            if self.store.link_files(digest, [file]):
+                outcome.stored([file], linked=True)
             else:
-                waiting.setdefault(digest, []).append((path, size, mtime))
-        by_path = {files[0][0]: (digest, files) for digest, files in waiting.items()}
-        for described in self.model.describe(by_path) if by_path else ():
-            digest, files = by_path[str(described.path)]
-            if described.reason:
-                for path, _, _ in files:
-                    self._fail(path, described.reason, changes, done)
-                continue
-            self.store.put(digest, described, files)
-            self._count([path for path, _, _ in files], known, changes, done)
-
-    @staticmethod
-    def _fail(path, reason, changes, done):
-        changes.failed.append((path, reason))
-        done(path, reason)
-
-    @staticmethod
-    def _count(paths, known, changes, done, linked=False):
-        for i, path in enumerate(paths):
-            if path in known:
-                changes.replaced += 1
-            elif linked or i:
-                changes.same_content += 1
+                by_digest.setdefault(digest, []).append(file)
+        if not by_digest:
+            return
+        # Of files with the same content, the first is encoded.
+        digests = {same[0].path: digest for digest, same in by_digest.items()}
+        for video in self.pipeline.encode_videos(digests):
+            digest = digests[str(video.path)]
+            if video.reason:
+                for file in by_digest[digest]:
+                    outcome.failed(file.path, video.reason)
             else:
-                changes.added += 1
-            done(path, "")
+                self.store.add_content(digest, video, by_digest[digest])
+                outcome.stored(by_digest[digest])
 
-    def remove(self, paths):
-        """Forget files, and all files in folders, whether they still exist or not. Returns (how many, paths not known)."""
-        known = list(self.store.known())
-        gone, strange = set(), []
+    def remove(self, paths: Iterable[str | os.PathLike]) -> tuple[int, list[str]]:
+        """Forget files, and all files in folders; they need not exist any more.
+
+        Returns:
+            the number of files, and those of `paths` that the index does not know.
+        """
+        known = list(self.store.known_files())
+        chosen, unknown_paths = set(), []
         for path in map(os.path.abspath, paths):
-            inside = [one for one in known if one == path or one.startswith(os.path.join(path, ""))]
-            gone.update(inside)
+            prefix = os.path.join(path, "")
+            inside = [name for name in known if name == path or name.startswith(prefix)]
+            chosen.update(inside)
             if not inside:
-                strange.append(path)
+                unknown_paths.append(path)
         with self.store.writing():
             self._nearest = None
-            count = self.store.remove(gone)
-            self._tidy()
-        return count, strange
+            count = self.store.remove(chosen)
+            self._compact_if_sparse()
+        return count, unknown_paths
 
-    def _tidy(self):
-        """Fill holes when they outgrow what is there: so on average a video is rewritten once at most."""
-        if self.store.holes() > 0.5:
+    def _compact_if_sparse(self):
+        """Compact when holes outgrow the data, so that a video is rewritten about once at most."""
+        if self.store.hole_share() > MAX_HOLES:
             self.store.compact()
 
-    def save(self):
-        """Fill the holes that removal left, and keep the trained FAISS index, so that loading need not build it."""
+    def save(self) -> None:
+        """Fill the holes that removal left, and store the trained FAISS index."""
         with self.store.writing():
-            if self.store.holes() > 0:
+            if self.store.hole_share() > 0:
                 self._nearest = None
                 self.store.compact()
             self.nearest.save()
 
-    # --- asking ------------------------------------------------------------------------------------------------------
+    # --- querying -------------------------------------------------------------------------------
 
-    @property
-    def nearest(self):
-        if self._nearest is None:
-            self._nearest = Nearest(
-                self.store, self.index_type or self.store.settings["index_type"]
-            )
-        return self._nearest
+    def encode_clips(self, clips: Iterable[str | os.PathLike]) -> Iterator[EncodedVideo]:
+        """Yield an EncodedVideo for each of the files, as they are finished.
 
-    def describe(self, clips):
-        """Yield a `EncodedVideo` for each of the files `clips`, as they are finished; those without numbers have a `reason`."""
-        good = []
+        Those that cannot be encoded have a `reason`.
+        """
+        existing = []
         for clip in clips:
             if os.path.isdir(clip):
                 yield EncodedVideo(Path(clip), "it is a folder; name video files")
             elif not os.path.exists(clip):
-                yield EncodedVideo(Path(clip), "it is not there; check the path")
+                yield EncodedVideo(Path(clip), "it does not exist; check the path")
             else:
-                good.append(clip)
-        if good:
-            yield from self.model.describe(good)
+                existing.append(clip)
+        if existing:
+            yield from self.pipeline.encode_videos(existing)
 
-    def query(self, clip, top=10, threshold=None, shortlist=SHORTLIST, metric=None, places=True):
-        """The videos most like `clip`, a file or a `EncodedVideo`: a list of `Match`, best first.
+    def query(
+        self,
+        clip: str | os.PathLike | EncodedVideo,
+        top: int = 10,
+        threshold: float | None = None,
+        shortlist: int = SHORTLIST,
+        metric: str | None = None,
+        with_segments: bool = True,
+    ) -> list[Match]:
+        """The videos most similar to `clip`, best first; ties in the order of adding.
 
-        The `shortlist` nearest by video descriptors (`top`, if that is more) are ranked by the frame-level `metric`
-        (calibrated: the default); of those that reach `threshold` (default: the calibrated one; all, where there is none) the
-        first `top` are returned, with their matching stretches unless `places` is off. Ties go by the order of adding.
+        The `shortlist` nearest by window descriptors (`top`, if that is more) are ranked by the
+        frame-level `metric`.
+
+        Args:
+            top: the most matches to return.
+            threshold: the lowest score to return; by default the calibrated one, or none.
+            metric: one of METRICS; by default the calibrated one, or METRIC.
+            with_segments: find where the videos match; off saves time.
         """
-        described = clip if isinstance(clip, EncodedVideo) else next(iter(self.describe([clip])))
-        if described.reason:
-            raise InputError(f"clip {str(clip)!r}: {described.reason}")
-        metric = known_metric(metric or self.calibration.get("metric", METRIC))
-        threshold = self.calibration.get("threshold", -2.0) if threshold is None else threshold
-        near = sorted(
-            self.nearest.search(described.pieces, max(shortlist, top))
-        )  # in the order in which they were added
-        if not near:
+        video = clip
+        if not isinstance(clip, EncodedVideo):
+            video = next(iter(self.encode_clips([clip])))
+        if video.reason:
+            raise InputError(f"clip {str(clip)!r}: {video.reason}")
+        metric = self._choose_metric(metric)
+        if threshold is None:
+            threshold = self.calibration.get("threshold", NO_THRESHOLD)
+
+        nearest = self.nearest.search(video.window_descriptors, max(shortlist, top))
+        nearest = sorted(nearest)  # by number, which is the order of adding
+        if not nearest:
             return []
-        rows = [self.store.content(number) for number, _ in near]
-        scores = similarity_table(
-            [unit(described.frames)], [unit(self.store.frames(row)) for row in rows], metric
-        )[0]
+        contents = [self.store.content(number) for number, _ in nearest]
+        scores = self._scores(video.frame_descriptors, contents, metric)  # (N,)
         matches = []
         for i in np.argsort(-scores, kind="stable")[:top]:
             if scores[i] < threshold:
                 break
-            row = rows[i]
-            path, *also = self.store.paths(row["id"])
-            found = self.places(described.frames, described.seconds, row) if places else []
-            score = min(float(scores[i]), 1.0)
-            matches.append(Match(path, score, near[i][1], row["seconds"], row["id"], also, found))
+            content, similarity = contents[i], nearest[i][1]
+            segments = []
+            if with_segments:
+                segments = self.find_segments(video.frame_descriptors, video.seconds, content)
+            path, *same_content_paths = self.store.paths(content.id)
+            match = Match(
+                path=path,
+                score=min(float(scores[i]), 1.0),
+                similarity=similarity,
+                seconds=content.seconds,
+                content=content.id,
+                same_content_paths=same_content_paths,
+                segments=segments,
+            )
+            matches.append(match)
         return matches
 
-    def places(self, frames, seconds, row):
-        """The matching stretches of frames (Tq, D) of a video of `seconds` and a content: list of `Place`, best first."""
-        fps, out = float(self.fps), []
-        for found in align(self.matrix(frames, row), **self.calibration.get("align", {})):
-            ends = min(found.query_end / fps, seconds), min(found.target_end / fps, row["seconds"])
-            out.append(
-                Place(
-                    found.query_start / fps,
-                    ends[0],
-                    found.target_start / fps,
-                    ends[1],
-                    found.similarity,
-                )
+    def _choose_metric(self, metric):
+        metric = metric or self.calibration.get("metric", METRIC)
+        if metric not in METRICS:
+            raise InputError(
+                f"metric {metric!r} cannot rank here; choose from {', '.join(METRICS)}"
             )
-        return out
+        return metric
 
-    def matrix(self, frames, row):
-        """Frame similarities (Tq, Tt) float32 of frames (Tq, D) with a content."""
-        return unit(frames) @ unit(self.store.frames(row)).T
+    def _scores(self, frames, contents, metric):
+        """Frame-level similarities (N,) of a video's frames (T, D) with N contents."""
+        targets = [l2_normalise(self.store.frame_descriptors(content)) for content in contents]
+        return similarity_table([l2_normalise(frames)], targets, metric)[0]
 
-    def duplicates(self, threshold=None, radius=None, metric=None):
-        """Groups of videos that share material, the largest first: list of `Group`.
+    def find_segments(
+        self, frames: np.ndarray, seconds: float, content: Content
+    ) -> list[TimeSegment]:
+        """The segments that a video shares with a content, best first.
 
-        Pairs come from a FAISS range search among video descriptors (similarity at least `radius`) and are kept where the
-        frame-level similarity reaches `threshold`; the shorter video asks. Files of one content are a group of their own
-        accord. Defaults as calibrated (the threshold is stricter than a query's, for groups grow by their weakest link);
-        InputError where nothing is.
+        Args:
+            frames: the video's frame descriptors (T, D).
+            seconds: how long the video plays.
         """
-        metric = known_metric(metric or self.calibration.get("metric", METRIC))
+        fps = float(self.fps)
+        matrix = self.frame_similarities(frames, content)
+        segments = []
+        for found in align(matrix, **self.calibration.get("align", {})):  # in frames
+            segment = TimeSegment(
+                query_start=found.query_start / fps,
+                query_end=min(found.query_end / fps, seconds),
+                target_start=found.target_start / fps,
+                target_end=min(found.target_end / fps, content.seconds),
+                similarity=found.similarity,
+            )
+            segments.append(segment)
+        return segments
+
+    def frame_similarities(self, frames: np.ndarray, content: Content) -> np.ndarray:
+        """The similarities (Tq, Tt) float32 of frame descriptors (Tq, D) with a content's."""
+        return l2_normalise(frames) @ l2_normalise(self.store.frame_descriptors(content)).T
+
+    # --- duplicates -----------------------------------------------------------------------------
+
+    def duplicates(
+        self,
+        threshold: float | None = None,
+        radius: float | None = None,
+        metric: str | None = None,
+    ) -> list[Group]:
+        """Groups of videos that share material, the largest first.
+
+        FAISS finds the pairs whose window descriptors are similar. A pair is linked if the
+        frame-level similarity, with the shorter video as the query, reaches the threshold. Files
+        with identical content always form a group.
+
+        Args:
+            threshold: the lowest score that links a pair. The calibrated one, the default, is
+                stricter than a query's: one wrong link joins two groups.
+            radius: the lowest similarity of window descriptors; by default the calibrated one.
+            metric: as for `query`.
+
+        Raises:
+            InputError: if the model is not calibrated, and threshold or radius is missing.
+        """
+        metric = self._choose_metric(metric)
         threshold = self.calibration.get("copies_threshold") if threshold is None else threshold
         radius = self.calibration.get("radius") if radius is None else radius
         if threshold is None or radius is None:
             raise InputError("this index's model is not calibrated; give --threshold and --radius")
-        pairs = {}  # the shorter video's content: the others
-        lengths = dict(self.store.db.execute("SELECT id, frames FROM contents"))
-        for a, b in self.nearest.range_search(radius):
-            short, long = sorted((a, b), key=lambda number: (lengths[number], number))
-            pairs.setdefault(short, []).append(long)
-        links = [
-            link
-            for short, others in pairs.items()
-            for link in self._links(short, others, threshold, metric)
-        ]
-        return self._groups(links)
+        lengths = self.store.frame_counts()
+        candidates = {}  # {shorter content: [longer contents]}
+        for pair in self.nearest.range_search(radius):
+            shorter, longer = sorted(pair, key=lambda number: (lengths[number], number))
+            candidates.setdefault(shorter, []).append(longer)
+        links = []
+        for shorter, longer in candidates.items():
+            links += self._find_links(shorter, longer, threshold, metric)
+        return self._connected_groups(links)
 
-    def _links(self, number, others, threshold, metric):
-        row, rows = self.store.content(number), [self.store.content(other) for other in others]
-        frames = self.store.frames(row)
-        scores = similarity_table(
-            [unit(frames)], [unit(self.store.frames(other)) for other in rows], metric
-        )[0]
-        for other, score in zip(rows, scores.tolist(), strict=True):
+    def _find_links(self, number, others, threshold, metric):
+        """The links of a content, by number, with those of the others that reach the threshold."""
+        content = self.store.content(number)
+        contents = [self.store.content(other) for other in others]
+        frames = self.store.frame_descriptors(content)
+        scores = self._scores(frames, contents, metric).tolist()
+        links = []
+        for other, score in zip(contents, scores, strict=True):
             if score >= threshold:
-                yield Link(
-                    number, other["id"], min(score, 1.0), self.places(frames, row["seconds"], other)
-                )
+                segments = self.find_segments(frames, content.seconds, other)
+                links.append(Link(number, other.id, min(score, 1.0), segments))
+        return links
 
-    def _groups(self, links):
-        """Connected components of the links, and contents of several files."""
-        copied = "SELECT content FROM files GROUP BY content HAVING count(*) > 1"
-        contents = {number for link in links for number in link[:2]} | {
-            number for (number,) in self.store.db.execute(copied)
-        }
-        if not contents:
+    def _connected_groups(self, links):
+        """The connected components of the links, and the contents that several files have."""
+        numbers = self.store.shared_contents()
+        for link in links:
+            numbers |= {link.a, link.b}
+        if not numbers:
             return []
-        order = {number: i for i, number in enumerate(sorted(contents))}
-        ends = np.array([[order[link.a], order[link.b]] for link in links], int).reshape(-1, 2).T
-        graph = coo_array((np.ones(len(links)), ends), shape=(len(order),) * 2)
-        labels = connected_components(graph, directed=False)[1]
-        groups = [Group({}, {}, []) for _ in range(labels.max() + 1)]
-        for number, i in order.items():
-            groups[labels[i]].files[number] = self.store.paths(number)
-            groups[labels[i]].seconds[number] = self.store.content(number)["seconds"]
+        node_of = {number: node for node, number in enumerate(sorted(numbers))}
+        edges = [(node_of[link.a], node_of[link.b]) for link in links]
+        ends = np.array(edges, int).reshape(-1, 2).T  # (2, edges)
+        graph = coo_array((np.ones(len(links)), ends), shape=(len(node_of), len(node_of)))
+        count, labels = connected_components(graph, directed=False)
+
+        groups = [Group() for _ in range(count)]
+        for number, node in node_of.items():
+            group = groups[labels[node]]
+            group.files[number] = self.store.paths(number)
+            group.seconds[number] = self.store.content(number).seconds
         for link in sorted(links, key=lambda link: -link.score):
-            groups[labels[order[link.a]]].links.append(link)
+            groups[labels[node_of[link.a]]].links.append(link)
         return sorted(groups, key=lambda group: -len(group.paths))
 
 
-def known_metric(name):
-    if name not in METRICS:
-        raise InputError(f"metric {name!r} cannot rank here; choose from {', '.join(METRICS)}")
-    return name
+@dataclass
+class _Outcome:
+    """Counts what became of each file of one `add`, and calls `on_file`."""
+
+    on_file: Callable[[str, str], None]
+    known: dict[str, KnownFile] = field(default_factory=dict)  # before the update
+    update: IndexUpdate = field(default_factory=IndexUpdate)
+
+    def failed(self, path, reason):
+        self.update.failed.append((path, reason))
+        self.on_file(path, reason)
+
+    def stored(self, files, linked=False):
+        """Count files of one content; `linked`: the index had it before."""
+        for i, file in enumerate(files):
+            if file.path in self.known:
+                self.update.replaced += 1
+            elif linked or i:
+                self.update.same_content += 1
+            else:
+                self.update.added += 1
+            self.on_file(file.path, "")
 
 
-def unit(x):
-    """Rows of x as float32 of unit length: half precision has rounded them."""
+def l2_normalise(x: np.ndarray) -> np.ndarray:
+    """The rows of x as float32 of unit length, which half precision has rounded."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def versions():
-    """The packages that decide the numbers in an index."""
-    from importlib.metadata import version
-
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that decide the numbers in an index."""
     return {name: version(name) for name in ("torch", "av", "numpy", "faiss-cpu")}
-
-
-def walk(sources, index_folder):
-    """The files to index: [(absolute path, bytes, mtime in ns)], and [(path, reason)] of what cannot be looked into.
-
-    A file that is named is taken whatever its suffix; folders are searched as extract_features.py does (no hidden files, no
-    suffix that is surely no video, links followed), but each is entered once, by whatever paths it is reached.
-    """
-    from features.listing import NON_VIDEO_SUFFIXES
-
-    found, failed, entered = {}, [], {inode(index_folder)} if os.path.isdir(index_folder) else set()
-
-    def take(path):
-        try:
-            facts = os.stat(path)
-            if not stat.S_ISREG(facts.st_mode):
-                raise OSError(0, "it is no regular file")
-            found[path] = (path, facts.st_size, facts.st_mtime_ns)
-        except OSError as error:
-            failed.append((path, error.strerror))
-
-    def walk_folder(folder):
-        def complain(error):
-            failed.append((error.filename, error.strerror))
-
-        for top, folders, files in os.walk(folder, followlinks=True, onerror=complain):
-            if inode(top) in entered:
-                folders.clear()
-                continue
-            entered.add(inode(top))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                if not name.startswith(".") and Path(name).suffix.lower() not in NON_VIDEO_SUFFIXES:
-                    take(os.path.join(top, name))
-
-    for source in map(os.path.abspath, sources):
-        walk_folder(source) if os.path.isdir(source) else take(source)
-    return list(found.values()), failed
-
-
-def missing(known, sources, found, failed):
-    """The files of `known` in the folders `sources` that `walk` did not meet; not where it could not look."""
-    inside = tuple(
-        os.path.join(os.path.abspath(source), "") for source in sources if os.path.isdir(source)
-    )
-    shut = tuple(os.path.join(path, "") for path, _ in failed)
-    there = {path for path, _, _ in found} | {path for path, _ in failed}
-    return [
-        path
-        for path in known
-        if path not in there and path.startswith(inside) and not path.startswith(shut)
-    ]
-
-
-def inode(path):
-    facts = os.stat(path)
-    return facts.st_dev, facts.st_ino

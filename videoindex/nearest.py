@@ -1,124 +1,158 @@
-"""The nearest videos of an index by FAISS."""
+"""The nearest videos of an index, by FAISS over its window descriptors."""
 
 import hashlib
+from collections.abc import Iterator
 
 import faiss
 import numpy as np
 
 import utils
 from utils import InputError
-from videoindex.store import BLOCK, one_line
+from videoindex.store import IndexStore, database_errors
+
+BLOCK = 65536  # rows handled at a time
+TRAINING_ROWS = 4 * BLOCK  # about how many descriptors an index is trained on
+MAX_NEIGHBOURS = 100  # of a window, if FAISS has no range search for the kind of index
 
 
-class Nearest:
-    """The video descriptors of a Store in a FAISS index, by inner product. index_type: a FAISS factory string.
+class NearestVideos:
+    """The window descriptors of a store in a FAISS index, by inner product.
 
-    Flat is filled at load. Others are trained on the descriptors once, and kept in the folder where `save` is called; what
-    was added since is put in at load.
+    A Flat index is filled when it is opened. Other types are trained once, and stored in the
+    folder by `save`; what was added to the store since then is added when they are opened.
+
+    Args:
+        index_type: a FAISS factory string.
     """
 
-    def __init__(self, store, index_type="Flat"):
+    def __init__(self, store: IndexStore, index_type: str = "Flat"):
         self.store, self.index_type = store, index_type
-        self.owners, videos = store.owners(), store.videos()
+        self.owners = store.window_owners()
         tag = hashlib.sha256(index_type.encode()).hexdigest()[:8]
         self.path = store.folder / f"ann-{store.settings['generation']}-{tag}.faiss"
-        self.index = self._saved() or trained(index_type, videos)
-        for start in range(self.index.ntotal, len(videos), BLOCK):
-            self.index.add(np.asarray(videos[start : start + BLOCK]))
 
-    def _saved(self):
+        descriptors = store.all_window_descriptors()
+        self.index = self._read() or trained_index(index_type, descriptors)
+        for start in range(self.index.ntotal, len(descriptors), BLOCK):
+            self.index.add(np.asarray(descriptors[start : start + BLOCK]))
+
+    def _read(self):
+        """The index that `save` wrote, or None."""
         if self.index_type == "Flat" or not self.path.exists():
             return None
         try:
-            return tuned(faiss.read_index(str(self.path)))
-        except RuntimeError:
+            return set_search_effort(faiss.read_index(str(self.path)))
+        except RuntimeError:  # damaged: it is trained again
             return None
 
-    def save(self):
+    def save(self) -> None:
+        """Store a trained index in the folder; a Flat one takes no training."""
         if self.index_type != "Flat" and self.index.ntotal:
-            with one_line(self.store.folder), utils.atomic(self.path) as temporary:
+            with database_errors(self.store.folder), utils.atomic(self.path) as temporary:
                 faiss.write_index(self.index, str(temporary))
 
-    def search(self, pieces, count):
-        """pieces (P, D) of one video -> [(content, similarity)] of the `count` nearest, best first.
+    def search(self, windows: np.ndarray, count: int) -> list[tuple[int, float]]:
+        """The `count` nearest videos of one video: [(content, similarity)], best first.
 
-        A video's similarity is that of its most similar pair of windows. Ties go by the order in which videos were added.
+        The similarity of two videos is that of their most similar windows. Ties are in the order
+        in which the videos were added.
+
+        Args:
+            windows: (P, D) float32, the video's window descriptors.
         """
-        found, k, total = {}, count, self.index.ntotal
+        best: dict[int, float] = {}
+        total = self.index.ntotal
+        k = count  # neighbours of each window
         while total:
             k = min(k, total)
-            similarities, rows = self.index.search(pieces, k)
-            found = best_of(self.owners[rows.ravel()], similarities.ravel(), rows.ravel() >= 0)
-            least = np.sort(list(found.values()))[-count:]
-            # What was not returned is at most as similar as the last that was: enough, if `count` videos are above that.
-            if k == total or (len(least) == count and least[0] >= similarities[:, -1].max()):
+            similarities, rows = self.index.search(windows, k)  # (P, k) each
+            best = self._best_by_video(similarities.ravel(), rows.ravel())
+            # A window that was not returned is at most as similar as the last one that was. So the
+            # answer is complete if `count` videos are at least that similar.
+            lowest = np.sort(list(best.values()))[-count:]
+            complete = len(lowest) == count and lowest[0] >= similarities[:, -1].max()
+            if complete or k == total:
                 break
-            k *= 2  # several windows of one video, or holes, took places
-        return sorted(found.items(), key=lambda item: (-item[1], item[0]))[:count]
+            k *= 2  # holes, or several windows of one video, took up places
+        ranked = sorted(best.items(), key=lambda item: (-item[1], item[0]))
+        return ranked[:count]
 
-    def range_search(self, radius, batch=1024):
-        """Yield (content, other content) of which two windows have at least the similarity `radius`; each pair once.
+    def _best_by_video(self, similarities, rows):
+        """{content: its highest similarity} of the rows that FAISS returned, holes left out."""
+        returned = rows >= 0  # FAISS fills up with -1
+        owners = self.owners[rows[returned]].tolist()
+        best = {}
+        for owner, similarity in zip(owners, similarities[returned].tolist(), strict=True):
+            if owner >= 0 and similarity > best.get(owner, -2.0):
+                best[owner] = similarity
+        return best
 
-        Where FAISS has no range search for the kind of index, the 100 nearest of each window are looked at.
+    def range_search(self, radius: float, batch: int = 1024) -> Iterator[tuple[int, int]]:
+        """Yield each pair of contents of which two windows have at least the similarity `radius`.
+
+        If FAISS has no range search for the kind of index, only the nearest MAX_NEIGHBOURS of each
+        window are considered.
         """
-        videos, seen = self.store.videos(), set()
-        for start in range(0, len(videos), batch):
-            ones, others = self._near(np.asarray(videos[start : start + batch]), radius)
-            ones, others = self.owners[start + ones], self.owners[others]
-            for pair in zip(
-                np.minimum(ones, others).tolist(), np.maximum(ones, others).tolist(), strict=True
-            ):
+        descriptors = self.store.all_window_descriptors()
+        seen = set()
+        for start in range(0, len(descriptors), batch):
+            queries = np.asarray(descriptors[start : start + batch])
+            query_numbers, rows = self._near(queries, radius)
+            ones, others = self.owners[start + query_numbers], self.owners[rows]
+            lower = np.minimum(ones, others).tolist()
+            higher = np.maximum(ones, others).tolist()
+            for pair in zip(lower, higher, strict=True):
+                # -1 is a hole; equal numbers are two windows of one video.
                 if 0 <= pair[0] < pair[1] and pair not in seen:
                     seen.add(pair)
                     yield pair
 
-    def _near(self, queries, radius, most=100):
-        """queries (n, D) -> their numbers and the rows of `videos` at least `radius` alike, side by side."""
+    def _near(self, queries, radius):
+        """Which query (n,) is near which row of the index (n,), for queries (Q, D)."""
         try:
             limits, _, rows = self.index.range_search(queries, radius)
-            return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), rows
-        except RuntimeError:
-            similarities, rows = self.index.search(queries, min(most, self.index.ntotal))
-            ones, places = np.nonzero((similarities >= radius) & (rows >= 0))
-            return ones, rows[ones, places]
+            counts = np.diff(limits.astype(np.int64))
+            return np.repeat(np.arange(len(queries)), counts), rows
+        except RuntimeError:  # not implemented for this kind of index
+            k = min(MAX_NEIGHBOURS, self.index.ntotal)
+            similarities, rows = self.index.search(queries, k)
+            query_numbers, places = np.nonzero((similarities >= radius) & (rows >= 0))
+            return query_numbers, rows[query_numbers, places]
 
 
-def best_of(owners, similarities, real):
-    """{owner: its highest similarity}, holes left out."""
-    found = {}
-    for owner, similarity in zip(owners[real].tolist(), similarities[real].tolist(), strict=True):
-        if owner >= 0 and similarity > found.get(owner, -2.0):
-            found[owner] = similarity
-    return found
+def trained_index(index_type: str, descriptors: np.ndarray) -> faiss.Index:
+    """An empty FAISS index, trained on a sample of `descriptors` (n, D) if its type needs that.
 
-
-def trained(index_type, videos):
-    """An empty FAISS index, trained on a sample of `videos` where its kind needs that."""
+    Raises:
+        InputError: if FAISS does not know the type, or there is too little to train it on.
+    """
     try:
-        index = faiss.index_factory(videos.shape[1], index_type, faiss.METRIC_INNER_PRODUCT)
+        size = descriptors.shape[1]
+        index = faiss.index_factory(size, index_type, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).rpartition("Error: ")[2] or str(error)
+        reason = " ".join(reason.split())[:120]
         raise InputError(
-            f"--index_type {index_type!r} is no FAISS factory string ({' '.join(reason.split())[:120]})"
+            f"--index_type {index_type!r} is not a FAISS factory string ({reason})"
         ) from None
     if not index.is_trained:
-        step = len(videos) // (4 * BLOCK) + 1
+        step = len(descriptors) // TRAINING_ROWS + 1
         try:
-            index.train(np.ascontiguousarray(videos[::step]))
+            index.train(np.ascontiguousarray(descriptors[::step]))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[-120:]
             raise InputError(
-                f"--index_type {index_type!r} cannot be trained on {len(videos)} descriptors ({reason}); Flat needs no training"
+                f"--index_type {index_type!r} cannot be trained on {len(descriptors)} descriptors"
+                f" ({reason}); Flat needs no training"
             ) from None
-    return tuned(index)
+    return set_search_effort(index)
 
 
-def tuned(index):
-    """Search a sixteenth of an inverted file's lists, 256 candidates of a graph: near-exact, and still far from all."""
+def set_search_effort(index: faiss.Index) -> faiss.Index:
+    """Make searches near-exact: a sixteenth of an inverted file's lists, 256 nodes of a graph."""
     inner = faiss.downcast_index(index)
-    inner = (
-        faiss.downcast_index(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
-    )
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexIVF):
         inner.nprobe = max(8, inner.nlist // 16)
     elif isinstance(inner, faiss.IndexHNSW):

@@ -1,15 +1,17 @@
-"""From video files to the descriptors that `search.py` keeps: decoding, backbone, PCA and encoder in one object.
+"""From video files to the descriptors of an index: decoding, backbone, pooling, PCA and encoder.
 
-The parts are those of the other scripts (pre-processing/, evaluation.py); this file only puts them in a row, and says in
-`Model.identity` what decides the numbers that come out.
+The parts are those of the other scripts (pre-processing/, evaluation.py); `Pipeline` connects them.
+Its `identity` names everything that decides the values of the descriptors.
 """
 
 import io
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,31 +23,15 @@ from model import ENCODERS, load_encoder, model_file
 from padding import pad
 from utils import InputError
 
-SHIPPED = (
-    Path(__file__).resolve().parent.parent / "models" / "demo"
-)  # pca.npz, model.pth, calibration.json
-CALIBRATION = "calibration.json"  # beside an encoder's file: {name: {identity, threshold, ...}}, of datasets/demo/calibrate.py
-THUMBNAIL, QUALITY = 112, 70  # pixels a side, JPEG quality: about 3 KB a second of video
-WINDOW = 60  # frames that are encoded together, and that one video descriptor stands for
+# The shipped model: pca.npz, model.pth, calibration.json.
+SHIPPED = Path(__file__).resolve().parent.parent / "models" / "demo"
+# Beside an encoder's file, written by calibrate.py: {name: {"identity", "threshold", ...}}.
+CALIBRATION = "calibration.json"
+THUMBNAIL, QUALITY = 112, 70  # pixels a side, JPEG quality: about 3 KB for a second of video
+WINDOW = 60  # frames that are encoded together, into one window descriptor
 
-
-@dataclass
-class EncodedVideo:
-    """A video in numbers, or the `reason` why there are none.
-
-    frames (T, D) float16 and pieces (P, D) float32, both L2-normalised: one descriptor a sampled frame, one a window;
-    thumbnails: T JPEGs; seconds: how long it plays.
-    """
-
-    path: Path
-    reason: str = ""
-    seconds: float = 0.0
-    frames: np.ndarray | None = None
-    pieces: np.ndarray | None = None
-    thumbnails: list | None = None
-
-
-DEFAULTS = {  # the options of a model; an index keeps them, so that a query need not name them again
+# The options of a pipeline. An index stores them, so that a query need not repeat them.
+DEFAULT_OPTIONS = {
     "model_path": None,
     "encoder": None,
     "pca": None,
@@ -58,158 +44,207 @@ DEFAULTS = {  # the options of a model; an index keeps them, so that a query nee
     "window": WINDOW,
     "nhead": 8,
 }
+FILE_OPTIONS = ("model_path", "pca", "weights")
 
 
-FILE_OPTIONS = {"model_path", "pca", "weights"}
+@dataclass
+class EncodedVideo:
+    """The descriptors of a video, or the `reason` why there are none.
 
-
-class Model:
-    """Decoder, backbone, pooling, PCA and encoder. Options as `DEFAULTS`, by name; without any, the model that is shipped.
-
-    identity: {part: what it is}; two models of equal identity give descriptors that can be compared.
-    calibration: what was measured of this identity, from calibration.json beside the encoder's file, or {}.
-    Raises InputError for a part that is missing, unreadable or does not fit the others.
+    path: the file
+    reason: why it could not be encoded; "" if it was
+    seconds: how long it plays
+    frame_descriptors: (T, D) float16, L2-normalised, one for each sampled frame
+    window_descriptors: (P, D) float32, L2-normalised, one for each window of frames
+    thumbnails: T JPEGs
     """
 
-    def __init__(self, device=None, workers=None, **options):
-        from features import (  # here: `search.py info` and the like need neither torchvision nor FFmpeg
-            backbones,
-            pca,
-        )
+    path: Path
+    reason: str = ""
+    seconds: float = 0.0
+    frame_descriptors: np.ndarray | None = None
+    window_descriptors: np.ndarray | None = None
+    thumbnails: list[bytes] | None = None
 
-        unknown = set(options) - set(DEFAULTS)
-        if unknown:
-            raise InputError(
-                f"model option {sorted(unknown)[0]!r} is not known; choose from {', '.join(DEFAULTS)}"
-            )
-        self.given = {name: value for name, value in options.items() if value is not None}
-        for name in FILE_OPTIONS & set(self.given):
-            if self.given[name] != "random":
-                self.given[name] = os.path.abspath(
-                    utils.require_path(self.given[name], f"--{name}")
-                )
-        options = self.options = completed(self.given)
-        check(options)
+
+class Pipeline:
+    """Decoder, backbone, pooling, PCA and encoder. Without options: the shipped model.
+
+    identity: {part: what it is}. Descriptors of two pipelines can be compared if these are equal.
+    calibration: what calibrate.py measured for this identity, or {}.
+
+    Args:
+        device: a PyTorch device; a GPU by default, if there is one.
+        workers: decoder processes; as many as cores by default.
+        options: see DEFAULT_OPTIONS.
+
+    Raises:
+        InputError: if a part is missing, cannot be read, or does not fit the others.
+    """
+
+    def __init__(self, device: str | None = None, workers: int | None = None, **options: Any):
+        # Imported here: `search.py info` and the like need neither torchvision nor FFmpeg.
+        from features.backbones import build_backbone
+
+        self.given = _absolute(options)
+        self.options = options = complete_options(self.given)
+        check_options(options)
         self.device = check_device(device or default_device())
         self.workers = workers or os.cpu_count()
-        self.backbone = backbones.build_backbone(
+        self.backbone = build_backbone(
             options["backbone"], options["weights"], options["stages"], self.device
         )
-        self.projection = (
-            pca.load_projection(options["pca"], options["components"]) if options["pca"] else None
-        )
-        channels = sum(self.backbone.channels)
-        if self.projection:
-            self.projection.check(channels, f"{options['backbone']} with {options['pooling']}")
-            channels = self.projection.matrix.shape[1]
-        self.encoder, label = self._load_encoder(channels)
+        self.projection, feature_size = self._load_projection()
+        self.encoder, encoder_label = self._load_encoder(feature_size)
+        # Indexes made earlier hold these values: they must not change in form. Files count by
+        # their digest, so that their names and places do not matter.
         self.identity = {
             "backbone": options["backbone"],
-            "weights": self.backbone.weights.rpartition(" sha256 ")[
-                2
-            ],  # a digest: the file's name and place do not matter
+            "weights": _digest_in(self.backbone.weights),
             "stages": ",".join(options["stages"] or ["default"]),
             "pooling": options["pooling"],
-            "pca": self.projection.label.rpartition(" sha256 ")[2] if self.projection else "none",
-            "encoder": label,
+            "pca": _digest_in(self.projection.label) if self.projection else "none",
+            "encoder": encoder_label,
             "size": self.encoder.descriptor_size,
             "fps": str(options["fps"]),
             "window": options["window"],
         }
         self.calibration = read_calibration(calibration_folder(self.given), self.identity)
 
-    def _load_encoder(self, channels):
-        """(encoder, what tells it from others)"""
+    def _load_projection(self):
+        """The PCA or None, and the size of the features that leave it."""
+        from features.pca import load_projection
+
+        feature_size = sum(self.backbone.channels)
+        path = self.options["pca"]
+        if not path:
+            return None, feature_size
+        projection = load_projection(path, self.options["components"])
+        features = f"{self.options['backbone']} with {self.options['pooling']}"
+        projection.check(feature_size, features)
+        return projection, projection.matrix.shape[1]
+
+    def _load_encoder(self, feature_size):
+        """The encoder, and the label that tells it from others."""
         path, wanted = self.options["model_path"], self.options["encoder"]
         if path is None:
-            return ENCODERS["mean"](channels), "mean"
+            return ENCODERS["mean"](feature_size), "mean"
         name, encoder, _ = load_encoder(path, self.options["nhead"])
         if wanted and wanted != name:
             raise InputError(
                 f"{str(path)!r} holds a {name!r} encoder, not {wanted!r}; leave --encoder out"
             )
-        if encoder.feature_size != channels:
+        if encoder.feature_size != feature_size:
             raise InputError(
-                f"the encoder of {str(path)!r} takes {encoder.feature_size} channels, the features have {channels};"
-                " give the --pca, --components and --backbone that it was trained with"
+                f"the encoder of {str(path)!r} takes features of size {encoder.feature_size}, not"
+                f" {feature_size}; give the --pca, --components and --backbone that it was trained"
+                " with"
             )
-        return encoder.to(
-            self.device
-        ).eval(), f"{name} sha256 {utils.file_sha256(model_file(path))[:16]}"
+        label = f"{name} sha256 {utils.file_sha256(model_file(path))[:16]}"
+        return encoder.to(self.device).eval(), label
 
-    def describe(self, paths):
-        """Yield a `EncodedVideo` for each of `paths`, as they are finished (not in order)."""
+    def encode_videos(self, paths: Iterable[str | os.PathLike]) -> Iterator[EncodedVideo]:
+        """Yield an EncodedVideo for each of `paths`, as they are finished (not in order)."""
         from features.decoding import Video
         from features.extraction import default_parallelism, extract, feature_function
 
-        rows_of = feature_function(self.backbone, self.options["pooling"], None, np.float16)
-        thumbnails = {}
+        thumbnails: dict[Video, list[bytes]] = {}
 
-        def watch(video, frame):
-            thumbnails.setdefault(video, []).append(thumbnail(frame))
+        def keep_thumbnail(video, frame):
+            thumbnails.setdefault(video, []).append(make_thumbnail(frame))
 
-        videos = [Video(str(path), Path(path)) for path in paths]
-        for video in extract(
-            *(videos, rows_of),
+        finished = extract(
+            [Video(str(path), Path(path)) for path in paths],
+            feature_function(self.backbone, self.options["pooling"], None, np.float16),
             fps=Fraction(self.options["fps"]),
             workers=self.workers,
-            watch=watch,
+            watch=keep_thumbnail,
             **default_parallelism(self.device, self.workers),
-        ):
+        )
+        for video in finished:
             jpegs = thumbnails.pop(video, [])
             if video.reason:
                 yield EncodedVideo(video.path, video.reason)
                 continue
-            rows = np.stack(video.rows)
+            features = np.stack(video.rows)  # (T, C)
             video.rows.clear()
-            yield EncodedVideo(video.path, "", video.seconds, *self.encode(rows), jpegs)
+            frames, windows = self.encode_features(features)
+            yield EncodedVideo(video.path, "", video.seconds, frames, windows, jpegs)
 
     @torch.inference_mode()
-    def encode(self, rows):
-        """Backbone rows (T, C) -> frame descriptors (T, D) float16 and descriptors of its windows (P, D) float32.
+    def encode_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode the backbone's features (T, C) of a video.
 
-        A longer video is cut into equal windows of at most `window` frames, so that memory stays linear in its length and a
-        short excerpt is not lost in the mean of a long film. One of a single window gets what evaluation.py gives it.
+        A long video is cut into windows of equal length, at most `window` frames each. So memory
+        grows linearly with its length, and a short excerpt is not lost in the mean of a long film.
+        A video of a single window gets the descriptors that evaluation.py gives it.
+
+        Returns:
+            frame descriptors (T, D) float16, window descriptors (P, D) float32.
         """
         if self.projection:
-            rows = self.projection(rows)
-        rows = rows.astype(
-            np.float16
-        )  # as feature files hold them, so that figures agree with evaluation.py's
-        if not np.isfinite(rows).all():
+            features = self.projection(features)
+        features = features.astype(np.float16)  # as feature files store them, for equal results
+        if not np.isfinite(features).all():
             raise InputError(
-                "features hold NaN or infinity, or overflow float16; are the weights sound?"
+                "features hold NaN or infinity, or overflow float16; are the weights intact?"
             )
-        windows = np.array_split(rows, -(-len(rows) // self.options["window"]))
-        frames, pieces = [], []
-        for window in windows:
-            x, num_frames = (part.to(self.device) for part in pad([window]))
-            frames.append(self.encoder.encode(x, num_frames)[0].cpu().numpy())
-            pieces.append(self.encoder(x, num_frames)[0].cpu().numpy())
-        return np.concatenate(frames).astype(np.float16), np.stack(pieces).astype(np.float32)
+        num_windows = -(-len(features) // self.options["window"])
+        frames, windows = [], []
+        for window in np.array_split(features, num_windows):
+            x, num_frames = pad([window])  # (1, T / P, C), (1,)
+            x, num_frames = x.to(self.device), num_frames.to(self.device)
+            frames.append(self.encoder.encode(x, num_frames)[0].cpu().numpy())  # (T / P, D)
+            windows.append(self.encoder(x, num_frames)[0].cpu().numpy())  # (D,)
+        return np.concatenate(frames).astype(np.float16), np.stack(windows).astype(np.float32)
 
 
-def completed(given):
-    """All of DEFAULTS with the options `given` put in. Where no part is named, the shipped ones."""
-    options = {**DEFAULTS, **given}
-    options["stages"] = list(options["stages"]) if options["stages"] else None
-    own = any(
-        options[name] != DEFAULTS[name]
-        for name in ("model_path", "pca", "backbone", "weights", "stages", "pooling")
-    )
-    if not own:
+def _digest_in(label):
+    """The digest at the end of "NAME sha256 DIGEST ..."; the whole label if it holds none."""
+    return label.rpartition(" sha256 ")[2]
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def _absolute(options):
+    """The options that are not None, files by their absolute path."""
+    given = {}
+    for name, value in options.items():
+        if name not in DEFAULT_OPTIONS:
+            raise InputError(
+                f"model option {name!r} does not exist; choose from {', '.join(DEFAULT_OPTIONS)}"
+            )
+        if value is None:
+            continue
+        if name in FILE_OPTIONS and value != "random":
+            value = os.path.abspath(utils.require_path(value, f"--{name}"))
+        given[name] = value
+    return given
+
+
+def complete_options(given: dict[str, Any]) -> dict[str, Any]:
+    """DEFAULT_OPTIONS updated by `given`; if it names no part of a model, the shipped parts."""
+    options = {**DEFAULT_OPTIONS, **given}
+    if options["stages"]:
+        options["stages"] = list(options["stages"])
+    else:
+        options["stages"] = None
+    parts = ("model_path", "pca", "backbone", "weights", "stages", "pooling")
+    if all(options[name] == DEFAULT_OPTIONS[name] for name in parts):
         options["pca"] = SHIPPED / "pca.npz"
         if options["encoder"] in (None, "tca"):
             options["model_path"] = SHIPPED / "model.pth"
     elif not options["model_path"] and options["encoder"] != "mean":
         raise InputError(
-            "--model_path is missing: another --pca, --backbone or --pooling needs its encoder, or --encoder mean"
+            "--model_path is missing: another --pca, --backbone or --pooling needs its encoder,"
+            " or --encoder mean"
         )
     return options
 
 
-def check(options):
-    """InputError for values that no part of a model takes."""
+def check_options(options: dict[str, Any]) -> None:
+    """Raise InputError for a bad --pooling, --fps or --window; write the rate in its short form."""
     from features.pooling import POOLINGS
 
     if options["pooling"] not in POOLINGS:
@@ -217,24 +252,31 @@ def check(options):
             f"--pooling {options['pooling']!r} is not known; choose from {', '.join(POOLINGS)}"
         )
     try:
-        options["fps"] = str(Fraction(options["fps"]))  # 1.0 is 1
+        options["fps"] = str(Fraction(options["fps"]))  # "1.0" becomes "1"
     except (ValueError, ZeroDivisionError):
         raise InputError(
-            f"--fps {options['fps']!r} is no number of frames a second; give 1, 0.5, 24000/1001, ..."
+            f"--fps {options['fps']!r} is not a number of frames a second;"
+            " give 1, 0.5, 24000/1001, ..."
         ) from None
     if Fraction(options["fps"]) <= 0 or options["window"] < 1:
         raise InputError("--fps and --window must be positive")
 
 
-def calibration_folder(given):
-    """Where the calibration of the model of these options would be: beside its encoder, or its PCA where it has none."""
-    options = completed(given)
+# --- calibration --------------------------------------------------------------------------------
+
+
+def calibration_folder(given: dict[str, Any]) -> Path | None:
+    """Where the calibration of these options is: beside the encoder's file, else the PCA's."""
+    options = complete_options(given)
     path = options["model_path"] or options["pca"]
-    return path and (Path(path) if Path(path).is_dir() else Path(path).parent)
+    if not path:
+        return None
+    path = Path(path)
+    return path if path.is_dir() else path.parent
 
 
-def read_calibration(folder, identity):
-    """The entry of FOLDER/calibration.json that was measured with a model of this identity; {} where there is none."""
+def read_calibration(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
+    """The entry of FOLDER/calibration.json that was measured with this identity, or {}."""
     path = Path(folder, CALIBRATION) if folder else None
     if path is None or not path.exists():
         return {}
@@ -247,10 +289,9 @@ def read_calibration(folder, identity):
         ) from None
 
 
-def thumbnail(frame):
-    """A (224, 224, 3) uint8 frame as a small JPEG."""
+def make_thumbnail(frame: np.ndarray) -> bytes:
+    """A frame (224, 224, 3) uint8 as a small JPEG."""
+    image = Image.fromarray(frame).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     file = io.BytesIO()
-    Image.fromarray(frame).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR).save(
-        file, "JPEG", quality=QUALITY
-    )
+    image.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()

@@ -1,15 +1,20 @@
-"""The folder that `search.py` keeps: descriptors, thumbnails and what they belong to, safe against a kill at any moment.
+"""The folder of an index: descriptors, thumbnails, and the files that they belong to.
 
-    index.db            SQLite: which files, of which contents, where those lie in the files below; the model's identity
+    index.db            SQLite: files, contents, where their data lies, settings
     frames-G.f16        frame descriptors (sum T, D), half precision, read through a memory map
-    videos-G.f32        video descriptors (sum P, D), one a window of a video
+    videos-G.f32        window descriptors (sum P, D), one for each window of a video
     thumbnails-G.jpg    JPEGs one after another
-    ann-G-*.faiss       a trained FAISS index over videos-G, where `index_type` is not Flat
-    lock                held while something writes
+    ann-G-*.faiss       a trained FAISS index over videos-G, if `index_type` is not Flat
+    lock                locked while a process writes
 
-Data files only grow: bytes are appended and synced, then one transaction vouches for them; what a killed writer left behind
-its end is overwritten. So adding costs what is added. Removing leaves holes; when they are more than half, `compact` writes
-generation G + 1 and one transaction turns to it. Two files of the same content share one entry, by their SHA-256.
+The folder is consistent at any moment, also after a kill. Data files only grow: bytes are appended
+and synced, then one transaction records the new end. Bytes past the recorded end were left by a
+killed writer and are overwritten. So adding a video costs what that video adds, and no more.
+
+Removal leaves holes. If they are more than half of the data, `compact` writes the data files of
+generation G + 1, and one transaction switches to them.
+
+Files of identical content (equal SHA-256) share one entry.
 """
 
 import contextlib
@@ -18,33 +23,78 @@ import json
 import os
 import sqlite3
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import utils
 from utils import InputError
 
-VERSION = 1
+VERSION = 1  # of the format
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE contents (
     id INTEGER PRIMARY KEY, sha256 TEXT UNIQUE NOT NULL, seconds REAL NOT NULL,
-    frames INTEGER NOT NULL, frame INTEGER NOT NULL,      -- how many rows of frames-G, and the first
+    frames INTEGER NOT NULL, frame INTEGER NOT NULL,      -- how many rows of frames-G, the first
     pieces INTEGER NOT NULL, piece INTEGER NOT NULL,      -- the same of videos-G
-    sizes BLOB NOT NULL, thumbnail INTEGER NOT NULL,      -- bytes of each JPEG (int32), and where the first begins
+    sizes BLOB NOT NULL, thumbnail INTEGER NOT NULL,      -- bytes of each JPEG (int32), the first
     checksum INTEGER NOT NULL);                           -- CRC-32 of all three
 CREATE TABLE files (
-    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, content INTEGER NOT NULL REFERENCES contents);
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
+    content INTEGER NOT NULL REFERENCES contents);
 CREATE INDEX files_by_content ON files (content);
 """
+# The kinds of data, in the order in which a checksum runs over them.
 FILES = {"frames": "frames-{}.f16", "videos": "videos-{}.f32", "thumbnails": "thumbnails-{}.jpg"}
-BLOCK = 65536  # rows handled at a time
+
+
+class Content(NamedTuple):
+    """A row of the table `contents`: what the index holds of one video content.
+
+    id: its number in the index
+    seconds: how long it plays
+    num_frames, first_frame: its rows of frames-G (T of them)
+    num_windows, first_window: its rows of videos-G (P of them)
+    jpeg_sizes: the bytes of each thumbnail, T int32 as a blob
+    first_byte: where its first thumbnail begins in thumbnails-G
+    """
+
+    id: int
+    sha256: str
+    seconds: float
+    num_frames: int
+    first_frame: int
+    num_windows: int
+    first_window: int
+    jpeg_sizes: bytes
+    first_byte: int
+    checksum: int
+
+
+class FileEntry(NamedTuple):
+    """A file of the index, by its absolute path, as it was when it was indexed."""
+
+    path: str
+    size: int  # bytes
+    mtime: int  # ns
+
+
+class KnownFile(NamedTuple):
+    """What the index knows about a path."""
+
+    size: int
+    mtime: int
+    content: int
+
+    def unchanged(self, size: int, mtime: int) -> bool:
+        return (self.size, self.mtime) == (size, mtime)
 
 
 @contextlib.contextmanager
-def one_line(folder):
-    """Turn what a full disk, a locked or a broken database raises into an InputError."""
+def database_errors(folder: Path) -> Iterator[None]:
+    """Raise InputError for a full disk, and for a locked or a broken database."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -52,161 +102,185 @@ def one_line(folder):
             f"index {str(folder)!r}: {error}; is the disk full, or the index damaged?"
         ) from None
     except OSError as error:
+        reason = error.strerror or error
         raise InputError(
-            f"index {str(folder)!r}: {error.strerror or error}; what was added before stays good"
+            f"index {str(folder)!r}: {reason}; what was added before is intact"
         ) from None
 
 
-class Store:
-    """The files of an index. Reading needs no lock; `with store.writing():` holds it, for one process at a time.
+class IndexStore:
+    """The files of an index.
 
-    Raises InputError for a folder that is no index, or one that is damaged beyond reading.
+    Reading needs no lock. Writing happens inside `with store.writing():`, one process at a time.
+
+    Raises:
+        InputError: if the folder does not hold an index, or its database cannot be read.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         self.folder = utils.require_path(folder, "index")
         if not (self.folder / "index.db").is_file():
             raise InputError(
-                f"{str(folder)!r} is no index (it has no index.db); make one with `search.py index`"
+                f"{str(folder)!r} is not an index (it has no index.db);"
+                " make one with `search.py index`"
             )
-        with one_line(folder):
+        with database_errors(folder):
             self.db = sqlite3.connect(self.folder / "index.db", timeout=30, isolation_level=None)
-            self.settings = self._settings()
-        if self.settings.get("version") != VERSION:
-            version = self.settings.get("version")
+            self.settings = self._read_settings()
+        version = self.settings.get("version")
+        if version != VERSION:
             raise InputError(
-                f"index {str(folder)!r} is of version {version}, this program makes {VERSION}; make it anew"
+                f"index {str(folder)!r} has version {version} of the format, this program writes"
+                f" {VERSION}; index the videos again, into another folder"
             )
 
     @classmethod
-    def create(cls, folder, size, settings):
-        """A new index in `folder` (which may hold other things) for descriptors of `size`."""
+    def create(cls, folder: str | os.PathLike, size: int, settings: dict[str, Any]) -> "IndexStore":
+        """Create an index for descriptors of `size` values; the folder may hold other files."""
         folder = Path(folder)
-        with one_line(folder):
+        initial = {
+            "version": VERSION,
+            "size": size,
+            "generation": 0,
+            "ends": [0, 0, 0],  # frames, windows, bytes of thumbnails
+            **settings,
+        }
+        with database_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            first = {
-                "version": VERSION,
-                "size": size,
-                "generation": 0,
-                "ends": [0, 0, 0],
-                **settings,
-            }
-            with utils.atomic(
-                folder / "index.db"
-            ) as temporary:  # an index is there whole, or not at all
+            # The database appears complete, or not at all.
+            with utils.atomic(folder / "index.db") as temporary:
                 db = sqlite3.connect(temporary)
                 db.executescript(SCHEMA)
-                db.executemany(
-                    "INSERT INTO settings VALUES (?, ?)",
-                    [(k, json.dumps(v)) for k, v in first.items()],
-                )
+                rows = [(name, json.dumps(value)) for name, value in initial.items()]
+                db.executemany("INSERT INTO settings VALUES (?, ?)", rows)
                 db.commit()
                 db.close()
         return cls(folder)
 
-    def _settings(self):
-        return {
-            name: json.loads(value)
-            for name, value in self.db.execute("SELECT name, value FROM settings")
-        }
+    # --- settings -------------------------------------------------------------------------------
 
-    def _set(self, **values):
-        for name, value in values.items():
-            self.db.execute(
-                "INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, json.dumps(value))
-            )
+    def _read_settings(self):
+        rows = self.db.execute("SELECT name, value FROM settings")
+        return {name: json.loads(value) for name, value in rows}
 
-    def set(self, **values):
-        """Change settings, within `writing`."""
-        with one_line(self.folder), self._transaction():
-            self._set(**values)
+    def _write_settings(self, **values):
+        rows = [(name, json.dumps(value)) for name, value in values.items()]
+        self.db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+
+    def update_settings(self, **values: Any) -> None:
+        """Change settings, inside `writing`."""
+        with database_errors(self.folder), self._transaction():
+            self._write_settings(**values)
         self.settings |= values
 
-    def path(self, kind, generation=None):
-        return self.folder / FILES[kind].format(
-            self.settings["generation"] if generation is None else generation
-        )
+    # --- reading --------------------------------------------------------------------------------
 
-    # --- reading -----------------------------------------------------------------------------------------------------
+    def data_path(self, kind: str, generation: int | None = None) -> Path:
+        """The data file of a kind, of the current generation by default."""
+        if generation is None:
+            generation = self.settings["generation"]
+        return self.folder / FILES[kind].format(generation)
 
-    def rows(self, where="1", values=()):
-        """The contents, as sqlite3.Row, in the order they were added."""
-        cursor = self.db.cursor()
-        cursor.row_factory = sqlite3.Row
-        return cursor.execute(f"SELECT * FROM contents WHERE {where} ORDER BY id", values)
+    def _contents(self, where="1", values=()):
+        query = f"SELECT * FROM contents WHERE {where} ORDER BY id"
+        return map(Content._make, self.db.execute(query, values))
 
-    def content(self, number):
-        return self.rows("id = ?", (number,)).fetchone()
+    def contents(self) -> Iterator[Content]:
+        """All contents in the order in which they were added."""
+        return self._contents()
 
-    def paths(self, content):
-        """The files of a content, by name."""
-        found = self.db.execute(
-            "SELECT path FROM files WHERE content = ? ORDER BY path", (content,)
-        )
-        return [os.fsdecode(path) for (path,) in found]
+    def content(self, number: int) -> Content | None:
+        """The content of this number."""
+        return next(self._contents("id = ?", (number,)), None)
 
-    def known(self):
-        """{path: (size, mtime, content)} of every file in the index."""
-        return {
-            os.fsdecode(path): facts
-            for path, *facts in self.db.execute("SELECT path, size, mtime, content FROM files")
-        }
+    def paths(self, number: int) -> list[str]:
+        """The files that have this content, sorted."""
+        query = "SELECT path FROM files WHERE content = ? ORDER BY path"
+        return [os.fsdecode(path) for (path,) in self.db.execute(query, (number,))]
 
-    def _map(self, kind):
-        count, dtype = self._extent(kind)
-        if not count:
-            return np.empty((0, self.settings["size"]), dtype)
-        try:
-            return np.memmap(self.path(kind), dtype, "r", shape=(count, self.settings["size"]))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"index {str(self.folder)!r}: {self.path(kind).name} is missing or cut short ({error})"
-            ) from None
+    def known_files(self) -> dict[str, KnownFile]:
+        """Every file of the index: {path: KnownFile}."""
+        rows = self.db.execute("SELECT path, size, mtime, content FROM files")
+        return {os.fsdecode(path): KnownFile(*facts) for path, *facts in rows}
 
-    def _extent(self, kind):
-        frames, pieces, _ = self.settings["ends"]
-        return {"frames": (frames, np.float16), "videos": (pieces, np.float32)}[kind]
+    def num_files(self) -> int:
+        return self.db.execute("SELECT count(*) FROM files").fetchone()[0]
 
-    def frames(self, row):
+    def totals(self) -> tuple[int, int, float]:
+        """How many contents there are, their frames, their seconds."""
+        columns = "count(*), coalesce(sum(frames), 0), coalesce(sum(seconds), 0)"
+        return self.db.execute(f"SELECT {columns} FROM contents").fetchone()
+
+    def frame_counts(self) -> dict[int, int]:
+        """The number of frames of every content, by its number."""
+        return dict(self.db.execute("SELECT id, frames FROM contents"))
+
+    def shared_contents(self) -> set[int]:
+        """The contents that several files have."""
+        query = "SELECT content FROM files GROUP BY content HAVING count(*) > 1"
+        return {number for (number,) in self.db.execute(query)}
+
+    def frame_descriptors(self, content: Content) -> np.ndarray:
         """The frame descriptors (T, D) float16 of a content, a view of the memory map."""
-        return self._map("frames")[row["frame"] : row["frame"] + row["frames"]]
+        first = content.first_frame
+        num_rows = self.settings["ends"][0]
+        return self._map("frames", num_rows, np.float16)[first : first + content.num_frames]
 
-    def videos(self):
-        """All video descriptors (sum P, D) float32, holes included."""
-        return self._map("videos")
+    def all_window_descriptors(self) -> np.ndarray:
+        """The window descriptors (sum P, D) float32 of the whole index, holes included."""
+        return self._map("videos", self.settings["ends"][1], np.float32)
 
-    def thumbnails(self, row, wanted):
-        """The JPEGs of the frames `wanted` of a content."""
-        sizes = np.frombuffer(row["sizes"], np.int32)
-        starts = row["thumbnail"] + np.cumsum([0, *sizes])
-        with one_line(self.folder), open(self.path("thumbnails"), "rb") as file:
-            found = []
-            for i in wanted:
-                file.seek(starts[i])
-                found.append(file.read(sizes[i]))
-        return found
+    def window_descriptors(self, content: Content) -> np.ndarray:
+        """The window descriptors (P, D) float32 of a content, a view of the memory map."""
+        first = content.first_window
+        return self.all_window_descriptors()[first : first + content.num_windows]
 
-    def owners(self):
-        """(sum P,) int64: which content a row of `videos` belongs to, -1 for a hole."""
-        owners = np.full(self._extent("videos")[0], -1)
-        for number, piece, pieces in self.db.execute("SELECT id, piece, pieces FROM contents"):
-            owners[piece : piece + pieces] = number
+    def window_owners(self) -> np.ndarray:
+        """(sum P,) int64: the content that each window descriptor belongs to, -1 for a hole."""
+        owners = np.full(self.settings["ends"][1], -1)
+        rows = self.db.execute("SELECT id, piece, pieces FROM contents")
+        for number, first, count in rows:
+            owners[first : first + count] = number
         return owners
 
-    # --- writing -----------------------------------------------------------------------------------------------------
+    def _map(self, kind, num_rows, dtype):
+        """A data file as a memory map (num_rows, D)."""
+        shape = num_rows, self.settings["size"]
+        if not num_rows:  # the file need not exist yet
+            return np.empty(shape, dtype)
+        path = self.data_path(kind)
+        try:
+            return np.memmap(path, dtype, "r", shape=shape)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"index {str(self.folder)!r}: {path.name} is missing or cut short ({error})"
+            ) from None
+
+    def thumbnails(self, content: Content, frame_numbers: Iterable[int]) -> list[bytes]:
+        """The JPEGs of some frames of a content."""
+        sizes = np.frombuffer(content.jpeg_sizes, np.int32)
+        starts = content.first_byte + np.cumsum([0, *sizes])
+        jpegs = []
+        with database_errors(self.folder), open(self.data_path("thumbnails"), "rb") as file:
+            for i in frame_numbers:
+                file.seek(starts[i])
+                jpegs.append(file.read(sizes[i]))
+        return jpegs
+
+    # --- writing --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self):
-        """Hold the index for writing; InputError when another process does."""
-        with one_line(self.folder), open(self.folder / "lock", "w") as lock:
+    def writing(self) -> Iterator["IndexStore"]:
+        """Lock the index for writing; raises InputError if another process writes."""
+        with database_errors(self.folder), open(self.folder / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
                     f"index {str(self.folder)!r} is being written by another process; wait for it"
                 ) from None
-            self.settings = self._settings()
-            self._sweep()
+            self.settings = self._read_settings()  # another process may have written meanwhile
+            self._remove_leftovers()
             yield self
 
     @contextlib.contextmanager
@@ -218,195 +292,204 @@ class Store:
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
-            self.settings = self._settings()
-            self._cut()  # gives a full disk its space back
+            self.settings = self._read_settings()
+            self._truncate_data()  # a full disk gets its space back
             raise
 
-    def _cut(self):
-        """Drop what lies past the ends that the database vouches for."""
-        frames, pieces, thumbnails = self.settings["ends"]
+    def _offsets(self, ends):
+        """The byte offset in each data file: {kind: bytes} for `ends`, as in the settings."""
+        frames, windows, thumbnails = ends
         size = self.settings["size"]
-        for kind, end in (
-            ("frames", frames * size * 2),
-            ("videos", pieces * size * 4),
-            ("thumbnails", thumbnails),
-        ):
-            if self.path(kind).exists() and self.path(kind).stat().st_size > end:
-                os.truncate(self.path(kind), end)
+        return {"frames": frames * size * 2, "videos": windows * size * 4, "thumbnails": thumbnails}
 
-    def _sweep(self):
+    def _truncate_data(self):
+        """Cut the data files at the end that the database records."""
+        for kind, end in self._offsets(self.settings["ends"]).items():
+            path = self.data_path(kind)
+            if path.exists() and path.stat().st_size > end:
+                os.truncate(path, end)
+
+    def _remove_leftovers(self):
         """Remove what killed writers left: bytes past the ends, files of other generations."""
-        self._cut()
-        keep = {self.path(kind).name for kind in FILES}
-        for pattern in FILES.values():
-            for left in self.folder.glob(pattern.format("*")):
-                if left.name not in keep:
-                    left.unlink()
-        for left in self.folder.glob("ann-*.faiss"):
-            if not left.name.startswith(f"ann-{self.settings['generation']}-"):
-                left.unlink()
-        for left in self.folder.glob(".ann-*.faiss"):
-            left.unlink()
+        self._truncate_data()
+        generation = self.settings["generation"]
+        for kind, pattern in FILES.items():
+            for path in self.folder.glob(pattern.format("*")):
+                if path.name != self.data_path(kind).name:
+                    path.unlink()
+        for path in self.folder.glob("ann-*.faiss"):
+            if not path.name.startswith(f"ann-{generation}-"):
+                path.unlink()
+        for path in self.folder.glob(".ann-*.faiss"):  # temporary files of `utils.atomic`
+            path.unlink()
 
-    def put(self, sha256, described, files):
-        """Add a content with its `files` [(path, size, mtime)], which may replace what the index has of them."""
-        frames, pieces = (
-            np.ascontiguousarray(described.frames),
-            np.ascontiguousarray(described.pieces),
-        )
+    def add_content(self, sha256: str, video: Any, files: Sequence[FileEntry]) -> None:
+        """Add a video and the files that have it.
+
+        A path that the index knows already is moved to the new content.
+
+        Args:
+            video: an EncodedVideo.
+        """
+        frames = np.ascontiguousarray(video.frame_descriptors)
+        windows = np.ascontiguousarray(video.window_descriptors)
         data = {
             "frames": frames.tobytes(),
-            "videos": pieces.tobytes(),
-            "thumbnails": b"".join(described.thumbnails),
+            "videos": windows.tobytes(),
+            "thumbnails": b"".join(video.thumbnails),
         }
-        sizes = np.array([len(jpeg) for jpeg in described.thumbnails], np.int32).tobytes()
-        ends = self.settings["ends"]
-        with one_line(self.folder), self._transaction():
-            self._append(self.settings["generation"], ends, data)
-            row = (
-                sha256,
-                described.seconds,
-                len(frames),
-                ends[0],
-                len(pieces),
-                ends[1],
-                sizes,
-                ends[2],
-                checksum(data),
-            )
-            number = self.db.execute(
-                f"INSERT INTO contents VALUES (NULL{', ?' * 9})", row
-            ).lastrowid
-            ends = [ends[0] + len(frames), ends[1] + len(pieces), ends[2] + len(data["thumbnails"])]
-            self._set(ends=ends)
-            self._link(number, files)
+        jpeg_sizes = np.array([len(jpeg) for jpeg in video.thumbnails], np.int32)
+        starts = self.settings["ends"]
+        ends = [
+            starts[0] + len(frames),
+            starts[1] + len(windows),
+            starts[2] + len(data["thumbnails"]),
+        ]
+        row = (
+            sha256,
+            video.seconds,
+            *(len(frames), starts[0]),
+            *(len(windows), starts[1]),
+            *(jpeg_sizes.tobytes(), starts[2]),
+            checksum(data),
+        )
+        with database_errors(self.folder), self._transaction():
+            self._append_data(self.settings["generation"], starts, data)
+            insert = "INSERT INTO contents VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            number = self.db.execute(insert, row).lastrowid
+            self._write_settings(ends=ends)
+            self._set_content(files, number)
         self.settings["ends"] = ends
 
-    def _append(self, generation, ends, data):
-        """Write `data` {kind: bytes} at the `ends` of the data files, and wait until it is on the disk."""
-        width = self.settings["size"]
-        for kind, start in zip(
-            FILES, (ends[0] * width * 2, ends[1] * width * 4, ends[2]), strict=True
-        ):
-            path = self.path(kind, generation)
+    def _append_data(self, generation, starts, data):
+        """Write `data` {kind: bytes} at the ends of the data files, and sync it to the disk."""
+        for kind, offset in self._offsets(starts).items():
+            path = self.data_path(kind, generation)
             with open(path, "r+b" if path.exists() else "w+b") as file:
-                file.seek(start)
+                file.seek(offset)
                 file.write(data[kind])
                 file.flush()
                 os.fsync(file.fileno())
 
-    def link(self, sha256, files):
-        """Say that `files` have a content that is here already. False when it is not."""
-        row = self.rows("sha256 = ?", (sha256,)).fetchone()
-        if row:
-            with one_line(self.folder), self._transaction():
-                self._link(row["id"], files)
-        return row is not None
+    def link_files(self, sha256: str, files: Sequence[FileEntry]) -> bool:
+        """Add files whose content is stored already; False if the index does not have it."""
+        content = next(self._contents("sha256 = ?", (sha256,)), None)
+        if content is None:
+            return False
+        with database_errors(self.folder), self._transaction():
+            self._set_content(files, content.id)
+        return True
 
-    def _link(self, number, files):
-        before = [content for path, *_ in files for content in self._content_of(path)]
+    def _set_content(self, files, number):
+        """Record that `files` have this content, and forget contents left without a file."""
+        before = self._contents_of([file.path for file in files])
         rows = [(os.fsencode(path), size, mtime, number) for path, size, mtime in files]
         self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
         self._drop_orphans(before)
 
-    def _content_of(self, path):
-        """[the content of a file], [] for one that is not known."""
-        return [
-            number
-            for (number,) in self.db.execute(
-                "SELECT content FROM files WHERE path = ?", (os.fsencode(path),)
-            )
-        ]
+    def _contents_of(self, paths):
+        """The contents of those paths that the index knows."""
+        numbers = []
+        for path in paths:
+            query = "SELECT content FROM files WHERE path = ?"
+            numbers += [number for (number,) in self.db.execute(query, (os.fsencode(path),))]
+        return numbers
 
     def _drop_orphans(self, numbers):
-        """Forget those of the contents that no file has any more."""
-        orphan = "DELETE FROM contents WHERE id = ? AND NOT EXISTS (SELECT 1 FROM files WHERE content = contents.id)"
-        self.db.executemany(orphan, [(number,) for number in numbers])
+        """Delete those of the contents that no file has any more."""
+        orphan = "NOT EXISTS (SELECT 1 FROM files WHERE content = contents.id)"
+        rows = [(number,) for number in numbers]
+        self.db.executemany(f"DELETE FROM contents WHERE id = ? AND {orphan}", rows)
 
-    def remove(self, paths):
-        """Forget these files; returns how many were known."""
-        with one_line(self.folder), self._transaction():
-            before = [content for path in paths for content in self._content_of(path)]
-            self.db.executemany(
-                "DELETE FROM files WHERE path = ?", [(os.fsencode(path),) for path in paths]
-            )
+    def remove(self, paths: Iterable[str]) -> int:
+        """Forget these files; returns how many of them the index knew."""
+        paths = list(paths)
+        with database_errors(self.folder), self._transaction():
+            before = self._contents_of(paths)
+            rows = [(os.fsencode(path),) for path in paths]
+            self.db.executemany("DELETE FROM files WHERE path = ?", rows)
             self._drop_orphans(before)
         return len(before)
 
-    def holes(self):
-        """The share of the frame rows that belong to nothing."""
+    # --- compaction -----------------------------------------------------------------------------
+
+    def hole_share(self) -> float:
+        """The share of the frame rows that no content uses, 0 to 1."""
         total = self.settings["ends"][0]
-        live = self.db.execute("SELECT coalesce(sum(frames), 0) FROM contents").fetchone()[0]
-        return 1 - live / total if total else 0.0
+        _, used, _ = self.totals()
+        return 1 - used / total if total else 0.0
 
-    def compact(self):
-        """Write the next generation, without holes."""
-        old, ends = self.settings["generation"], [0, 0, 0]
-        for kind in FILES:
-            self.path(kind, old + 1).unlink(missing_ok=True)
-        stale = [self.path(kind) for kind in FILES]
-        with one_line(self.folder):
-            try:
-                places = []
-                for row in self.rows():
-                    data = self.data(row)
-                    self._append(old + 1, ends, data)
-                    places.append((*ends, row["id"]))
-                    ends = [
-                        ends[0] + row["frames"],
-                        ends[1] + row["pieces"],
-                        ends[2] + len(data["thumbnails"]),
-                    ]
-                with self._transaction():
-                    self.db.executemany(
-                        "UPDATE contents SET frame = ?, piece = ?, thumbnail = ? WHERE id = ?",
-                        places,
-                    )
-                    self._set(generation=old + 1, ends=ends)
-            except BaseException:  # a full disk gets its space back
-                for kind in FILES:
-                    self.path(kind, old + 1).unlink(missing_ok=True)
-                raise
-            self.settings = self._settings()
-            for path in stale:
+    def compact(self) -> None:
+        """Write the next generation of the data files, without holes, and switch to it."""
+        old_files = [self.data_path(kind) for kind in FILES]
+        with database_errors(self.folder):
+            self._write_next_generation()
+            self.settings = self._read_settings()
+            for path in old_files:
                 path.unlink(missing_ok=True)
-            self._sweep()
+            self._remove_leftovers()
 
-    # --- checking ----------------------------------------------------------------------------------------------------
+    def _write_next_generation(self):
+        generation = self.settings["generation"] + 1
+        new_files = [self.data_path(kind, generation) for kind in FILES]
+        for path in new_files:
+            path.unlink(missing_ok=True)  # of a compaction that was killed
+        ends, moved = [0, 0, 0], []
+        try:
+            for content in self.contents():
+                data = self.stored_bytes(content)
+                self._append_data(generation, ends, data)
+                moved.append((*ends, content.id))
+                ends = [
+                    ends[0] + content.num_frames,
+                    ends[1] + content.num_windows,
+                    ends[2] + len(data["thumbnails"]),
+                ]
+            with self._transaction():
+                update = "UPDATE contents SET frame = ?, piece = ?, thumbnail = ? WHERE id = ?"
+                self.db.executemany(update, moved)
+                self._write_settings(generation=generation, ends=ends)
+        except BaseException:  # a full disk gets its space back
+            for path in new_files:
+                path.unlink(missing_ok=True)
+            raise
 
-    def data(self, row):
-        """{kind: bytes} of a content, as stored."""
-        total = int(np.frombuffer(row["sizes"], np.int32).sum())
-        with open(self.path("thumbnails"), "rb") as file:
-            file.seek(row["thumbnail"])
+    # --- checking -------------------------------------------------------------------------------
+
+    def stored_bytes(self, content: Content) -> dict[str, bytes]:
+        """The data of a content as it is stored: {kind: bytes}."""
+        total = int(np.frombuffer(content.jpeg_sizes, np.int32).sum())
+        with open(self.data_path("thumbnails"), "rb") as file:
+            file.seek(content.first_byte)
             thumbnails = file.read(total)
-        pieces = self.videos()[row["piece"] : row["piece"] + row["pieces"]]
         return {
-            "frames": self.frames(row).tobytes(),
-            "videos": pieces.tobytes(),
+            "frames": self.frame_descriptors(content).tobytes(),
+            "videos": self.window_descriptors(content).tobytes(),
             "thumbnails": thumbnails,
         }
 
-    def damage(self):
-        """Yield a line for everything in the index that is not as it was written."""
-        with one_line(self.folder):
+    def find_damage(self) -> Iterator[str]:
+        """Read everything, and yield a line for what differs from what was written."""
+        with database_errors(self.folder):
             for (line,) in self.db.execute("PRAGMA integrity_check"):
                 if line != "ok":
                     yield f"index.db: {line}"
-            for row in self.rows():
+            for content in self.contents():
                 try:
-                    sound = checksum(self.data(row)) == row["checksum"]
+                    intact = checksum(self.stored_bytes(content)) == content.checksum
                 except (OSError, InputError, ValueError):
-                    sound = False
-                if not sound:
-                    yield f"{'; '.join(map(repr, self.paths(row['id'])))}: its data is damaged; remove it and index it again"
+                    intact = False
+                if not intact:
+                    names = "; ".join(map(repr, self.paths(content.id)))
+                    yield f"{names}: its data is damaged; remove it and index it again"
 
-    def size(self):
-        """Bytes of all files of the index."""
+    def disk_bytes(self) -> int:
+        """The size of all files of the index."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
 
-def checksum(data):
+def checksum(data: dict[str, bytes]) -> int:
+    """CRC-32 over the data of a content."""
     value = 0
     for kind in FILES:
         value = zlib.crc32(data[kind], value)

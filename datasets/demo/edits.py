@@ -1,14 +1,19 @@
-"""The edits of the demo's copies: a registry of FFmpeg filters with graded parameters, and the rendering of a clip.
+"""The edits of the demo's copies: FFmpeg filters with graded parameters; rendering a clip.
 
-An edit is one entry of `EDITS`. Its filters are FFmpeg's own, run through PyAV; expressions such as `iw` keep them independent
-of the picture size, so that any edit may follow any other. Drawing parameters (`draw`) and applying them (`apply`) are apart:
-a plan is plain data, and the same plan gives the same picture.
+An edit is an entry of `EDITS`. Its filters are FFmpeg's own, run through PyAV. Their expressions
+(such as `iw`) do not depend on the picture's size, so any edit may follow any other.
+
+Drawing edits at random (`draw_edits`) and applying them (`apply_edit`) are separate: a plan is
+plain data, and the same plan gives the same pictures.
 """
 
 import math
 import random
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -16,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 FPS = 12  # of film.mp4
 SIZE = (456, 256)  # of film.mp4, width and height
-TICKS = 1200 * FPS  # time base while editing: fine enough for a changed speed
+TICKS = 1200 * FPS  # a second in the time base of editing: fine enough for a changed speed
+
 CAPTIONS = [
     "wait for it...",
     "WATCH TILL THE END",
@@ -26,31 +32,45 @@ CAPTIONS = [
     "follow for more",
     "he did WHAT?!",
 ]
-COLOURS = ["black", "white", "0x202840", "0x803020", "0xd0c090"]
+BORDER_COLOURS = ["black", "white", "0x202840", "0x803020", "0xd0c090"]
+LOGO_COLOURS = [(200, 40, 40), (30, 90, 200), (240, 180, 20), (20, 150, 90), (120, 40, 160)]
+POSITION = {"x": (0.0, 1.0), "y": (0.0, 1.0)}
+OVERLAY = "overlay=x=(W-w)*{x}:y=(H-h)*{y}"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """filters: FFmpeg filters holding {parameter}; grows: parameter -> (mildest, heaviest), scaled by strength in 0..1;
-    free: parameter -> (low, high) or a list to choose from; picture: draws what an `overlay` filter lays on the frame."""
+    """A way to edit a video.
+
+    family: a clip has at most one edit of a family
+    filters: FFmpeg filters with {parameter}s
+    graded: {parameter: (mildest, heaviest)}, chosen between the two by the strength, 0 to 1
+    free: {parameter: (low, high), or a list to choose from}, chosen whatever the strength
+    weight: how often it is drawn, relative to others
+    picture: (width, height, parameters) -> the picture that an `overlay` filter lays on the frames
+    """
 
     family: str
-    filters: tuple
-    grows: dict = field(default_factory=dict)
-    free: dict = field(default_factory=dict)
+    filters: tuple[str, ...]
+    graded: dict[str, tuple[float, float]] = field(default_factory=dict)
+    free: dict[str, tuple[float, float] | list] = field(default_factory=dict)
     weight: float = 1.0
-    picture: object = None
+    picture: Callable[[int, int, dict], Image.Image] | None = None
 
 
-def _text(width, height, text, ink, paper):
-    """A strip of `width` x `height` with `text` centred on it."""
-    strip = Image.new("RGBA", (max(2, width), max(2, height)), paper)
-    font = ImageFont.load_default(max(8, int(height * 0.6)))
+# --- pictures laid on the frames ----------------------------------------------------------------
+
+
+def caption(width, height, parameters):
+    """A strip with a line of text centred on it."""
+    w, h = int(width * parameters["wide"]), int(height * parameters["high"])
+    paper = (0, 0, 0, int(255 * parameters["opaque"]))
+    strip = Image.new("RGBA", (max(2, w), max(2, h)), paper)
     ImageDraw.Draw(strip).text(
-        (width / 2, height / 2),
-        text,
-        fill=ink,
-        font=font,
+        (w / 2, h / 2),
+        parameters["text"],
+        fill=parameters["ink"],
+        font=ImageFont.load_default(max(8, int(h * 0.6))),
         anchor="mm",
         stroke_width=1,
         stroke_fill="black",
@@ -58,25 +78,16 @@ def _text(width, height, text, ink, paper):
     return strip
 
 
-def caption(width, height, p):
-    return _text(
-        int(width * p["wide"]),
-        int(height * p["high"]),
-        p["text"],
-        p["ink"],
-        (0, 0, 0, int(255 * p["opaque"])),
-    )
-
-
-def logo(width, height, p):
-    """A round badge with two letters, as a channel burns it into a corner."""
-    side = max(8, int(min(width, height) * p["side"]))
+def logo(width, height, parameters):
+    """A round badge with two letters, as a TV channel shows it in a corner."""
+    side = max(8, int(min(width, height) * parameters["side"]))
     badge = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    draw = ImageDraw.Draw(badge)
-    draw.ellipse((0, 0, side - 1, side - 1), fill=(*p["colour"], int(255 * p["opaque"])))
-    draw.text(
+    canvas = ImageDraw.Draw(badge)
+    colour = (*parameters["colour"], int(255 * parameters["opaque"]))
+    canvas.ellipse((0, 0, side - 1, side - 1), fill=colour)
+    canvas.text(
         (side / 2, side / 2),
-        p["text"],
+        parameters["text"],
         fill="white",
         font=ImageFont.load_default(side * 0.45),
         anchor="mm",
@@ -84,31 +95,26 @@ def logo(width, height, p):
     return badge
 
 
-def card(width, height, p):
-    """A picture in the picture: a gradient with a disc and a line of text, covering a corner."""
-    wide, high = max(8, int(width * p["side"])), max(8, int(height * p["side"]))
-    ramp = Image.linear_gradient("L").resize((wide, high))
-    picture = Image.merge(
-        "RGB", [ramp.point(lambda v, c=c: (v + c) // 2) for c in p["colour"]]
-    ).convert("RGBA")
-    draw = ImageDraw.Draw(picture)
-    draw.ellipse(
-        (wide * 0.36, high * 0.12, wide * 0.64, high * 0.12 + wide * 0.28),
-        fill=(*p["colour"][::-1], 255),
-    )
-    draw.text(
-        (wide / 2, high * 0.82),
-        p["text"],
+def card(width, height, parameters):
+    """A picture in the picture: a gradient with a disc and a line of text."""
+    w, h = max(8, int(width * parameters["side"])), max(8, int(height * parameters["side"]))
+    gradient = Image.linear_gradient("L").resize((w, h))
+    bands = [gradient.point(lambda v, c=c: (v + c) // 2) for c in parameters["colour"]]
+    picture = Image.merge("RGB", bands).convert("RGBA")
+    canvas = ImageDraw.Draw(picture)
+    disc = (w * 0.36, h * 0.12, w * 0.64, h * 0.12 + w * 0.28)
+    canvas.ellipse(disc, fill=(*parameters["colour"][::-1], 255))
+    canvas.text(
+        (w / 2, h * 0.82),
+        parameters["text"],
         fill="white",
-        font=ImageFont.load_default(max(7, high * 0.14)),
+        font=ImageFont.load_default(max(7, h * 0.14)),
         anchor="mm",
     )
     return picture
 
 
-PAINTS = [(200, 40, 40), (30, 90, 200), (240, 180, 20), (20, 150, 90), (120, 40, 160)]
-PLACE = {"x": (0.0, 1.0), "y": (0.0, 1.0)}
-LAY = "overlay=x=(W-w)*{x}:y=(H-h)*{y}"
+# --- the registry -------------------------------------------------------------------------------
 
 EDITS = {
     # the picture's geometry
@@ -117,7 +123,7 @@ EDITS = {
         "crop",
         ("crop=iw*{keep}:ih*{keep}:(iw-ow)*{x}:(ih-oh)*{y}",),
         {"keep": (0.9, 0.5)},
-        PLACE,
+        POSITION,
         2.5,
     ),
     "crop_centre": Edit("crop", ("crop=iw*{keep}:ih*{keep}",), {"keep": (0.9, 0.5)}),
@@ -150,19 +156,19 @@ EDITS = {
         "border",
         ("pad=iw:ih/{keep}:0:(oh-ih)/2:{colour}",),
         {"keep": (0.88, 0.6)},
-        {"colour": COLOURS},
+        {"colour": BORDER_COLOURS},
     ),
     "pillarbox": Edit(
         "border",
         ("pad=iw/{keep}:ih:(ow-iw)/2:0:{colour}",),
         {"keep": (0.88, 0.6)},
-        {"colour": COLOURS},
+        {"colour": BORDER_COLOURS},
     ),
     "inset": Edit(
         "border",
         ("pad=iw/{keep}:ih/{keep}:(ow-iw)*{x}:(oh-ih)*{y}:{colour}",),
         {"keep": (0.9, 0.6)},
-        {**PLACE, "colour": COLOURS},
+        {**POSITION, "colour": BORDER_COLOURS},
     ),
     # colour
     "hue": Edit("colour", ("hue=h={sign}*{degrees}",), {"degrees": (15, 90)}, {"sign": [-1, 1]}),
@@ -211,7 +217,7 @@ EDITS = {
     # what is laid over it
     "caption": Edit(
         "caption",
-        (LAY,),
+        (OVERLAY,),
         {"high": (0.12, 0.24), "wide": (0.7, 1.0)},
         {
             "x": [0.5],
@@ -225,21 +231,26 @@ EDITS = {
     ),
     "logo": Edit(
         "logo",
-        (LAY,),
+        (OVERLAY,),
         {"side": (0.14, 0.38)},
-        {**PLACE, "text": ["TV", "BB", "HD", "Go"], "colour": PAINTS, "opaque": (0.5, 1.0)},
+        {
+            **POSITION,
+            "text": ["TV", "BB", "HD", "Go"],
+            "colour": LOGO_COLOURS,
+            "opaque": (0.5, 1.0),
+        },
         1.0,
         logo,
     ),
     "card": Edit(
         "logo",
-        (LAY,),
+        (OVERLAY,),
         {"side": (0.25, 0.5)},
         {
             "x": [0.03, 0.97],
             "y": [0.03, 0.97],
             "text": ["LIVE", "reaction", "subscribe"],
-            "colour": PAINTS,
+            "colour": LOGO_COLOURS,
         },
         0.8,
         card,
@@ -255,15 +266,17 @@ EDITS = {
     ),
 }
 
-# grade: (number of edits, strength) as ranges; a copy's encoding takes a strength from the same range
+# {grade: (number of edits, strength)}, both as ranges. The encoding takes a strength from the same
+# range.
 GRADES = {
     1: ((1, 1), (0.0, 0.35)),
     2: ((2, 2), (0.1, 0.5)),
     3: ((3, 3), (0.15, 0.65)),
     4: ((4, 5), (0.2, 0.8)),
 }
-CODECS = {  # name: (container, encoder, its options, bits per picture element and frame at the mildest and the heaviest)
-    # superfast leaves out x264's macroblock tree, whose result changes from run to run at some picture sizes
+# {name: (container, encoder, its options, bits for a pixel of a frame at the mildest and heaviest)}
+CODECS = {
+    # superfast leaves out x264's macroblock tree, which varies from run to run at some sizes
     "h264": ("mp4", "libx264", {"preset": "superfast", "threads": "1"}, (0.25, 0.04)),
     "hevc": (
         "mp4",
@@ -282,72 +295,87 @@ CODECS = {  # name: (container, encoder, its options, bits per picture element a
     "flv": ("avi", "flv", {}, (0.4, 0.12)),
     "wmv": ("avi", "wmv2", {}, (0.4, 0.12)),
 }
+CODEC_WEIGHTS = [8, 1, 2, 3, 1, 1, 1]  # how often each is drawn
 
 
-def between(low_high, strength, digits=3):
-    low, high = low_high
-    return round(low + strength * (high - low), digits)
+# --- drawing edits ------------------------------------------------------------------------------
 
 
-def draw(rng: random.Random, grade: int, leave_out=()) -> list:
-    """Edits of a grade: [[name, parameters]], one of a family at most; some of grade 4 are cropped twice."""
-    (least, most), strength = GRADES[grade]
-    count, chosen, families = rng.randint(least, most), [], set(leave_out)
+def interpolate(ends: tuple[float, float], strength: float, digits: int | None = 3) -> float:
+    """The value at `strength` (0 to 1) between two ends, rounded."""
+    mildest, heaviest = ends
+    return round(mildest + strength * (heaviest - mildest), digits)
+
+
+def draw_parameters(
+    rng: random.Random, name: str, strengths: tuple[float, float]
+) -> dict[str, Any]:
+    """Parameters of an edit; each graded one has a strength of its own in this range."""
+    parameters = {}
+    for key, ends in EDITS[name].graded.items():
+        parameters[key] = interpolate(ends, rng.uniform(*strengths))
+    for key, values in EDITS[name].free.items():
+        if isinstance(values, list):
+            parameters[key] = rng.choice(values)
+        else:
+            parameters[key] = round(rng.uniform(*values), 3)
+    return parameters
+
+
+def draw_edits(rng: random.Random, grade: int, leave_out: Collection[str] = ()) -> list:
+    """Edits of a grade: [[name, parameters]], at most one of a family.
+
+    Some clips of grade 4 are cropped twice.
+
+    Args:
+        leave_out: families to draw nothing from.
+    """
+    (fewest, most), strengths = GRADES[grade]
+    count = rng.randint(fewest, most)
+    chosen, families = [], set(leave_out)
     while len(chosen) < count:
         names = [name for name, edit in EDITS.items() if edit.family not in families]
-        name = rng.choices(names, [EDITS[name].weight for name in names])[0]
-        edit = EDITS[name]
-        parameters = {
-            key: between(span, rng.uniform(*strength)) for key, span in edit.grows.items()
-        }
-        for key, span in edit.free.items():
-            parameters[key] = (
-                rng.choice(span) if isinstance(span, list) else round(rng.uniform(*span), 3)
-            )
-        chosen.append([name, parameters])
-        families.add(edit.family)
+        weights = [EDITS[name].weight for name in names]
+        name = rng.choices(names, weights)[0]
+        chosen.append([name, draw_parameters(rng, name, strengths)])
+        families.add(EDITS[name].family)
     if grade == 4 and "crop" in families and "aspect" not in families and rng.random() < 0.5:
-        chosen.append(
-            [
-                "crop",
-                {
-                    "keep": round(rng.uniform(0.7, 0.85), 3),
-                    "x": round(rng.random(), 3),
-                    "y": round(rng.random(), 3),
-                },
-            ]
-        )
+        second_crop = {
+            "keep": round(rng.uniform(0.7, 0.85), 3),
+            "x": round(rng.random(), 3),
+            "y": round(rng.random(), 3),
+        }
+        chosen.append(["crop", second_crop])
     return chosen
 
 
-def draw_encoding(rng: random.Random, grade: int) -> dict:
-    """Codec, height in lines, frames a second, bits per picture element and frame."""
-    strength = GRADES[grade][1]
-    codec = rng.choices(list(CODECS), [8, 1, 2, 3, 1, 1, 1])[0]
-    height = int(between((256, 120), rng.uniform(*strength), 0)) // 2 * 2
-    rate = (
-        25 if codec == "mpeg2" else rng.choice([12, 12, 12, 10, 8, 15])
-    )  # MPEG-2 knows only a few rates
-    return {
-        "codec": codec,
-        "height": height,
-        "rate": rate,
-        "bits": between(CODECS[codec][3], rng.uniform(*strength)),
-    }
+def draw_encoding(rng: random.Random, grade: int) -> dict[str, Any]:
+    """How a clip is encoded: codec, height in lines, frames a second, bits a pixel of a frame."""
+    _, strengths = GRADES[grade]
+    codec = rng.choices(list(CODECS), CODEC_WEIGHTS)[0]
+    height = int(interpolate((256, 120), rng.uniform(*strengths), 0)) // 2 * 2  # even
+    if codec == "mpeg2":
+        rate = 25  # MPEG-2 allows few rates
+    else:
+        rate = rng.choice([12, 12, 12, 10, 8, 15])
+    bits = interpolate(CODECS[codec][3], rng.uniform(*strengths))
+    return {"codec": codec, "height": height, "rate": rate, "bits": bits}
 
 
-def speed(edits) -> float:
-    """By how much these edits shorten a video: 1.25 plays 10 s of film in 8."""
+def speed_factor(edits: Iterable) -> float:
+    """How much these edits [[name, parameters]] speed a video up: 1.25 shows 10 s of film in 8."""
     return math.prod(
         parameters["factor"] for name, parameters in edits if name in ("faster", "slower")
     )
 
 
-# --- frames ----------------------------------------------------------------------------------------------------------
+# --- frames -------------------------------------------------------------------------------------
 
 
-def film_frames(film, start, end, ticks=0):
-    """Frames of `film` in [start, end) seconds, time-stamped from `ticks` on."""
+def film_frames(
+    film: str | Path, start: float, end: float, ticks: int = 0
+) -> Iterator[av.VideoFrame]:
+    """The frames of `film` from `start` to `end` (seconds), with timestamps from `ticks` on."""
     first, last = round(start * FPS), round(end * FPS)
     with av.open(str(film)) as container:
         stream = container.streams.video[0]
@@ -357,19 +385,26 @@ def film_frames(film, start, end, ticks=0):
             if number >= last:
                 return
             if number >= first:
-                frame.pts, frame.time_base = (
-                    ticks + (number - first) * (TICKS // FPS),
-                    Fraction(1, TICKS),
-                )
+                frame.pts = ticks + (number - first) * (TICKS // FPS)
+                frame.time_base = Fraction(1, TICKS)
                 yield frame
 
 
-def through(filters, frames, picture=None):
-    """Frames through a chain of FFmpeg filters; `picture(width, height)` gives what an overlay lays over them."""
-    graph = source = sink = None  # PyAV's filters do not keep their graph alive: hold it here
+def filter_frames(
+    filters: Iterable[str],
+    frames: Iterable[av.VideoFrame],
+    picture: Callable[[int, int], Image.Image] | None = None,
+) -> Iterator[av.VideoFrame]:
+    """Send frames through a chain of FFmpeg filters.
+
+    Args:
+        picture: (width, height) -> what an overlay lays on the frames. The chain is then that
+            overlay alone.
+    """
+    graph = source = sink = None  # PyAV's filters do not keep their graph alive, this name does
     for frame in frames:
-        if graph is None:
-            graph, source, sink = _link(filters, frame, picture)
+        if graph is None:  # the size is known by the first frame
+            graph, source, sink = _build_graph(filters, frame, picture)
         source.push(frame)
         yield from _drain(sink)
     if graph is not None:
@@ -377,34 +412,33 @@ def through(filters, frames, picture=None):
         yield from _drain(sink)
 
 
-def _link(filters, frame, picture):
+def _build_graph(filters, frame, picture):
     graph = av.filter.Graph()
     graph.threads = 1  # the processes share the cores already
 
-    def buffer(like):
+    def add_buffer(like):
         return graph.add_buffer(
             width=like.width, height=like.height, format=like.format, time_base=like.time_base
         )
 
-    source = last = buffer(frame)
+    source = last = add_buffer(frame)
     for text in filters:
         name, _, arguments = text.partition("=")
         node = graph.add(name, arguments)
         last.link_to(node)
         last = node
-    if picture is not None:  # the chain is a single overlay
-        drawn = av.VideoFrame.from_ndarray(
-            np.array(picture(frame.width, frame.height)), format="rgba"
-        )
-        drawn.pts, drawn.time_base = 0, frame.time_base
-        above = buffer(drawn)
-        above.link_to(last, 0, 1)
+    if picture is not None:
+        pixels = np.array(picture(frame.width, frame.height))
+        overlay = av.VideoFrame.from_ndarray(pixels, format="rgba")
+        overlay.pts, overlay.time_base = 0, frame.time_base
+        overlay_source = add_buffer(overlay)
+        overlay_source.link_to(last, 0, 1)
     sink = graph.add("buffersink")
     last.link_to(sink)
     graph.configure()
     if picture is not None:
-        above.push(drawn)
-        above.push(None)  # an overlay repeats its last picture
+        overlay_source.push(overlay)
+        overlay_source.push(None)  # the filter repeats the last picture
     return graph, source, sink
 
 
@@ -416,60 +450,59 @@ def _drain(sink):
             return
 
 
-def apply(edit, frames):
-    """One planned edit, [name, parameters], on a stream of frames."""
+def apply_edit(edit: list, frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Apply an edit of a plan, [name, parameters], to frames."""
     name, parameters = edit
+    draw_picture = EDITS[name].picture
     filters = [text.format(**parameters) for text in EDITS[name].filters]
-    if EDITS[name].picture is None:
-        return through(filters, frames)
-    return through(
-        filters, frames, lambda width, height: EDITS[name].picture(width, height, parameters)
-    )
+    if draw_picture is None:
+        return filter_frames(filters, frames)
+    return filter_frames(filters, frames, lambda w, h: draw_picture(w, h, parameters))
 
 
-def clip_frames(clip, film):
-    """The edited frames of a clip: its pieces one after the other, brought to the film's size, then the clip's own edits."""
-
-    def joined():
-        ticks = 0
-        for piece in clip.pieces:
-            frames = film_frames(film, piece.start, piece.end, ticks)
-            for edit in piece.edits:
-                frames = apply(edit, frames)
-            yield from (
-                through(["scale={}:{}".format(*SIZE), "setsar=1", "format=yuv420p"], frames)
-                if piece.edits
-                else frames
-            )
-            ticks += round((piece.end - piece.start) * FPS) * (TICKS // FPS)
-
-    frames = joined()
+def clip_frames(clip: Any, film: str | Path) -> Iterator[av.VideoFrame]:
+    """The edited frames of a plan.Clip: its pieces joined, then the edits of the whole clip."""
+    frames = _joined_pieces(clip.pieces, film)
     for edit in clip.edits:
-        frames = apply(edit, frames)
+        frames = apply_edit(edit, frames)
     return frames
 
 
-def render(clip, film, path):
-    """Write a clip to `path` in the codec, size and frame rate of its plan."""
+def _joined_pieces(pieces, film):
+    """The pieces one after another; those that were edited are brought to the film's size."""
+    width, height = SIZE
+    to_film_size = [f"scale={width}:{height}", "setsar=1", "format=yuv420p"]
+    ticks = 0
+    for piece in pieces:
+        frames = film_frames(film, piece.start, piece.end, ticks)
+        for edit in piece.edits:
+            frames = apply_edit(edit, frames)
+        if piece.edits:
+            frames = filter_frames(to_film_size, frames)
+        yield from frames
+        ticks += round((piece.end - piece.start) * FPS) * (TICKS // FPS)
+
+
+def render(clip: Any, film: str | Path, path: str | Path) -> None:
+    """Write a plan.Clip to `path` in the codec, size and frame rate of its plan."""
     encoding = clip.encoding
     container, encoder, options, _ = CODECS[encoding["codec"]]
-    final = [
-        "scale=-2:{height}".format(**encoding),
-        "fps={rate}:start_time=0".format(**encoding),
+    final_filters = [
+        f"scale=-2:{encoding['height']}",
+        f"fps={encoding['rate']}:start_time=0",
         "setsar=1",
         "format=yuv420p",
     ]
-    kind = {"mkv": "matroska"}.get(container, container)
-    with av.open(str(path), "w", format=kind) as output:
+    file_format = {"mkv": "matroska"}.get(container, container)
+    with av.open(str(path), "w", format=file_format) as output:
         stream = None
-        for frame in through(final, clip_frames(clip, film)):
+        for frame in filter_frames(final_filters, clip_frames(clip, film)):
             if stream is None:
                 stream = output.add_stream(encoder, rate=encoding["rate"], options=options)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
-                stream.bit_rate = int(
-                    encoding["bits"] * frame.width * frame.height * encoding["rate"]
-                )
+                pixels_a_second = frame.width * frame.height * encoding["rate"]
+                stream.bit_rate = int(encoding["bits"] * pixels_a_second)
                 stream.codec_context.thread_count = 1
-            frame.pict_type = 0
+            frame.pict_type = 0  # the encoder chooses
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))

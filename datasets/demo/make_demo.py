@@ -1,16 +1,18 @@
-"""The demo benchmark: cut the embedded film into clips, make graded copies with FFmpeg's filters and codecs, write annotations.
+"""The demo benchmark: cut the embedded film into clips, make graded copies, write annotations.
 
-    python datasets/demo/make_demo.py build --output demo              the benchmark: about two minutes on two cores
-    python datasets/demo/make_demo.py film big_buck_bunny.mp4          how film.mp4 was made, from a 1280x720 copy of the film
+    python datasets/demo/make_demo.py build --output demo        # two minutes on two cores
+    python datasets/demo/make_demo.py film big_buck_bunny.mp4    # how film.mp4 was made
 
 `build` writes under the output folder
+
     videos/{train,val,test}/ID.{mp4,mkv,avi,webm}
-    annotations/demo.json, demo_ids.txt            the test part in FIVR's form, and every id of its database
-    annotations/demo_val.json, demo_val_ids.txt    the validation part
-    annotations/demo_train.pickle                  training pairs in VCDB's form, and the film segments of each video
-    annotations/demo_segments.json                 for each video: film and video seconds, edits, grade, encoding
-The parts use disjoint film. Labels follow from film time alone; the rule is in plan.py. A build that was stopped goes on where
-it stood; a complete one is left alone.
+    annotations/demo.json, demo_ids.txt          the test part in FIVR's form, its database
+    annotations/demo_val.json, demo_val_ids.txt  the validation part
+    annotations/demo_train.pickle                training pairs in VCDB's form, each video's film
+    annotations/demo_segments.json               film and video seconds, edits, grade, encoding
+
+The parts use disjoint film. Labels follow from film time alone, by the rule in plan.py. A build
+that was stopped continues where it was; a complete one is left alone.
 """
 
 import argparse
@@ -20,9 +22,11 @@ import json
 import pickle
 import signal
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import av
 from tqdm import tqdm
@@ -35,8 +39,8 @@ from datasets.demo import edits, plan
 from distributed import run_main
 
 FILM = HERE / "film.mp4"
-FILM_SECONDS = 490.0  # then come the credits
-CREDIT = {  # carried inside film.mp4, so that a copy of it alone still says whose it is
+FILM_SECONDS = 490.0  # then the credits begin
+CREDIT = {  # stored inside film.mp4, so that a copy of it alone still says whose it is
     "title": "Big Buck Bunny (without credits and sound, 456x256, 12 frames a second)",
     "artist": "Blender Foundation | www.blender.org",
     "copyright": "(c) 2008 Blender Foundation, peach.blender.org, CC BY 3.0",
@@ -49,11 +53,53 @@ ANNOTATIONS = [
     "demo_train.pickle",
     "demo_segments.json",
 ]
-VERSION = 1  # raise it when the same plan would give other pixels
+VERSION = 1  # increase it when the same plan would give other pixels
 
 
-def make_film(source, output=FILM, crf=29):
-    """film.mp4 from a copy of the film: credits left out, 456x256, 12 frames a second, a keyframe every two seconds."""
+def main(argv=None):
+    args = parse_args(argv)
+    if args.command == "film":
+        make_film(args.source, args.output)
+        return
+    clips = build(args.output, args.seed, args.workers, args.limit)
+    seconds = sum(clip.duration for clip in clips)
+    print(f"{len(clips)} videos, {seconds:.0f} s, under {args.output}")
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "build", help="make the benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.add_argument(
+        "--output",
+        required=True,
+        help="folder to write to; may hold an earlier or unfinished build",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="another seed gives other windows, edits and encodings"
+    )
+    command.add_argument("--workers", type=int, default=2, help="processes; as many as cores")
+    command.add_argument(
+        "--limit", type=int, help="only the first videos of each part, this many, to try things out"
+    )
+    command = commands.add_parser("film", help="make film.mp4 from a copy of the film")
+    command.add_argument("source", help="Big Buck Bunny, 1280x720 or larger")
+    command.add_argument("--output", default=FILM, help="file to write")
+    args = parser.parse_args(argv)
+    if args.command == "build" and (
+        args.workers < 1 or (args.limit is not None and args.limit < 1)
+    ):
+        raise utils.InputError("--workers and --limit count from 1; give a larger number")
+    return args
+
+
+# --- film ---------------------------------------------------------------------------------------
+
+
+def make_film(source: str | Path, output: str | Path = FILM, crf: int = 29) -> None:
+    """Make film.mp4: no credits, 456x256, 12 frames a second, a keyframe every two seconds."""
     source = utils.require_path(source, "film")
     try:
         encode_film(source, output, crf)
@@ -63,9 +109,11 @@ def make_film(source, output=FILM, crf=29):
         ) from None
 
 
-def encode_film(source, output, crf):
+def encode_film(source: Path, output: str | Path, crf: int) -> None:
     """The work of `make_film`; raises what FFmpeg raises."""
-    filters = [f"fps={edits.FPS}", "scale={}:{}:flags=lanczos".format(*edits.SIZE)]
+    width, height = edits.SIZE
+    filters = [f"fps={edits.FPS}", f"scale={width}:{height}:flags=lanczos"]
+    options = {"crf": str(crf), "preset": "slower", "g": str(2 * edits.FPS)}
     with (
         av.open(str(source)) as film,
         utils.atomic(output) as path,
@@ -73,131 +121,40 @@ def encode_film(source, output, crf):
     ):
         film.streams.video[0].thread_type = "AUTO"
         target.metadata.update(CREDIT)
-        options = {"crf": str(crf), "preset": "slower", "g": str(2 * edits.FPS)}
         stream = target.add_stream("libx264", rate=edits.FPS, options=options)
-        (stream.width, stream.height), stream.pix_fmt = edits.SIZE, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 2
         progress = tqdm(total=round(FILM_SECONDS * edits.FPS), unit="frame")
-        for frame in edits.through(filters, film.decode(video=0)):
+        for frame in edits.filter_frames(filters, film.decode(video=0)):
             if frame.time >= FILM_SECONDS:
                 break
-            frame.pict_type = 0
+            frame.pict_type = 0  # the encoder chooses
             target.mux(stream.encode(frame))
             progress.update()
         target.mux(stream.encode(None))
 
 
-def write_annotations(folder, clips, shots):
-    """The annotation files of a plan, each written aside and renamed."""
-    parts = {part: [clip for clip in clips if clip.part == part] for part in plan.PARTS}
-    for part, name in (("test", "demo"), ("val", "demo_val")):
-        utils.write_json(folder / f"{name}.json", plan.annotation(parts[part], shots))
-        with utils.atomic(folder / f"{name}_ids.txt") as path:
-            path.write_text("".join(f"{clip.id}\n" for clip in parts[part]), encoding="utf-8")
-    ids = [clip.id for clip in parts["train"]]
-    spans = {
-        clip.id: [["film", piece.start, piece.end] for piece in clip.pieces]
-        for clip in parts["train"]
-    }
-    training = {
-        "video_pairs": plan.training_pairs(parts["train"]),
-        "index": ids,
-        "negs": list(ids),
-        "segments": spans,
-    }
-    with utils.atomic(folder / "demo_train.pickle") as path:
-        path.write_bytes(pickle.dumps(training, protocol=2))
-    utils.write_json(
-        folder / "demo_segments.json", {clip.id: plan.segments(clip) for clip in clips}
-    )
+# --- build --------------------------------------------------------------------------------------
 
 
-def render_one(clip, output):
-    """Worker: one clip to its file."""
-    try:
-        with utils.atomic(output / clip.file) as path:
-            edits.render(clip, FILM, path)
-    except (av.FFmpegError, OSError) as error:
-        raise utils.InputError(
-            f"{output / clip.file} cannot be made ({error}); is the disk full, or film.mp4 damaged?"
-        ) from None
+def build(
+    output: str | Path, seed: int = 0, workers: int = 2, limit: int | None = None
+) -> list[plan.Clip]:
+    """Make the benchmark under `output`; returns its clips.
 
-
-def read_manifest(record):
-    """What the folder holds by an earlier run: stamp, seed, complete, files. Empty for a new folder."""
-    if record.parent.exists() and not record.parent.is_dir():
-        raise utils.InputError(f"{record.parent} is a file; name a folder for --output")
-    try:
-        manifest = json.loads(record.read_text()) if record.exists() else {}
-        inside = all(
-            Path(name).parts[0] in ("videos", "annotations") and ".." not in name
-            for name in manifest.get("files", [])
-        )
-    except (ValueError, AttributeError, IndexError):
-        inside = False
-    if not inside:
-        raise utils.InputError(
-            f"{record} is not a build's record; remove it, or choose another --output"
-        )
-    return manifest
-
-
-def clean(output, clips):
-    """Remove what a killed run left half-written; `utils.atomic` calls it .NAME.RANDOM.SUFFIX."""
-    names = {Path(clip.file).name for clip in clips}
-    for left in (output / "videos").glob("*/.*"):
-        if left.name[1:].rsplit(".", 2)[0] in names:
-            left.unlink()
-
-
-def render_all(clips, output, workers):
-    """Render the clips whose file is not there yet. On Ctrl-C the videos under way are finished and the rest is dropped."""
-    clean(output, clips)
-    missing = [clip for clip in clips if not (output / clip.file).exists()]
-    # Ctrl-C reaches the whole process group: the parent alone answers it
-    pool = ProcessPoolExecutor(
-        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
-    try:
-        tasks = [pool.submit(render_one, clip, output) for clip in missing]
-        for task in tqdm(as_completed(tasks), total=len(tasks), unit="video", desc="rendering"):
-            task.result()
-    except BrokenProcessPool:
-        raise utils.InputError(
-            "a worker was killed, by memory perhaps; run it again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def fingerprint(clips):
-    """A hash of all that decides the pixels: film, plan, filters, codecs."""
-    film = hashlib.sha256(utils.require_path(FILM, "film").read_bytes()).hexdigest()
-    filters = [edit.filters for edit in edits.EDITS.values()]
-    text = json.dumps(
-        [VERSION, film, filters, edits.CODECS, [dataclasses.asdict(clip) for clip in clips]]
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def build(output, seed=0, workers=2, limit=None):
-    """Make the benchmark under `output`; `limit` keeps the first few clips of each part. Returns the clips."""
+    Args:
+        workers: processes.
+        limit: keep only the first clips of each part, this many.
+    """
     output, shots = Path(output).expanduser(), plan.read_shots()
     clips = plan.plan(seed, shots)
     if limit is not None:
-        clips = [
-            clip for part in plan.PARTS for clip in [c for c in clips if c.part == part][:limit]
-        ]
+        by_part = {part: [clip for clip in clips if clip.part == part] for part in plan.PARTS}
+        clips = [clip for members in by_part.values() for clip in members[:limit]]
     record, stamp = output / "build.json", fingerprint(clips)
     manifest = read_manifest(record)
     if manifest.get("stamp") != stamp:
-        for name in manifest.get(
-            "files", []
-        ):  # an earlier build of another plan: its own files go, and nothing else
-            (output / name).unlink(missing_ok=True)
-        for clip in clips:  # nor may a file whose record was lost pass for a new one
-            for left in (output / clip.file).parent.glob(f"{clip.id}.*"):
-                left.unlink()
+        remove_other_build(output, manifest, clips)
         files = [clip.file for clip in clips] + [f"annotations/{name}" for name in ANNOTATIONS]
         manifest = {"stamp": stamp, "seed": seed, "complete": False, "files": files}
         utils.write_json(record, manifest)
@@ -210,41 +167,112 @@ def build(output, seed=0, workers=2, limit=None):
     return clips
 
 
-def parse():
-    parser = utils.Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser(
-        "build", help="make the benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    make.add_argument(
-        "--output",
-        required=True,
-        help="folder to write to; may hold an earlier or unfinished build",
-    )
-    make.add_argument(
-        "--seed", type=int, default=0, help="another seed gives other windows, edits and encodings"
-    )
-    make.add_argument("--workers", type=int, default=2, help="processes; one a core")
-    make.add_argument(
-        "--limit", type=int, help="only the first few videos of each part, to try things out"
-    )
-    film = commands.add_parser("film", help="make film.mp4 from a copy of the film")
-    film.add_argument("source", help="Big Buck Bunny, 1280x720 or larger")
-    film.add_argument("--output", default=FILM, help="file to write")
-    return parser.parse_args()
+def fingerprint(clips: Sequence[plan.Clip]) -> str:
+    """A hash of everything that decides the pixels: film, filters, codecs, plan."""
+    film = hashlib.sha256(utils.require_path(FILM, "film").read_bytes()).hexdigest()
+    filters = [edit.filters for edit in edits.EDITS.values()]
+    planned = [dataclasses.asdict(clip) for clip in clips]
+    text = json.dumps([VERSION, film, filters, edits.CODECS, planned])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def main():
-    arguments = parse()
-    if arguments.command == "film":
-        make_film(arguments.source, arguments.output)
-        return
-    if arguments.workers < 1 or (arguments.limit is not None and arguments.limit < 1):
-        raise utils.InputError("--workers and --limit count from 1; give a larger number")
-    clips = build(arguments.output, arguments.seed, arguments.workers, arguments.limit)
-    print(
-        f"{len(clips)} videos, {sum(clip.duration for clip in clips):.0f} s, under {arguments.output}"
+def read_manifest(record: Path) -> dict[str, Any]:
+    """What an earlier run left in the folder: stamp, seed, complete, files. {} for a new folder."""
+    if record.parent.exists() and not record.parent.is_dir():
+        raise utils.InputError(f"{record.parent} is a file; name a folder for --output")
+    try:
+        manifest = json.loads(record.read_text()) if record.exists() else {}
+        valid = all(map(_is_built_file, manifest.get("files", [])))
+    except (ValueError, AttributeError, IndexError):
+        valid = False
+    if not valid:
+        raise utils.InputError(
+            f"{record} is not a build's record; remove it, or choose another --output"
+        )
+    return manifest
+
+
+def _is_built_file(name):
+    """Whether it is a name that a build may remove: none outside its two folders."""
+    return Path(name).parts[0] in ("videos", "annotations") and ".." not in name
+
+
+def remove_other_build(output: Path, manifest: dict[str, Any], clips: Sequence[plan.Clip]) -> None:
+    """Remove the files of an earlier build of another plan, and nothing else."""
+    for name in manifest.get("files", []):
+        (output / name).unlink(missing_ok=True)
+    # A video whose record was lost must not pass for a new one.
+    for clip in clips:
+        for path in (output / clip.file).parent.glob(f"{clip.id}.*"):
+            path.unlink()
+
+
+def render_all(clips: Sequence[plan.Clip], output: Path, workers: int) -> None:
+    """Render the clips whose file does not exist yet.
+
+    On Ctrl-C the videos in progress are finished and the others are dropped.
+    """
+    remove_half_written(output, clips)
+    missing = [clip for clip in clips if not (output / clip.file).exists()]
+    # Ctrl-C reaches the whole process group: workers ignore it, this process handles it.
+    pool = ProcessPoolExecutor(
+        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
     )
+    try:
+        tasks = [pool.submit(render_one, clip, output) for clip in missing]
+        for task in tqdm(as_completed(tasks), total=len(tasks), unit="video", desc="rendering"):
+            task.result()
+    except BrokenProcessPool:
+        raise utils.InputError(
+            "a worker was killed, perhaps for lack of memory; run it again with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def remove_half_written(output: Path, clips: Sequence[plan.Clip]) -> None:
+    """Remove the temporary files of a killed run; `utils.atomic` calls them .NAME.RANDOM.SUFFIX."""
+    names = {Path(clip.file).name for clip in clips}
+    for path in (output / "videos").glob("*/.*"):
+        if path.name[1:].rsplit(".", 2)[0] in names:
+            path.unlink()
+
+
+def render_one(clip: plan.Clip, output: Path) -> None:
+    """Render one clip to its file; runs in a worker."""
+    try:
+        with utils.atomic(output / clip.file) as path:
+            edits.render(clip, FILM, path)
+    except (av.FFmpegError, OSError) as error:
+        raise utils.InputError(
+            f"{output / clip.file} cannot be made ({error}); is the disk full, or film.mp4 damaged?"
+        ) from None
+
+
+def write_annotations(folder: Path, clips: Sequence[plan.Clip], shots: Sequence[plan.Shot]) -> None:
+    """Write the annotation files of a plan."""
+    by_part = {part: [clip for clip in clips if clip.part == part] for part in plan.PARTS}
+    for part, name in (("test", "demo"), ("val", "demo_val")):
+        utils.write_json(folder / f"{name}.json", plan.annotation(by_part[part], shots))
+        with utils.atomic(folder / f"{name}_ids.txt") as path:
+            lines = [f"{clip.id}\n" for clip in by_part[part]]
+            path.write_text("".join(lines), encoding="utf-8")
+
+    ids, segments = [], {}
+    for clip in by_part["train"]:
+        ids.append(clip.id)
+        segments[clip.id] = [["film", piece.start, piece.end] for piece in clip.pieces]
+    training = {
+        "video_pairs": plan.training_pairs(by_part["train"]),
+        "index": ids,
+        "negs": list(ids),
+        "segments": segments,
+    }
+    with utils.atomic(folder / "demo_train.pickle") as path:
+        path.write_bytes(pickle.dumps(training, protocol=2))
+
+    truth = {clip.id: plan.ground_truth(clip) for clip in clips}
+    utils.write_json(folder / "demo_segments.json", truth)
 
 
 if __name__ == "__main__":

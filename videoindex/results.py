@@ -1,0 +1,83 @@
+"""What an index answers: matches of a query, groups of duplicates, the outcome of an update."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class TimeSegment(NamedTuple):
+    """A part that two videos share, in seconds: half-open intervals of the query and the target.
+
+    similarity: the mean over the matched frames.
+    """
+
+    query_start: float
+    query_end: float
+    target_start: float
+    target_end: float
+    similarity: float
+
+
+@dataclass
+class Match:
+    """A video of the index that answers a query.
+
+    path: the file
+    score: the frame-level similarity, 1 for the video itself
+    similarity: of the window descriptors, by which the video was shortlisted
+    seconds: how long the video plays
+    content: its number in the index
+    same_content_paths: other files of identical content
+    segments: where it matches, best first
+    """
+
+    path: str
+    score: float
+    similarity: float
+    seconds: float
+    content: int
+    same_content_paths: list[str] = field(default_factory=list)
+    segments: list[TimeSegment] = field(default_factory=list)
+
+
+class Link(NamedTuple):
+    """Two contents, by number, that share material; in `segments`, `a` is the query."""
+
+    a: int
+    b: int
+    score: float
+    segments: list[TimeSegment]
+
+
+@dataclass
+class Group:
+    """Videos connected by links.
+
+    files: {content: [paths]}
+    seconds: {content: how long it plays}
+    links: the pairs of contents that share material, best first
+    """
+
+    files: dict[int, list[str]] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    links: list[Link] = field(default_factory=list)
+
+    @property
+    def paths(self) -> list[str]:
+        """All files of the group."""
+        return [path for paths in self.files.values() for path in paths]
+
+
+@dataclass
+class IndexUpdate:
+    """What `VideoIndex.add` did, in numbers of files.
+
+    same_content: files whose content was indexed already under another name
+    failed: [(path, reason)]
+    """
+
+    added: int = 0
+    replaced: int = 0
+    same_content: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)

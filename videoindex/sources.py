@@ -1,0 +1,88 @@
+"""The files to index: found in the given files and folders, and those that have vanished."""
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from features.listing import NON_VIDEO_SUFFIXES
+from videoindex.store import FileEntry
+
+Failures = list[tuple[str, str]]  # (path, reason)
+
+
+def find_files(
+    sources: Iterable[str | os.PathLike], index_folder: str | os.PathLike
+) -> tuple[list[FileEntry], Failures]:
+    """The files to index, and what could not be read, each with the reason.
+
+    A named file is taken whatever its suffix. Folders are searched as extract_features.py does: no
+    hidden files, no suffix that is certainly not a video's, links followed. Each folder is entered
+    once, by whatever paths it is reached; the index's own folder is not entered.
+    """
+    found: dict[str, FileEntry] = {}
+    failed: Failures = []
+    entered = {inode(index_folder)} if os.path.isdir(index_folder) else set()
+
+    def take_file(path):
+        try:
+            facts = os.stat(path)
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError(0, "it is not a regular file")
+            found[path] = FileEntry(path, facts.st_size, facts.st_mtime_ns)
+        except OSError as error:
+            failed.append((path, error.strerror))
+
+    def walk_folder(folder):
+        def add_failure(error):
+            failed.append((error.filename, error.strerror))
+
+        for top, folders, files in os.walk(folder, followlinks=True, onerror=add_failure):
+            if inode(top) in entered:
+                folders.clear()  # do not descend
+                continue
+            entered.add(inode(top))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                suffix = Path(name).suffix.lower()
+                if not name.startswith(".") and suffix not in NON_VIDEO_SUFFIXES:
+                    take_file(os.path.join(top, name))
+
+    for source in map(os.path.abspath, sources):
+        if os.path.isdir(source):
+            walk_folder(source)
+        else:
+            take_file(source)
+    return list(found.values()), failed
+
+
+def vanished_files(
+    known: Iterable[str],
+    sources: Iterable[str | os.PathLike],
+    found: Iterable[FileEntry],
+    failed: Failures,
+) -> list[str]:
+    """The `known` files in the folders `sources` that `find_files` did not meet.
+
+    Files in a folder that could not be read do not count as vanished.
+    """
+    searched = _as_prefixes(source for source in sources if os.path.isdir(source))
+    unreadable = _as_prefixes(path for path, _ in failed)
+    present = {file.path for file in found} | {path for path, _ in failed}
+    vanished = []
+    for path in known:
+        inside = path.startswith(searched) and not path.startswith(unreadable)
+        if inside and path not in present:
+            vanished.append(path)
+    return vanished
+
+
+def _as_prefixes(folders):
+    """Absolute paths that end in a slash, a tuple for `str.startswith`."""
+    return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+
+
+def inode(path: str | os.PathLike) -> tuple[int, int]:
+    """What identifies a file or folder under all its names."""
+    facts = os.stat(path)
+    return facts.st_dev, facts.st_ino
