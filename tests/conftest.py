@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,3 +90,28 @@ def annotations():
     if not os.environ.get("TCA_ANNOTATIONS"):
         pytest.skip("TCA_ANNOTATIONS does not name the folder of the official annotation files")
     return Path(os.environ["TCA_ANNOTATIONS"])
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """The shipped model, on the CPU."""
+    from videoindex.pipeline import Pipeline
+
+    return Pipeline(device="cpu", workers=1)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory, pipeline):
+    """Ten clips of the demo's film and an index of them, which no test changes."""
+    from helpers.library import Library
+
+    return Library(tmp_path_factory.mktemp("library"), pipeline)
+
+
+@pytest.fixture
+def index_copy(library, tmp_path):
+    """A copy of the library's index; it knows the same files."""
+    from videoindex.index import VideoIndex
+
+    shutil.copytree(library.index, tmp_path / "index")
+    return VideoIndex(tmp_path / "index", pipeline=library.pipeline)

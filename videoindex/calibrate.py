@@ -38,6 +38,7 @@ import torch
 
 import utils
 from distributed import run_main
+from model import model_file
 from retrieval.alignment import align
 from retrieval.similarity import similarity_table
 from videoindex.calibration_data import EDIT_KINDS, DemoPart, SingleEditCopies
@@ -93,8 +94,8 @@ def pack(args):
     with utils.atomic(output / "pca.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
-    path = utils.require_path(args.model_path, "model path")
-    saved = utils.load_torch(path / "model.pth" if path.is_dir() else path)
+    path = model_file(args.model_path)
+    saved = utils.load_torch(path)
     if "state_dict" not in saved:
         raise utils.InputError(f"{str(path)!r} is not a model.pth of train.py; give a run's folder")
     halves = {}

@@ -1,0 +1,346 @@
+"""VideoIndex: what it finds, and what it keeps, on ten clips of the demo's film."""
+
+import os
+import shutil
+import signal
+import time
+
+import faiss
+import numpy as np
+import pytest
+from helpers.commands import start
+from helpers.library import (
+    CLIPS,
+    FILM,
+    ODD,
+    AlmostEqual,
+    cut_clip,
+    damage,
+    stored_data,
+)
+
+import search
+from retrieval.similarity import similarity
+from utils import InputError
+from videoindex.index import VideoIndex, l2_normalise
+from videoindex.pipeline import SHIPPED
+
+
+def test_search_still_gives_video_index():
+    """The documents once said `from search import VideoIndex`."""
+    assert search.VideoIndex is VideoIndex
+
+
+# --- queries ------------------------------------------------------------------------------------
+
+
+def test_query_ranks_copies_above_strangers(library):
+    index = library.open()
+    for clip, copies in (
+        ("a.mp4", {"a mirrored.mp4", "a bordered.mp4"}),
+        ("b.mp4", {"b faster.mp4"}),
+        ("c.mp4", {"c inside.mp4"}),
+    ):
+        matches = index.query(library.clip(clip), top=20, threshold=-1)
+        names = [os.path.relpath(match.path, library.videos) for match in matches]
+        assert len(matches) == len(CLIPS)
+        assert names[0] == clip and set(names[1 : 1 + len(copies)]) == copies
+
+
+def test_query_segments_lie_where_the_copies_were_cut(library):
+    index = library.open()
+
+    def best_segment(clip, found):
+        for match in index.query(library.clip(clip), top=20, threshold=-1):
+            if os.path.basename(match.path) == found:
+                return match.segments[0][:4]
+
+    assert best_segment("c.mp4", "c inside.mp4") == pytest.approx((1, 6, 4, 9), abs=1)
+    assert best_segment("b.mp4", "b faster.mp4") == pytest.approx((0, 8, 0, 6.4), abs=1)
+    assert best_segment("a mirrored.mp4", "a bordered.mp4") == pytest.approx((0, 8, 0, 8), abs=1)
+
+
+def test_query_score_is_the_metric_of_the_stored_descriptors(library):
+    """And the shortlist is by window descriptors."""
+    index, clip = library.open(), library.clip("c.mp4")
+    store, contents = index.store, list(index.store.contents())
+    frames = l2_normalise(clip.frame_descriptors)
+    nearness = []
+    for content in contents:
+        (window,) = store.window_descriptors(content)
+        nearness.append(float((window * clip.window_descriptors[0]).sum()))
+    shortlist = np.argsort(-np.array(nearness), kind="stable")[:4]
+    for metric in ("sym_chamfer", "chamfer"):
+        expected = {}
+        for i in shortlist:
+            matrix = frames @ l2_normalise(store.frame_descriptors(contents[i])).T
+            forth, back = matrix.max(1).mean(), matrix.max(0).mean()
+            expected[contents[i].id] = (forth + back) / 2 if metric == "sym_chamfer" else forth
+        matches = index.query(clip, top=4, threshold=-1, shortlist=4, metric=metric)
+        ranked = sorted(expected, key=lambda number: -expected[number])
+        assert [match.content for match in matches] == ranked
+        for match in matches:
+            stored = l2_normalise(store.frame_descriptors(store.content(match.content)))
+            assert match.score == pytest.approx(min(expected[match.content], 1), abs=1e-5)
+            assert match.score == pytest.approx(similarity(frames, stored, metric), abs=1e-5)
+
+
+def test_query_threshold_and_top_cut_the_list(library):
+    index, clip = library.open(), library.clip("a.mp4")
+    everything = [(match.path, match.score) for match in index.query(clip, top=20, threshold=-1)]
+
+    def paths(**options):
+        return [match.path for match in index.query(clip, **options)]
+
+    third_score = everything[2][1]
+    assert paths(threshold=third_score) == [path for path, _ in everything[:3]]
+    assert paths(top=2, threshold=-1) == [path for path, _ in everything[:2]]
+
+
+def test_query_unknown_metric(library):
+    with pytest.raises(InputError, match="metric 'comparator' cannot rank here"):
+        library.open().query(library.clip("a.mp4"), metric="comparator")
+
+
+def test_duplicates_are_the_connected_components(library):
+    """Of all pairs that reach the threshold, found by a loop over pairs and a union-find."""
+    index, threshold, radius = library.open(), 0.35, 0.3
+    store, contents = index.store, list(index.store.contents())
+    parent = {content.id: content.id for content in contents}
+
+    def root(number):
+        return number if parent[number] == number else root(parent[number])
+
+    for a in contents:
+        for b in contents:
+            nearness = store.window_descriptors(a) @ store.window_descriptors(b).T
+            a_frames = l2_normalise(store.frame_descriptors(a))
+            b_frames = l2_normalise(store.frame_descriptors(b))
+            score = similarity(a_frames, b_frames, "sym_chamfer")
+            if nearness >= radius and score >= threshold:
+                parent[root(a.id)] = root(b.id)
+    components = {}
+    for content in contents:
+        components.setdefault(root(content.id), set()).add(content.id)
+    expected = {frozenset(ids) for ids in components.values() if len(ids) > 1}
+
+    groups = index.duplicates(threshold, radius)
+    assert {frozenset(group.files) for group in groups} == expected
+    assert len(groups) >= 2, "with one group, joining everything would pass"
+    names = [{os.path.basename(path) for path in group.paths} for group in groups]
+    assert any({"a.mp4", "a mirrored.mp4", "a bordered.mp4"} <= group for group in names)
+
+
+@pytest.mark.parametrize("index_type", ["HNSW16", "PCA8,IVF2,Flat"])
+def test_index_type_agrees_with_flat_is_stored_and_grows(index_copy, library, index_type, tmp_path):
+    def ranking(index):
+        matches = index.query(library.clip("c.mp4"), top=20, threshold=-1)
+        return [(match.path, match.score) for match in matches]
+
+    index = VideoIndex(index_copy.folder, index_type=index_type, pipeline=library.pipeline)
+    assert ranking(index) == ranking(index_copy), "all are shortlisted, so all agree"
+    index.save()
+    (saved,) = index_copy.folder.glob("ann-*.faiss")
+    assert faiss.read_index(str(saved)).ntotal == len(index.store.all_window_descriptors())
+
+    new = tmp_path / "same.mp4"
+    shutil.copy(library.path("a.mp4"), new)
+    with open(new, "ab") as file:
+        file.write(b"\0" * 8)  # the same pictures, another content
+    index.add([new])
+    again = VideoIndex(index_copy.folder, index_type=index_type, pipeline=library.pipeline)
+    num_windows = len(again.store.all_window_descriptors())
+    assert again.nearest.index.ntotal == num_windows == len(CLIPS) + 1
+    matches = again.query(library.clip("a.mp4"), top=20, threshold=-1)
+    assert str(new) in [match.path for match in matches]
+    assert again.duplicates(0.5, 0.3)
+
+
+def test_index_type_untrainable(library):
+    index = VideoIndex(library.index, index_type="IVF4096,Flat", pipeline=library.pipeline)
+    with pytest.raises(InputError, match="cannot be trained on 10 descriptors"):
+        index.query(library.clip("a.mp4"))
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_index_refuses_another_model(library):
+    with pytest.raises(InputError, match="made with fps '1', this model has '2'"):
+        VideoIndex(library.index, fps="2", device="cpu")
+    with pytest.raises(InputError, match="made with pca"):
+        VideoIndex(
+            library.index, encoder="mean", pca=SHIPPED / "pca.npz", components=256, device="cpu"
+        )
+
+
+def test_index_not_created_with_bad_options(tmp_path):
+    for options in (
+        {"fps": "abc"},
+        {"fps": "0"},
+        {"pooling": "none", "encoder": "mean"},
+        {"window": 0},
+        {"colour": "red"},
+    ):
+        with pytest.raises(InputError):
+            VideoIndex(tmp_path / "index", device="cpu", **options).add([FILM])
+    with pytest.raises(InputError, match="nothing to index"):
+        VideoIndex(tmp_path / "index").add([tmp_path / "nowhere"])
+    assert not (tmp_path / "index").exists()
+
+
+# --- adding and removing ------------------------------------------------------------------------
+
+
+def test_add_stores_every_video(library):
+    index = VideoIndex.load(library.index)
+    known = index.store.known_files()
+    assert set(known) == {library.path(name) for name in CLIPS}
+    seconds = {
+        name: index.store.content(known[library.path(name)].content).seconds for name in CLIPS
+    }
+    assert seconds["b.mp4"] == pytest.approx(8, abs=0.1)
+    assert seconds["b faster.mp4"] == pytest.approx(6.4, abs=0.1)
+
+
+def test_add_writes_what_the_videos_need_and_no_more(library):
+    store = VideoIndex.load(library.index).store
+    contents = list(store.contents())
+
+    def size(kind):
+        return store.data_path(kind).stat().st_size
+
+    assert size("frames") == sum(content.num_frames for content in contents) * 512 * 2
+    assert size("videos") == sum(content.num_windows for content in contents) * 512 * 4
+    jpegs = []
+    for content in contents:
+        jpegs += store.thumbnails(content, range(content.num_frames))
+    assert size("thumbnails") == sum(map(len, jpegs))
+    assert all(jpeg[:2] == b"\xff\xd8" and jpeg[-2:] == b"\xff\xd9" for jpeg in jpegs)
+
+
+def test_add_again_changes_nothing(library):
+    def files():
+        paths = [path for path in library.index.iterdir() if path.name != "lock"]
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    before = files()
+    update = library.open().add([library.videos])
+    assert (update.unchanged, update.added, update.replaced) == (len(CLIPS), 0, 0)
+    assert files() == before
+
+
+def test_add_changed_file_replaces_its_entry_alone(index_copy, library, tmp_path):
+    target = tmp_path / "one.mp4"
+    shutil.copy(library.path("a.mp4"), target)
+    index_copy.add([target])
+    before = stored_data(index_copy)
+    shutil.copy(library.path("folder/d.mp4"), target)
+    with open(target, "ab") as file:
+        file.write(b"\0" * 8)  # other content than d.mp4's, the same pictures
+    update = index_copy.add([target])
+    assert (update.added, update.replaced) == (0, 1)
+    after = stored_data(index_copy)
+    frames = after.pop(str(target))[0]
+    assert frames == AlmostEqual(before[library.path("folder/d.mp4")][0])
+    before.pop(str(target))
+    assert after == before and not damage(index_copy)
+
+
+def test_remove_leaves_the_others_and_compacts(index_copy, library):
+    before = stored_data(index_copy)
+    count, unknown_paths = index_copy.remove([library.videos / "folder", "/nowhere.mp4"])
+    assert (count, unknown_paths) == (2, ["/nowhere.mp4"])
+    kept = ["b.mp4", ODD]
+    index_copy.remove([library.path(name) for name in CLIPS if name not in kept])
+    assert index_copy.store.settings["generation"] > 0 and index_copy.store.hole_share() == 0
+    kept_data = {library.path(name): before[library.path(name)] for name in kept}
+    assert stored_data(index_copy) == kept_data
+    assert not damage(index_copy) and len(index_copy) == 2
+    assert len(list(index_copy.folder.glob("frames-*"))) == 1
+    clip = library.clip("b.mp4")
+    assert index_copy.query(clip, threshold=-1)[0].path == library.path("b.mp4")
+    index_copy.remove([library.path(name) for name in kept])
+    assert len(index_copy) == 0 and index_copy.query(clip) == []
+
+
+def test_add_prune_forgets_vanished_files(index_copy, library, tmp_path):
+    """And without it they stay."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    path = folder / "x.mp4"
+    shutil.copy(library.path("a.mp4"), path)
+    index_copy.add([folder])
+    path.unlink()
+    assert index_copy.add([folder]).removed == 0
+    assert str(path) in index_copy.store.known_files()
+    assert index_copy.add([folder], prune=True).removed == 1
+    assert str(path) not in index_copy.store.known_files() and len(index_copy) == len(CLIPS)
+
+
+def test_add_name_that_is_not_utf8(index_copy, library, tmp_path, capsys):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.mp4"
+    shutil.copy(os.fsencode(library.path("folder/e.mp4")), path)
+    index_copy.add([tmp_path])
+    assert os.fsdecode(path) in index_copy.store.known_files()
+    (clip,) = index_copy.encode_clips([os.fsdecode(path)])
+    search.print_matches(clip, index_copy.query(clip))
+    assert "caf\\xe9.mp4" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_add_unreadable_file(index_copy, tmp_path):
+    path = tmp_path / "shut.mp4"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    assert [reason for _, reason in index_copy.add([path]).failed] == ["Permission denied"]
+
+
+def test_add_while_another_process_writes(index_copy, library):
+    other = VideoIndex(index_copy.folder, pipeline=library.pipeline)
+    with index_copy.store.writing(), pytest.raises(InputError, match="written by another process"):
+        other.add([library.videos])
+
+
+@pytest.mark.slow
+def test_add_after_kill_ends_as_an_unbroken_run(library, tmp_path, kill_rng):
+    folder = tmp_path / "index"
+    arguments = ("index", library.videos, "--index", folder, "--workers", 1, "--device", "cpu")
+    num_done, delay = kill_rng.randint(1, 5), kill_rng.uniform(0, 0.2)
+    process = start("search.py", *arguments)
+    deadline = time.monotonic() + 240
+    done = 0
+    while done < num_done and process.poll() is None and time.monotonic() < deadline:
+        if (folder / "index.db").exists():
+            done = len(VideoIndex(folder))
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    stopped = VideoIndex(folder, pipeline=library.pipeline)
+    stored = len(stopped)
+    assert num_done <= stored < len(CLIPS) and not damage(stopped)
+    update = stopped.add([library.videos])
+    assert update.unchanged == stored and update.added == len(CLIPS) - stored
+    whole, resumed = stored_data(library.open()), stored_data(stopped)
+    assert whole.keys() == resumed.keys() and not damage(stopped)
+    for path, (frames, *_) in whole.items():
+        assert resumed[path][0] == AlmostEqual(frames)
+
+
+def test_add_to_an_index_with_leftovers(index_copy, tmp_path):
+    """Of a writer killed before its commit, and of a compaction that did not switch over."""
+    before = stored_data(index_copy)
+    for kind in ("frames", "videos", "thumbnails"):
+        with open(index_copy.store.data_path(kind), "ab") as file:
+            file.write(b"half a video")
+    half_generation = index_copy.folder / "frames-7.f16"
+    half_generation.write_bytes(b"half a generation")
+    reopened = VideoIndex(index_copy.folder)
+    assert not damage(reopened) and stored_data(reopened) == before
+    new = cut_clip(tmp_path / "new.mp4", [(120, 123)])
+    index_copy.add([new])
+    after = stored_data(index_copy)
+    assert after.pop(str(new)) and after == before and not damage(index_copy)
+    assert not half_generation.exists()
