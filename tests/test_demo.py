@@ -47,7 +47,7 @@ def decode(path):
 def film_at(seconds):
     """The film's frame at a time, as grey levels."""
     start = plan.to_frame(seconds)
-    return grey(edits.film_frames(make_demo.FILM, start, start + 1 / FPS))[0]
+    return grey(edits.film_frames(edits.FILM, start, start + 1 / FPS))[0]
 
 
 def correlation(a, b):
@@ -89,7 +89,7 @@ def test_shots_are_in_order_and_hold_no_black_frames(shots):
         assert a.end <= b.start + 1e-9
     shown = film_frame_numbers(shots)
     for first, last in [(0, 1), (299, 301), (460.5, 462.5), (488, 490)]:  # the film's fades
-        for frame in edits.film_frames(make_demo.FILM, first, last):
+        for frame in edits.film_frames(edits.FILM, first, last):
             number = round(first * FPS) + frame.pts * FPS // edits.TICKS
             luma = frame.to_ndarray()[: edits.SIZE[1]]
             assert number not in shown or luma.mean() > 20, number / FPS
@@ -253,7 +253,7 @@ def test_edit_runs_on_odd_pictures_at_both_ends_of_its_range(name):
         for key, values in edit.free.items():
             parameters[key] = values[-1] if isinstance(values, list) else values[0]
         clip = make_clip((250, 250.5), edits=[*before, [name, parameters], *after])
-        frames = list(edits.clip_frames(clip, make_demo.FILM))
+        frames = list(edits.clip_frames(clip, edits.FILM))
         assert len(frames) == 6 or name == "stutter"
 
 
@@ -266,7 +266,7 @@ def test_codec_writes_the_promised_seconds(tmp_path, codec):
         edits=[["faster", {"factor": 1.4}]],
         encoding={**BEST, "codec": codec, "rate": rate},
     )
-    edits.render(clip, make_demo.FILM, tmp_path / "video")
+    edits.render(clip, edits.FILM, tmp_path / "video")
     frames, measured = decode(tmp_path / "video")
     assert measured == pytest.approx(rate, rel=0.01)
     assert len(frames) / rate == pytest.approx(3.5 / 1.4, abs=0.2)
@@ -280,15 +280,15 @@ def test_render_gives_the_same_pixels_again(tmp_path, clips, codec):
         if clip.grade >= 3 and clip.encoding["codec"] == codec and clip.duration < 7
     )
     for name in "ab":
-        edits.render(clip, make_demo.FILM, tmp_path / name)
+        edits.render(clip, edits.FILM, tmp_path / name)
     assert np.array_equal(decode(tmp_path / "a")[0], decode(tmp_path / "b")[0])
 
 
 def test_render_mirrored_copy_unmirrored_is_the_film(tmp_path):
     clip = make_clip((268, 270), edits=[["mirror", {}]])
-    edits.render(clip, make_demo.FILM, tmp_path / "video")
+    edits.render(clip, edits.FILM, tmp_path / "video")
     frames, _ = decode(tmp_path / "video")
-    film = grey(edits.film_frames(make_demo.FILM, 268, 270))
+    film = grey(edits.film_frames(edits.FILM, 268, 270))
     assert len(frames) == len(film) == 24
     for frame, original in zip(frames, film, strict=True):
         assert correlation(frame[:, ::-1], original) > 0.99
@@ -299,7 +299,7 @@ def test_ground_truth_says_where_the_film_is(tmp_path):
     noise = (["noise", {"amount": 10}],)
     slower = [["slower", {"factor": 0.8}]]
     clip = make_clip((406, 408), (287, 290, noise), (470, 471), edits=slower)
-    edits.render(clip, make_demo.FILM, tmp_path / "video")
+    edits.render(clip, edits.FILM, tmp_path / "video")
     frames, rate = decode(tmp_path / "video")
     segments = plan.ground_truth(clip)["segments"]
     assert segments[-1]["video"][1] == pytest.approx(clip.duration) == pytest.approx(7.5)

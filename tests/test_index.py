@@ -11,7 +11,6 @@ import pytest
 from helpers.commands import start
 from helpers.library import (
     CLIPS,
-    FILM,
     ODD,
     AlmostEqual,
     cut_clip,
@@ -20,6 +19,7 @@ from helpers.library import (
 )
 
 import search
+from datasets.demo import edits
 from retrieval.similarity import similarity
 from utils import InputError
 from videoindex.index import VideoIndex, l2_normalise
@@ -183,7 +183,7 @@ def test_index_not_created_with_bad_options(tmp_path):
         {"colour": "red"},
     ):
         with pytest.raises(InputError):
-            VideoIndex(tmp_path / "index", device="cpu", **options).add([FILM])
+            VideoIndex(tmp_path / "index", device="cpu", **options).add([edits.FILM])
     with pytest.raises(InputError, match="nothing to index"):
         VideoIndex(tmp_path / "index").add([tmp_path / "nowhere"])
     assert not (tmp_path / "index").exists()

@@ -14,7 +14,6 @@ from retrieval.similarity import similarity_table
 from videoindex.index import METRIC, VideoIndex, l2_normalise
 from videoindex.pipeline import EncodedVideo
 
-FILM = Path(plan.__file__).resolve().parent / "film.mp4"
 EVALUATION_SETS = {"val": "DEMO-VAL", "test": "DEMO"}
 ANNOTATIONS = {"val": "demo_val.json", "test": "demo.json"}
 # A kind of edit that users know, and the edits of the demo that belong to it.
@@ -180,7 +179,7 @@ class SingleEditCopies:
                 path = folder / f"{clip.id}.mp4"
                 if not path.exists():
                     with utils.atomic(path) as temporary:
-                        edits.render(clip, FILM, temporary)
+                        edits.render(clip, edits.FILM, temporary)
         index.add([folder])
         indexed = contents_by_stem(index)
         self.frames = {}

@@ -19,8 +19,9 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-FPS = 12  # of film.mp4
-SIZE = (456, 256)  # of film.mp4, width and height
+FILM = Path(__file__).resolve().parent / "film.mp4"
+FPS = 12  # of the film
+SIZE = (456, 256)  # of the film, width and height
 TICKS = 1200 * FPS  # a second in the time base of editing: fine enough for a changed speed
 
 CAPTIONS = [

@@ -31,14 +31,12 @@ from typing import Any
 import av
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import utils
 from datasets.demo import edits, plan
 from distributed import run_main
 
-FILM = HERE / "film.mp4"
 FILM_SECONDS = 490.0  # then the credits begin
 CREDIT = {  # stored inside film.mp4, so that a copy of it alone still says whose it is
     "title": "Big Buck Bunny (without credits and sound, 456x256, 12 frames a second)",
@@ -86,7 +84,7 @@ def parse_args(argv=None):
     )
     command = commands.add_parser("film", help="make film.mp4 from a copy of the film")
     command.add_argument("source", help="Big Buck Bunny, 1280x720 or larger")
-    command.add_argument("--output", default=FILM, help="file to write")
+    command.add_argument("--output", default=edits.FILM, help="file to write")
     args = parser.parse_args(argv)
     if args.command == "build" and (
         args.workers < 1 or (args.limit is not None and args.limit < 1)
@@ -98,7 +96,7 @@ def parse_args(argv=None):
 # --- film ---------------------------------------------------------------------------------------
 
 
-def make_film(source: str | Path, output: str | Path = FILM, crf: int = 29) -> None:
+def make_film(source: str | Path, output: str | Path = edits.FILM, crf: int = 29) -> None:
     """Make film.mp4: no credits, 456x256, 12 frames a second, a keyframe every two seconds."""
     source = utils.require_path(source, "film")
     try:
@@ -169,7 +167,7 @@ def build(
 
 def fingerprint(clips: Sequence[plan.Clip]) -> str:
     """A hash of everything that decides the pixels: film, filters, codecs, plan."""
-    film = hashlib.sha256(utils.require_path(FILM, "film").read_bytes()).hexdigest()
+    film = hashlib.sha256(utils.require_path(edits.FILM, "film").read_bytes()).hexdigest()
     filters = [edit.filters for edit in edits.EDITS.values()]
     planned = [dataclasses.asdict(clip) for clip in clips]
     text = json.dumps([VERSION, film, filters, edits.CODECS, planned])
@@ -242,7 +240,7 @@ def render_one(clip: plan.Clip, output: Path) -> None:
     """Render one clip to its file; runs in a worker."""
     try:
         with utils.atomic(output / clip.file) as path:
-            edits.render(clip, FILM, path)
+            edits.render(clip, edits.FILM, path)
     except (av.FFmpegError, OSError) as error:
         raise utils.InputError(
             f"{output / clip.file} cannot be made ({error}); is the disk full, or film.mp4 damaged?"

@@ -11,11 +11,9 @@ import pytest
 
 import search
 from datasets.demo import edits, plan
-from helpers.commands import ROOT
 from videoindex.index import VideoIndex
 from videoindex.store import FileEntry
 
-FILM = ROOT / "datasets" / "demo" / "film.mp4"
 ODD = 'new\nline, <b>&"Кино" 映画.mp4'
 CLIPS = {  # {name: (pieces of the film in seconds, edits)}
     "a.mp4": ([(100, 108)], []),
@@ -44,7 +42,7 @@ def cut_clip(path, pieces, changes=()):
         encoding={"codec": "h264", "height": 160, "rate": 12, "bits": 0.2},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    edits.render(clip, FILM, path)
+    edits.render(clip, edits.FILM, path)
     return path
 
 
