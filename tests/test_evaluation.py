@@ -1,14 +1,24 @@
-"""evaluation.py as users run it: figures against loops from the features on, several dist, the memory bound, refusals."""
+"""evaluation.py: its metrics against loops from the features on, processes, memory, refusals."""
 
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from helpers.commands import ROOT, cli, clis, environment, error_after_progress, one_error, refused
+from helpers.commands import (
+    ROOT,
+    call,
+    cli,
+    environment,
+    error_after_progress,
+    one_error,
+    python,
+    refused,
+)
 from helpers.encoders import encode_one_by_one, untrained_tca
 from helpers.files import folder_contents, write_packed, write_released
 from helpers.oracles import TASKS, by_loop
@@ -23,652 +33,343 @@ from retrieval.encode import crop
 from retrieval.report import table_lines
 from retrieval.similarity import similarity_table
 
-METRICS = ["cosine", "euclidean", "chamfer", "sym_chamfer"]  # those that the loops below know
+BY_LOOP = ["cosine", "euclidean", "chamfer", "sym_chamfer"]  # the metrics of `metrics_by_loop`
+EVERY_METRIC = [*BY_LOOP, "dp", "tn", "comparator"]
+TCA_ROWS = {
+    "cosine": "TCA_c",
+    "chamfer": "TCA_f",
+    "sym_chamfer": "TCA_sym",
+    "euclidean": "tca, euclidean",
+}
+MEAN_ROWS = {
+    "cosine": "mean, untrained",
+    "chamfer": "chamfer, untrained",
+    "sym_chamfer": "sym_chamfer, untrained",
+    "euclidean": "euclidean, untrained",
+}
 
-# --- the command -----------------------------------------------------------------------------------------------------
+
+# --- the commands that should work, run once ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def models(world, tmp_path_factory):
-    """Three encoders' bare state dicts."""
+def models(tmp_path_factory):
+    """A folder with three TCAs as bare state dicts, and other models."""
     folder = tmp_path_factory.mktemp("models")
     for seed in range(3):
         torch.save(untrained_tca(seed).state_dict(), folder / f"{seed}.pth")
     torch.save(TCA(64, 4, 1, 64).state_dict(), folder / "wide.pth")
-    torch.save({"encoder": "netvlad", "arguments": (small := dict(feature_size=C, num_clusters=4, output_dim=16)),
-                "state_dict": NetVLAD(**small).state_dict()}, folder / "netvlad.pth")  # fmt: skip
+    arguments = dict(feature_size=C, num_clusters=4, output_dim=16)
+    netvlad = {"encoder": "netvlad", "arguments": arguments}
+    netvlad["state_dict"] = NetVLAD(**arguments).state_dict()
+    torch.save(netvlad, folder / "netvlad.pth")
     torch.save(VideoComparator().state_dict(), folder / "comparator.pth")
     return folder
 
 
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+@pytest.fixture(scope="module")
+def base(world):
+    """The flags that all commands share."""
+    flags = ["--dataset", "DEMO", "--feature_path", world.test_features]
+    return [*flags, "--annotation_dir", world.annotations, "--device", "cpu"]
 
 
-def brute_figures(encoder, part, metric, padding_size=300):
-    """{task: mAP} of one encoder on a world's set, by own loops from the features on."""
-    frames, whole = {}, {}
-    for video, rows in part.features.items():
-        x = torch.from_numpy(crop(rows, padding_size))[None]
-        with torch.no_grad():
-            out = encoder.frame_outputs(x, torch.tensor([x.shape[1]]))[0].double().numpy()
-        frames[video], whole[video] = unit(out), unit(out.mean(0))
-
-    def similarity(q, t):
-        forth, back = (np.mean((frames[a] @ frames[b].T).max(1)) for a, b in ((q, t), (t, q)))
-        return {
-            "cosine": whole[q] @ whole[t], "euclidean": -np.linalg.norm(whole[q] - whole[t]),
-            "chamfer": forth, "sym_chamfer": (forth + back) / 2,
-        }[metric]  # fmt: skip
-
-    table = {q: {v: similarity(q, v) for v in part.database} for q in part.labels}
-    return by_loop(table, part.labels, part.database, set(part.features))
+@pytest.fixture(scope="module")
+def one(models):
+    """The flags that score the first TCA."""
+    return ["--model_path", models / "0.pth", "--nhead", 4]
 
 
-def printed(stdout):
-    """{row: {column: text}} of the first table on the terminal."""
+@pytest.fixture(scope="module")
+def results(models, base, one, tmp_path_factory):
+    """{name: what a command printed, and the record that it wrote}."""
+    out = tmp_path_factory.mktemp("results")
+    three = [models / f"{seed}.pth" for seed in range(3)]
+    comparator = ["--comparator", models / "comparator.pth"]
+    commands = {
+        "three seeds": ["--model_path", *three, "--nhead", 4],
+        "mean": ["--encoder", "mean", "--metric", *BY_LOOP],
+        "saved": [*one, "--padding_size", 5, "--save_similarities", out / "similarities.json"],
+        "every metric": [*one, "--metric", *EVERY_METRIC, *comparator],
+        "netvlad": ["--model_path", models / "netvlad.pth", "--metric", "euclidean", "cosine"],
+        "bfloat16": [*one, "--metric", "cosine", "chamfer", "--amp", "bfloat16"],
+        "one R": [*one, "--rerank", 20, "--metric", "sym_chamfer"],
+        "several R": [*one, "--rerank", 4, 20, 1000, "--metric", "sym_chamfer"],
+        "one R of the mean": ["--encoder", "mean", "--rerank", 20],
+        # The released command's flags, with a size that fits.
+        "released": [*one, "-pc", C, "--num_clusters", 256, "--num_layers", 1],
+    }
+    commands["several R"] += ["--plot", out / "curve.png"]
+    commands["released"] += ["--output_dim", 1024, "--padding_size", 300]
+    baseline = [*one, "--metric", *BY_LOOP, "--baseline", "cosine", "chamfer"]
+
+    results = {}
+    for name, flags in commands.items():
+        results[name] = call(main, *base, *flags, "--output", out / f"{name}.json")
+    # One command as users run it, with a folder that does not exist yet.
+    record = out / "new" / "folder" / "baseline.json"
+    results["baseline"] = cli("evaluation.py", *base, *baseline, "--output", record)
+    for name, result in results.items():
+        assert result.returncode == 0, result.stderr
+        path = record if name == "baseline" else out / f"{name}.json"
+        result.record = json.loads(path.read_text())
+    return SimpleNamespace(folder=out, **{key.replace(" ", "_"): r for key, r in results.items()})
+
+
+def printed_rows(stdout):
+    """{row: {task: text}} of the first table on the terminal."""
     lines = stdout.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split() == list(TASKS))
     rows = {}
     for line in lines[head + 1 :]:
         if not line:
             break
-        name, *cells = line.split("  ")
-        cells = [cell.strip() for cell in cells if cell.strip()]
+        name, *cells = [part.strip() for part in line.split("  ") if part.strip()]
         if len(cells) == 3:
             rows[name] = dict(zip(TASKS, cells, strict=True))
     return rows
 
 
-ROWS = {
-    "cosine": "TCA_c",
-    "chamfer": "TCA_f",
-    "sym_chamfer": "TCA_sym",
-    "euclidean": "tca, euclidean",
-}
-EVERY = [*METRICS, "dp", "tn", "comparator"]
-NAMES = {"cosine": "mean, untrained"} | {
-    m: f"{m}, untrained" for m in ("chamfer", "sym_chamfer", "euclidean")
-}
+# --- the oracle ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(world):
-    return [
-        "evaluation.py",
-        "--dataset",
-        "DEMO",
-        "--feature_path",
-        world.test_features,
-        "--annotation_dir",
-        world.annotations,
-    ]
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.fixture(scope="module")
-def results(world, models, base, tmp_path_factory):
-    """The commands that should work, run once."""
-    out = tmp_path_factory.mktemp("results")
-    one = ["--model_path", models / "0.pth", "--nhead", 4]
-    mean = ["--encoder", "mean", "--metric", *METRICS]
-    runs = {
-        "one": [
-            *one,
-            "--metric",
-            *METRICS,
-            "--baseline",
-            "cosine",
-            "chamfer",
-            "--output",
-            out / "one.json",
-        ],
-        "saved": [*one, "--padding_size", 5, "--save_similarities", out / "saved.json"],
-        "every": [
-            *one,
-            "--metric",
-            *EVERY,
-            "--comparator",
-            models / "comparator.pth",
-            "--output",
-            out / "every.json",
-        ],
-        "rerank": [
-            *one,
-            "--rerank",
-            4,
-            20,
-            1000,
-            "--metric",
-            "sym_chamfer",
-            "--plot",
-            out / "curve.png",
-            "--output",
-            out / "rerank.json",
-        ],
-        "rerank one": [
-            *one,
-            "--rerank",
-            20,
-            "--metric",
-            "sym_chamfer",
-            "--output",
-            out / "rerank one.json",
-        ],
-        "rerank mean": ["--encoder", "mean", "--rerank", 20, "--output", out / "rerank mean.json"],
-        "netvlad": ["--model_path", models / "netvlad.pth", "--metric", "euclidean", "cosine"],
-        "bfloat16": [
-            *one,
-            "--metric",
-            "cosine",
-            "chamfer",
-            "--amp",
-            "bfloat16",
-            "--output",
-            out / "bfloat16.json",
-        ],
-        "three": [
-            "--model_path",
-            *(models / f"{i}.pth" for i in range(3)),
-            "--nhead",
-            4,
-            "--output",
-            out / "three.json",
-        ],
-        "mean": [*mean, "--output", out / "deep" / "mean.json"],
-        # the released command's flags, with a width that fits
-        "released": [
-            *one,
-            "-pc",
-            C,
-            "--num_clusters",
-            256,
-            "--num_layers",
-            1,
-            "--output_dim",
-            1024,
-            "--padding_size",
-            300,
-        ],
-    }
-    found = dict(zip(runs, clis(*([*base, *flags] for flags in runs.values())), strict=True))
-    for name, result in found.items():
-        assert result.returncode == 0, f"{name}: {result.stderr}"
-    return out, found
+def metrics_by_loop(encoder, part, metric, padding_size=300):
+    """{task: mAP} of an encoder on a part of the world, by loops from the features on."""
+    frames, whole = {}, {}
+    for video, rows in part.features.items():
+        x = torch.from_numpy(crop(rows, padding_size))[None]  # (1, T, C)
+        with torch.no_grad():
+            out = encoder.frame_outputs(x, torch.tensor([x.shape[1]]))[0].double().numpy()
+        frames[video], whole[video] = unit(out), unit(out.mean(0))
+
+    def similarity(query, video):
+        if metric == "cosine":
+            return whole[query] @ whole[video]
+        if metric == "euclidean":
+            return -np.linalg.norm(whole[query] - whole[video])
+        forth = np.mean((frames[query] @ frames[video].T).max(1))
+        back = np.mean((frames[video] @ frames[query].T).max(1))
+        return forth if metric == "chamfer" else (forth + back) / 2
+
+    table = {}
+    for query in part.labels:
+        table[query] = {video: similarity(query, video) for video in part.database}
+    return by_loop(table, part.labels, part.database, set(part.features))
 
 
-def test_every_metrics_figures_equal_own_loops_from_the_features_on(results, world):
-    out, found = results
-    figures = json.loads((out / "one.json").read_text())["figures"]
-    table = printed(found["one"].stdout)
-    assert set(figures) == set(table) == {*ROWS.values(), NAMES["cosine"], NAMES["chamfer"]}
-    for metric, row in ROWS.items():
-        expected = brute_figures(untrained_tca(0), world.test, metric)
+# --- metrics ------------------------------------------------------------------------------------
+
+
+def test_metrics_equal_loops_from_the_features_on(results, world):
+    figures = results.baseline.record["figures"]
+    printed = printed_rows(results.baseline.stdout)
+    expected_rows = {*TCA_ROWS.values(), MEAN_ROWS["cosine"], MEAN_ROWS["chamfer"]}
+    assert set(figures) == set(printed) == expected_rows
+    for metric, row in TCA_ROWS.items():
+        expected = metrics_by_loop(untrained_tca(0), world.test, metric)
         assert figures[row] == [pytest.approx(expected, abs=1e-6)]
-        assert table[row] == {task: f"{value:.4f}" for task, value in expected.items()}
+        assert printed[row] == {task: f"{value:.4f}" for task, value in expected.items()}
 
 
-def test_baselines_are_the_untrained_features_own_figures(results, world):
-    out, _ = results
-    figures = json.loads((out / "one.json").read_text())["figures"]
-    for metric in ("cosine", "chamfer"):
-        assert figures[NAMES[metric]] == [
-            pytest.approx(brute_figures(Mean(C), world.test, metric), abs=1e-6)
-        ]
+@pytest.mark.parametrize("metric", BY_LOOP)
+def test_untrained_features_need_no_model(results, world, metric):
+    expected = [pytest.approx(metrics_by_loop(Mean(C), world.test, metric), abs=1e-6)]
+    assert results.mean.record["figures"][MEAN_ROWS[metric]] == expected
+    if metric in ("cosine", "chamfer"):  # the --baseline beside a model
+        assert results.baseline.record["figures"][MEAN_ROWS[metric]] == expected
+    assert set(printed_rows(results.mean.stdout)) == set(MEAN_ROWS.values())
 
 
-def test_the_mean_needs_no_model(results, world):
-    out, found = results
-    figures = json.loads((out / "deep" / "mean.json").read_text())["figures"]
-    for metric in METRICS:
-        assert figures[NAMES[metric]] == [
-            pytest.approx(brute_figures(Mean(C), world.test, metric), abs=1e-6)
-        ]
-    assert set(printed(found["mean"].stdout)) == set(NAMES.values())
-
-
-def test_several_models_give_the_mean_and_the_sample_standard_deviation(results, world):
-    out, found = results
-    expected = [brute_figures(untrained_tca(seed), world.test, "cosine") for seed in range(3)]
-    figures = json.loads((out / "three.json").read_text())["figures"]
-    assert figures == {"TCA_c": [pytest.approx(one, abs=1e-6) for one in expected]}
-    cells = printed(found["three"].stdout)["TCA_c"]
+def test_several_models_print_mean_and_sample_deviation(results, world):
+    expected = [metrics_by_loop(untrained_tca(seed), world.test, "cosine") for seed in range(3)]
+    figures = results.three_seeds.record["figures"]
+    assert figures == {"TCA_c": [pytest.approx(metrics, abs=1e-6) for metrics in expected]}
+    cells = printed_rows(results.three_seeds.stdout)["TCA_c"]
     for task in TASKS:
-        values = [one[task] for one in expected]
+        values = [metrics[task] for metrics in expected]
         mean = sum(values) / 3
         deviation = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
         assert cells[task] == f"{mean:.4f} ± {deviation:.4f}"
 
 
-def test_the_output_holds_what_a_figure_needs_beside_it(results):
-    out, _ = results
-    found = json.loads((out / "one.json").read_text())
-    assert (
-        found["dataset"] == "DEMO"
-        and "demo.json" in found["annotation"]
-        and found["padding_size"] == 300
-    )
-    assert (
-        found["command"].startswith("evaluation.py --dataset DEMO")
-        and "--baseline cosine chamfer" in found["command"]
-    )
-    assert (
-        found["revision"] and found["versions"]["torch"] == torch.__version__ and found["machine"]
-    )
-    assert len(found["models"]) == 1 and found["features"]["path"].endswith("test.hdf5")
-    assert found["coverage"] == {
-        "queries": 10, "queries_missing": 0, "videos": 80, "videos_missing": 0,
-        "queries_without_relevant": {"DSVR": 0, "CSVR": 0, "ISVR": 0},
-    }  # fmt: skip
+def test_rows_are_named_by_encoder_and_metric(results):
+    others = {"tca, dp", "tca, tn", "tca, comparator"}
+    assert set(printed_rows(results.every_metric.stdout)) == {*TCA_ROWS.values(), *others}
+    assert set(printed_rows(results.netvlad.stdout)) == {"netvlad, euclidean", "netvlad, cosine"}
 
 
-def test_saved_similarities_scored_again_give_the_printed_figures(results, world):
-    out, found = results
-    saved = json.loads((out / "saved.json").read_text())
-    assert list(saved) == list(world.test.labels) and all(
-        set(row) == set(world.test.database) for row in saved.values()
-    )
-    again = load_evaluation_set("DEMO", world.annotations).evaluate(saved)
-    assert printed(found["saved"].stdout)["TCA_c"] == {
-        task: f"{value:.4f}" for task, value in again.items()
-    }
-    expected = brute_figures(untrained_tca(0), world.test, "cosine", padding_size=5)
-    assert again == pytest.approx(expected, abs=1e-6)
-
-
-def torchrun(count, *arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        count,
-        *arguments,
-    ]
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_processes_give_the_figures_of_one_to_the_last_bit(results, models, base, tmp_path):
-    out, found = results
-    flags = [
-        "--model_path",
-        models / "0.pth",
-        "--nhead",
-        4,
-        "--metric",
-        *EVERY,
-        "--comparator",
-        models / "comparator.pth",
-    ]
-    result = torchrun(
-        2, *base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "two.json"
-    )
-    assert result.returncode == 0, result.stderr
-    one, two = (
-        json.loads(path.read_text()) for path in (out / "every.json", tmp_path / "two.json")
-    )
-    assert two["figures"] == one["figures"] and len(one["figures"]) == len(EVERY)
-    assert (one["processes"], two["processes"]) == (1, 2) and result.stdout == found["every"].stdout
-    again = cli(*base, *flags, "--cache", tmp_path / "cache", "--output", tmp_path / "cached.json")
-    assert (
-        again.returncode == 0
-        and json.loads((tmp_path / "cached.json").read_text())["figures"] == one["figures"]
-    )
-    assert len(folder_contents(tmp_path / "cache")) == 2
-
-
-def test_an_error_of_one_process_is_told_once(world, models, base, tmp_path):
-    features = {
-        video: rows * (np.nan if video == world.test.database[40] else 1)
-        for video, rows in world.test.features.items()
-    }
-    path = write_packed(tmp_path / "nan.hdf5", features)
-    result = torchrun(
-        2, *base, "--feature_path", path, "--model_path", models / "0.pth", "--nhead", 4
-    )
-    errors = [
-        line for line in result.stderr.splitlines() if "error: " in line and "holds NaN" in line
-    ]
-    assert result.returncode and len(errors) == 1 and world.test.database[40] in errors[0]
-
-
-def test_two_stage_figures_equal_own_rankings(results, world):
-    out, found = results
-    part, encoder = world.test, untrained_tca(0)
-    store = FeatureStore(world.test_features)
-    described = encode_one_by_one(encoder, store, part.database, "video")
-    frames = encode_one_by_one(encoder, store, part.database, "frame")
-    figures = json.loads((out / "rerank.json").read_text())["figures"]
-    for R in (4, 20, 1000):
-        ranks = {}
-        for query in part.labels:
-            order = sorted(part.database, key=lambda v: -float(described[query] @ described[v]))
-            head = order[:R]
-            frame = similarity_table([frames[query]], [frames[v] for v in head], "sym_chamfer")[0]
-            head = [v for _, v in sorted(zip(-frame, head, strict=True))]
-            ranks[query] = {v: -i for i, v in enumerate([*head, *order[R:]])}
-        expected = by_loop(ranks, part.labels, part.database, set(part.features))
-        assert figures[f"TCA_c, first {R} by TCA_sym"] == [pytest.approx(expected, abs=1e-9)]
-    assert figures["TCA_c, first 1000 by TCA_sym"] == figures["TCA_sym"]
-    single = json.loads((out / "rerank one.json").read_text())["figures"]
-    assert list(single) == ["TCA_c", "TCA_c, first 20 by TCA_sym"]
-    assert all(single[row] == figures[row] for row in single)
-    assert list(json.loads((out / "rerank mean.json").read_text())["figures"]) == [
-        "mean, untrained", "mean, untrained, first 20 by chamfer, untrained"
-    ]  # fmt: skip
-
-
-def test_the_trade_off_goes_from_no_frames_to_all(results, world):
-    out, found = results
-    (curve,) = json.loads((out / "rerank.json").read_text())["trade_off"].values()
-    figures = json.loads((out / "rerank.json").read_text())["figures"]
-    assert [line["R"] for line in curve] == [0, 4, 20, 80, 1000]
-    costs = [line["cost"] for line in curve]
-    assert (
-        costs[0] == 0 and costs[3:] == [1, 1] and costs == sorted(costs) and 0.02 < costs[1] < 0.1
-    )
-    for line in curve:
-        assert line["figures"] == figures[line["row"]][0]
-        assert line["share"] == pytest.approx(
-            line["figures"]["DSVR"] / figures["TCA_sym"][0]["DSVR"]
-        )
-    saved = brute_recall(untrained_tca(0), world.test, 20)
-    (line,) = [line for line in curve if line["R"] == 20]
-    assert line["recall"] == pytest.approx(saved) and f"{saved:.1%}" in found["rerank"].stdout
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def brute_recall(encoder, part, R):
-    """The share of DSVR's relevant videos among the first R by cosine, the query itself among them."""
-    whole = {}
-    for video, rows in part.features.items():
-        with torch.no_grad():
-            whole[video] = encoder(torch.from_numpy(rows)[None], torch.tensor([len(rows)]))[
-                0
-            ].numpy()
-    shares = []
-    for query, labels in part.labels.items():
-        relevant = {*labels["ND"], *labels["DS"]}
-        order = sorted(part.database, key=lambda v: -float(whole[query] @ whole[v]))
-        shares.append(len(relevant & set(order[:R])) / len(relevant))
-    return sum(shares) / len(shares)
-
-
-def test_rows_are_named_for_their_encoder_and_measure(results):
-    _, found = results
-    assert set(printed(found["every"].stdout)) == {
-        *ROWS.values(),
-        "tca, dp",
-        "tca, tn",
-        "tca, comparator",
-    }
-    assert set(printed(found["netvlad"].stdout)) == {"netvlad, euclidean", "netvlad, cosine"}
-
-
-def test_bfloat16_moves_figures_little(results):
-    out, found = results
-    figures, exact = (
-        json.loads((out / name).read_text()) for name in ("bfloat16.json", "one.json")
-    )
-    assert figures["amp"] == "bfloat16" and exact["amp"] is None
-    assert figures["figures"]["TCA_f"] != exact["figures"]["TCA_f"]
+def test_bfloat16_changes_metrics_little(results):
+    fast, exact = results.bfloat16.record, results.baseline.record
+    assert fast["amp"] == "bfloat16" and exact["amp"] is None
+    assert fast["figures"]["TCA_f"] != exact["figures"]["TCA_f"]
     for row in ("TCA_c", "TCA_f"):
-        assert figures["figures"][row] == [pytest.approx(exact["figures"][row][0], abs=0.02)]
+        assert fast["figures"][row] == [pytest.approx(exact["figures"][row][0], abs=0.02)]
 
 
-def test_a_table_of_any_system_is_scored_without_a_model(results, world, base, tmp_path):
-    out, found = results
-    annotation = ["--dataset", "DEMO", "--annotation_dir", world.annotations]
-    result = cli(
-        "evaluation.py",
-        *annotation,
-        "--similarities",
-        out / "saved.json",
-        "--output",
-        tmp_path / "again.json",
+def test_flags_of_the_released_command_change_nothing(results):
+    assert (
+        printed_rows(results.released.stdout)["TCA_c"]
+        == (printed_rows(results.baseline.stdout)["TCA_c"])
     )
-    assert result.returncode == 0, result.stderr
-    assert list(printed(result.stdout).values()) == list(printed(found["saved"].stdout).values())
-    table = json.loads((out / "saved.json").read_text())
-    table["stranger"] = {}
-    next(iter(table.values()))["unknown video"] = 0.5
-    (tmp_path / "more.json").write_text(json.dumps(table))
-    more = cli("evaluation.py", *annotation, "--similarities", tmp_path / "more.json")
-    assert "left aside: 1 queries and 1 videos that the set does not know" in more.stdout
-    assert list(printed(more.stdout).values()) == list(printed(result.stdout).values())
+    assert "note: --num_clusters, --num_layers, --output_dim" in results.released.stderr
 
 
-def test_region_features_of_other_groups_are_averaged_with_a_notice(world, base, tmp_path):
-    regions = {
-        v: np.stack([2 * rows, np.zeros_like(rows), rows], 1)
-        for v, rows in world.test.features.items()
-    }
-    flags = ["--features", write_released(tmp_path / "regions.hdf5", regions), "--encoder", "mean"]
-    result = cli(*base, *flags)
-    assert result.returncode == 0 and "averaged over their regions" in result.stderr
-    table = brute_figures(Mean(C), world.test, "cosine")  # the mean of the three is the row itself
-    assert printed(result.stdout)["mean, untrained"] == {
-        task: f"{value:.4f}" for task, value in table.items()
+def test_region_features_are_averaged_with_a_warning(world, base, tmp_path):
+    regions = {}
+    for video, rows in world.test.features.items():
+        regions[video] = np.stack([2 * rows, np.zeros_like(rows), rows], 1)  # mean: the row itself
+    path = write_released(tmp_path / "regions.hdf5", regions)
+    result = call(main, *base, "--features", path, "--encoder", "mean")
+    assert "averaged over their regions" in result.stderr
+    expected = metrics_by_loop(Mean(C), world.test, "cosine")
+    assert printed_rows(result.stdout)["mean, untrained"] == {
+        task: f"{value:.4f}" for task, value in expected.items()
     }
 
 
-def test_many_figures_are_printed_one_a_line():
+# --- what is printed and written ----------------------------------------------------------------
+
+
+def test_record_has_what_a_figure_needs_beside_it(results):
+    record = results.baseline.record
+    assert record["dataset"] == "DEMO" and "demo.json" in record["annotation"]
+    assert record["command"].startswith("evaluation.py --dataset DEMO")
+    assert "--baseline cosine chamfer" in record["command"]
+    assert record["padding_size"] == 300 and record["processes"] == 1
+    assert record["revision"] and record["machine"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["models"]) == 1 and record["features"]["path"].endswith("test.hdf5")
+    assert all(seconds[0] > 0 for seconds in record["compare_seconds"].values())
+    assert record["coverage"] == {
+        "queries": 10,
+        "queries_missing": 0,
+        "videos": 80,
+        "videos_missing": 0,
+        "queries_without_relevant": {"DSVR": 0, "CSVR": 0, "ISVR": 0},
+    }
+
+
+def test_table_with_many_metrics_is_printed_with_a_line_for_each():
     names = ["mAP", "mAP_events", *(f"event {i}" for i in range(13))]
     lines = table_lines(
         {"TCA_c": [dict.fromkeys(names, 0.25)], "TCA_f": [dict.fromkeys(names, 0.5)] * 2}
     )
-    assert lines[0].split() == ["TCA_c", "TCA_f"] and len(lines) == 16 and max(map(len, lines)) < 80
+    assert lines[0].split() == ["TCA_c", "TCA_f"] and len(lines) == 16
     assert lines[2].split() == ["mAP_events", "0.2500", "0.5000", "±", "0.0000"]
+    assert max(map(len, lines)) < 80
     assert len(table_lines({"TCA_c": [dict.fromkeys(names[:8], 0.25)]})) == 2
-
-
-def test_memory_stays_under_the_bound_that_is_given(tmp_path):
-    """0.6 GiB for 900 videos whose descriptors alone take 0.36, beside some 0.4 of Python and PyTorch."""
-    frames, width, names = 210, 512, [f"v{i:04}" for i in range(900)]
-    block = np.random.default_rng(0).normal(size=(frames, width)).astype(np.float16)
-    path = tmp_path / "large.hdf5"
-    with h5py.File(path, "w") as file:
-        rows = file.create_dataset("frames", (len(names) * frames, width), "float16")
-        for i in range(len(names)):
-            rows[i * frames : (i + 1) * frames] = np.roll(block, i, 0)
-        file["offsets"], file["ids"] = (
-            np.arange(len(names) + 1) * frames,
-            np.array(names, h5py.string_dtype()),
-        )
-    write_set(tmp_path, "demo", {names[0]: {"ND": names[1:3]}, names[5]: {"ND": names[6:9]}}, names)
-    flags = [
-        "--dataset",
-        "DEMO",
-        "--annotation_dir",
-        tmp_path,
-        "--feature_path",
-        path,
-        "--encoder",
-        "mean",
-        "--metric",
-        "chamfer",
-    ]
-    # By a process between: a child's peak begins with its parent's, and pytest's own may be larger.
-    between = "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:])\n"
-    between += (
-        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(status)"
-    )
-    done = cli("-c", between, sys.executable, "evaluation.py", *flags, "--memory", "0.6")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) / 2**20 < 0.6
-    line = one_error(cli("evaluation.py", *flags, "--memory", "0.2"))
-    assert "--memory 0.2" in line and "or more" in line
-
-
-def test_every_set_prints_its_table_on_features_of_its_real_ids(annotations, tmp_path):
-    draw, commands = np.random.default_rng(0), []
-    columns = {"FIVR-5K": 3, "CC_WEB_VIDEO": 4, "EVVE": 15, "VCDB": 1}
-    for name in columns:
-        chosen = load_evaluation_set(name, annotations)
-        videos = list(dict.fromkeys([*chosen.queries, *chosen.database]))
-        videos = videos[:5000] if name == "VCDB" else videos
-        features = {
-            video: draw.normal(size=(1 + i % 2, 8)).astype(np.float16)
-            for i, video in enumerate(videos)
-        }
-        path = write_packed(tmp_path / f"{name}.hdf5", features)
-        commands.append(["evaluation.py", "--dataset", name, "--feature_path", path, "--annotation_dir", annotations,
-                         "--encoder", "mean", "--output", tmp_path / f"{name}.json"])  # fmt: skip
-    for name, result in zip(columns, clis(*commands), strict=True):
-        assert result.returncode == 0, result.stderr
-        figures = json.loads((tmp_path / f"{name}.json").read_text())["figures"]["mean, untrained"][
-            0
-        ]
-        assert len(figures) == columns[name] and all(
-            f"{value:.4f}" in result.stdout for value in figures.values()
-        )
-        assert ("missing: " in result.stdout and "% of the videos" in result.stdout) == (
-            name == "VCDB"
-        )
-
-
-def test_the_released_commands_flags_change_nothing(results):
-    _, found = results
-    assert printed(found["released"].stdout)["TCA_c"] == printed(found["one"].stdout)["TCA_c"]
 
 
 def test_missing_videos_are_counted_and_left_out(world, base, tmp_path):
     part = world.test
-    gone = [
-        *list(part.labels)[:2],
-        *[v for v in part.database if v not in part.labels][::5],
-        "q5-1",
-        "q5-2",
-    ]
+    gone = {"q5-1", "q5-2", *list(part.labels)[:2]}
+    gone.update([video for video in part.database if video not in part.labels][::5])
     features = {video: rows for video, rows in part.features.items() if video not in gone}
     path = write_released(tmp_path / "some.hdf5", features)
     flags = ["--feature_path", path, "--encoder", "mean", "--output", tmp_path / "x.json"]
-    result = cli(*base, *flags)
-    assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "x.json").read_text())
+    result = call(main, *base, *flags)
+    record = json.loads((tmp_path / "x.json").read_text())
     missing = len(set(part.database) - set(features))
-    assert (
-        "8 queries (2 missing)" in result.stdout
-        and f"{80 - missing} videos ({missing} missing)" in result.stdout
-    )
-    assert (
-        found["coverage"]["queries_missing"] == 2 and found["coverage"]["videos_missing"] == missing
-    )
-    skipped = found["coverage"]["queries_without_relevant"]
-    truth = {
-        task: sum(
-            not any(v in features for label in labels for v in part.labels[q][label])
-            for q in part.labels
-            if q in features
-        )
-        for task, labels in TASKS.items()
-    }
-    assert skipped == truth and truth["DSVR"] >= 1 and "queries skipped" in result.stdout
-    rows = {v: unit(x.astype(float).mean(0)) for v, x in features.items()}
-    table = {
-        q: {v: rows[q] @ rows[v] for v in part.database if v in features}
-        for q in part.labels
-        if q in features
-    }
+    assert "8 queries (2 missing)" in result.stdout
+    assert f"{80 - missing} videos ({missing} missing)" in result.stdout
+    assert record["coverage"]["queries_missing"] == 2
+    assert record["coverage"]["videos_missing"] == missing
+
+    queries = [query for query in part.labels if query in features]
+    skipped = {}
+    for task, labels in TASKS.items():
+        skipped[task] = 0
+        for query in queries:
+            relevant = [video for label in labels for video in part.labels[query][label]]
+            skipped[task] += not any(video in features for video in relevant)
+    assert record["coverage"]["queries_without_relevant"] == skipped
+    assert skipped["DSVR"] >= 1 and "queries skipped" in result.stdout
+
+    whole = {video: unit(rows.astype(float).mean(0)) for video, rows in features.items()}
+    table = {query: {v: whole[query] @ whole[v] for v in features} for query in queries}
     expected = by_loop(table, part.labels, part.database, set(features))
-    assert found["figures"]["mean, untrained"] == [pytest.approx(expected, abs=1e-6)]
-
-
-def test_bad_input_ends_with_status_2_one_line_and_no_output(world, models, base, tmp_path):
-    other_ids, _, _ = make_set(np.random.default_rng(0), 3, 3, 5, 0.1)
-    strange = write_released(
-        tmp_path / "strange.hdf5", {f"not {video}": rows for video, rows in other_ids.items()}
-    )
-    with h5py.File(tmp_path / "nan.hdf5", "w") as file:
-        for i, (video, rows) in enumerate(world.test.features.items()):
-            file[video] = rows if i != 7 else rows * np.nan
-    (tmp_path / "text.pth").write_text("no model")
-    ours, output = (
-        ["--model_path", models / "0.pth", "--nhead", 4],
-        ["--output", tmp_path / "out.json"],
-    )
-    cases = {
-        "unknown dataset": (["--dataset", "FIVR-6K", *ours], "FIVR-6K"),
-        "no annotation folder": (["--annotation_dir", tmp_path / "absent", *ours], "absent"),
-        "no features": (["--feature_path", tmp_path / "absent.hdf5", *ours], "absent.hdf5"),
-        "features of other ids": (["--feature_path", strange, *ours], "strange.hdf5"),
-        "features that are NaN": (
-            ["--feature_path", tmp_path / "nan.hdf5", *ours],
-            list(world.test.features)[7],
-        ),
-        "width asked for": (["--pca_components", 1024, *ours], "1024"),
-        "a model of another width": (["--model_path", models / "wide.pth"], "64 channels"),
-        "an absent model": (["--model_path", tmp_path / "absent.pth"], "absent.pth"),
-        "a folder without a model": (["--model_path", tmp_path], "model.pth"),
-        "a model that is none": (["--model_path", tmp_path / "text.pth"], "text.pth"),
-        "heads that do not divide": (["--model_path", models / "0.pth", "--nhead", 5], "--nhead"),
-        "the mean with a model": (["--encoder", "mean", *ours], "--encoder"),
-        "frame descriptors of an encoder without": (
-            ["--model_path", models / "netvlad.pth", "--metric", "chamfer"],
-            "NetVLAD",
-        ),
-        "two stages of an encoder without": (
-            ["--model_path", models / "netvlad.pth", "--rerank", 5],
-            "NetVLAD",
-        ),
-        "a comparator that is none": (
-            ["--metric", "comparator", "--comparator", models / "0.pth", *ours],
-            "0.pth",
-        ),
-        "too little memory": (["--memory", 0.15, *ours], "--memory"),
-        "a word for a number": (["--padding_size", "many", *ours], "--padding_size"),
-    }
-    found = clis(*([*base, *flags, *output] for flags, _ in cases.values()))
-    for (name, (_, mention)), result in zip(cases.items(), found, strict=True):
-        line = (
-            error_after_progress(result) if name == "features that are NaN" else one_error(result)
-        )
-        assert mention in line, f"{name}: {line}"
-    assert not (tmp_path / "out.json").exists()
-    assert sorted(item.name for item in tmp_path.iterdir()) == [
-        "nan.hdf5",
-        "strange.hdf5",
-        "text.pth",
-    ]
-
-
-@pytest.mark.parametrize("flag", ["--padding_size", "--nhead", "--memory"])
-def test_a_number_out_of_range_is_refused_by_its_flag(flag):
-    assert flag in refused(
-        main, "--dataset", "DEMO", "--feature_path", "x", "--encoder", "mean", flag, "-1"
-    )
+    assert record["figures"]["mean, untrained"] == [pytest.approx(expected, abs=1e-6)]
 
 
 @pytest.mark.parametrize(
-    "flags, mention",
-    [
-        ("--metric dice", "dice"),
-        ("--colour red --encoder mean", "--colour"),
-        ("", "--model_path"),
-        ("--metric comparator --encoder mean", "--comparator"),
-        ("--rerank 0 --encoder mean", "--rerank"),
-        ("--rerank 5 --plot x.png --encoder mean", "--plot"),
-        ("--rerank 5 --save_similarities x.json --encoder mean", "--save_similarities"),
-        (
-            "--metric cosine chamfer --save_similarities x.json --encoder mean",
-            "--save_similarities",
-        ),
-        ("--similarities x.json --metric cosine", "--similarities"),
-        ("--output . --encoder mean", "folder"),
-    ],
+    "name, columns", [("FIVR-5K", 3), ("CC_WEB_VIDEO", 4), ("EVVE", 15), ("VCDB", 1)]
 )
-def test_flags_that_do_not_fit_together_are_refused(flags, mention):
-    assert mention in refused(main, "--dataset", "DEMO", "--feature_path", "x", *flags.split())
+def test_official_set_is_scored_on_features_of_its_ids(annotations, tmp_path, name, columns):
+    rng = np.random.default_rng(0)
+    evaluation_set = load_evaluation_set(name, annotations)
+    videos = list(dict.fromkeys([*evaluation_set.queries, *evaluation_set.database]))
+    if name == "VCDB":
+        videos = videos[:5000]  # of 100,306
+    features = {}
+    for i, video in enumerate(videos):
+        features[video] = rng.normal(size=(1 + i % 2, 8)).astype(np.float16)
+    path = write_packed(tmp_path / "x.hdf5", features)
+    flags = ["--dataset", name, "--feature_path", path, "--annotation_dir", annotations]
+    flags += ["--encoder", "mean", "--device", "cpu", "--output", tmp_path / "x.json"]
+    result = call(main, *flags)
+    (metrics,) = json.loads((tmp_path / "x.json").read_text())["figures"]["mean, untrained"]
+    assert len(metrics) == columns
+    assert all(f"{value:.4f}" in result.stdout for value in metrics.values())
+    noted = "missing: " in result.stdout and "% of the videos" in result.stdout
+    assert noted == (name == "VCDB")
 
 
-def test_a_bad_table_is_refused(world, tmp_path):
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    printed = capsys.readouterr()
+    assert not printed.err
+    flags = ["--dataset", "--feature_path", "--features", "--model_path", "--encoder", "--metric"]
+    flags += ["--baseline", "--similarities", "--annotation_dir", "--comparator", "--rerank"]
+    flags += ["--padding_size", "--memory", "--cache", "--amp", "--device", "--pca_components"]
+    flags += ["--nhead", "--num_clusters", "--num_layers", "--output_dim", "--output", "--report"]
+    flags += ["--plot", "--save_similarities"]
+    assert all(flag in printed.out for flag in flags)
+
+
+# --- similarities of any system -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def annotation(world):
+    return ["--dataset", "DEMO", "--annotation_dir", world.annotations]
+
+
+def test_saved_similarities_give_the_printed_metrics(results, world):
+    saved = json.loads((results.folder / "similarities.json").read_text())
+    assert list(saved) == list(world.test.labels)
+    assert all(set(row) == set(world.test.database) for row in saved.values())
+    metrics = load_evaluation_set("DEMO", world.annotations).evaluate(saved)
+    expected = metrics_by_loop(untrained_tca(0), world.test, "cosine", padding_size=5)
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    assert printed_rows(results.saved.stdout)["TCA_c"] == {
+        task: f"{value:.4f}" for task, value in metrics.items()
+    }
+
+
+def test_similarity_file_is_scored_without_model_and_features(results, annotation, tmp_path):
+    path = results.folder / "similarities.json"
+    expected = list(printed_rows(results.saved.stdout).values())
+    result = call(main, *annotation, "--similarities", path, "--output", tmp_path / "x.json")
+    assert list(printed_rows(result.stdout).values()) == expected
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert list(record["figures"]) == ["similarities"]
+
+    table = json.loads(path.read_text())
+    table["unknown query"] = {}
+    next(iter(table.values()))["unknown video"] = 0.5
+    (tmp_path / "more.json").write_text(json.dumps(table))
+    result = call(main, *annotation, "--similarities", tmp_path / "more.json")
+    assert "left aside: 1 queries and 1 videos that the set does not know" in result.stdout
+    assert list(printed_rows(result.stdout).values()) == expected
+
+
+def test_bad_similarity_file_is_refused(world, annotation, tmp_path):
     queries, videos = list(world.test.labels), world.test.database
     good = json.dumps({query: dict.fromkeys(videos, 0.5) for query in queries})
     cases = {
@@ -680,31 +381,219 @@ def test_a_bad_table_is_refused(world, tmp_path):
         good[:-20]: "JSON",
         json.dumps({queries[0]: [1, 2]}): queries[0],
     }
-    flags = [
-        "evaluation.py",
-        "--dataset",
-        "DEMO",
-        "--annotation_dir",
-        world.annotations,
-        "--output",
-        tmp_path / "out.json",
-    ]
-    for number, text in enumerate(cases):
-        (tmp_path / f"{number}.json").write_text(text)
-    found = clis(
-        *([*flags, "--similarities", tmp_path / f"{number}.json"] for number in range(len(cases)))
-    )
-    for mention, result in zip(cases.values(), found, strict=True):
-        assert mention in one_error(result)
+    output = ["--output", tmp_path / "out.json"]
+    for text, mention in cases.items():
+        (tmp_path / "table.json").write_text(text)
+        flags = [*annotation, "--similarities", tmp_path / "table.json", *output]
+        assert mention in refused(main, *flags)
     assert not (tmp_path / "out.json").exists()
 
 
-def test_help_names_every_flag_and_exits_0():
-    result = cli("evaluation.py", "--help")
-    assert result.returncode == 0 and not result.stderr
-    for flag in (
-        "--dataset", "--feature_path", "--features", "--model_path", "--encoder", "--metric", "--baseline", "--padding_size",
-        "--comparator", "--rerank", "--memory", "--cache", "--amp", "--device", "--similarities", "--report", "--plot",
-        "--annotation_dir", "--output", "--save_similarities", "--pca_components", "--num_clusters", "--num_layers", "--nhead",
-    ):  # fmt: skip
-        assert flag in result.stdout
+# --- two stages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("R", [4, 20, 1000])
+def test_two_stage_metrics_equal_rankings_by_loops(results, world, R):
+    part, encoder, store = world.test, untrained_tca(0), FeatureStore(world.test_features)
+    whole = encode_one_by_one(encoder, store, part.database, "video")
+    frames = encode_one_by_one(encoder, store, part.database, "frame")
+    ranks = {}
+    for query in part.labels:
+        order = sorted(part.database, key=lambda v, q=query: -float(whole[q] @ whole[v]))
+        head, tail = order[:R], order[R:]
+        by_frames = similarity_table([frames[query]], [frames[v] for v in head], "sym_chamfer")[0]
+        head = [video for _, video in sorted(zip(-by_frames, head, strict=True))]
+        ranks[query] = {video: -i for i, video in enumerate([*head, *tail])}
+    expected = by_loop(ranks, part.labels, part.database, set(part.features))
+    figures = results.several_R.record["figures"]
+    assert figures[f"TCA_c, first {R} by TCA_sym"] == [pytest.approx(expected, abs=1e-9)]
+
+
+def test_two_stage_rows(results):
+    several = results.several_R.record["figures"]
+    assert several["TCA_c, first 1000 by TCA_sym"] == several["TCA_sym"]  # all 80 videos
+    single = results.one_R.record["figures"]
+    assert list(single) == ["TCA_c", "TCA_c, first 20 by TCA_sym"]
+    assert all(single[row] == several[row] for row in single)
+    mean = results.one_R_of_the_mean.record["figures"]
+    second = "mean, untrained, first 20 by chamfer, untrained"
+    assert list(mean) == ["mean, untrained", second]
+
+
+def test_trade_off_goes_from_no_frames_to_all(results, world):
+    record = results.several_R.record
+    (curve,) = record["trade_off"].values()
+    assert [line["R"] for line in curve] == [0, 4, 20, 80, 1000]
+    costs = [line["cost"] for line in curve]
+    assert costs[0] == 0 and costs[3:] == [1, 1] and costs == sorted(costs)
+    assert 0.02 < costs[1] < 0.1  # 4 of 80 videos
+    exhaustive = record["figures"]["TCA_sym"][0]["DSVR"]
+    for line in curve:
+        assert line["figures"] == record["figures"][line["row"]][0]
+        assert line["share"] == pytest.approx(line["figures"]["DSVR"] / exhaustive)
+    recall = recall_by_loop(untrained_tca(0), world.test, 20)
+    assert curve[2]["recall"] == pytest.approx(recall)
+    assert f"{recall:.1%}" in results.several_R.stdout
+    assert (results.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def recall_by_loop(encoder, part, R):
+    """The share of DSVR's relevant videos among the first R by cosine, the query counted."""
+    whole = {}
+    for video, rows in part.features.items():
+        with torch.no_grad():
+            whole[video] = encoder(torch.from_numpy(rows)[None], torch.tensor([len(rows)]))[0]
+    shares = []
+    for query, labels in part.labels.items():
+        relevant = {*labels["ND"], *labels["DS"]}
+        order = sorted(part.database, key=lambda v, q=query: -float(whole[q] @ whole[v]))
+        shares.append(len(relevant & set(order[:R])) / len(relevant))
+    return sum(shares) / len(shares)
+
+
+# --- several processes, memory ------------------------------------------------------------------
+
+
+def torchrun(count, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", count, "evaluation.py", *arguments]
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_processes_and_cache_give_the_figures_of_one_process(results, models, base, one, tmp_path):
+    """To the last bit, by every metric."""
+    flags = [*base, *one, "--metric", *EVERY_METRIC, "--comparator", models / "comparator.pth"]
+    flags += ["--cache", tmp_path / "cache", "--output"]
+    result = torchrun(2, *flags, tmp_path / "two.json")
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two.json").read_text())
+    expected = results.every_metric.record
+    assert two["figures"] == expected["figures"] and len(two["figures"]) == len(EVERY_METRIC)
+    assert (two["processes"], expected["processes"]) == (2, 1)
+    assert result.stdout == results.every_metric.stdout
+
+    call(main, *flags, tmp_path / "cached.json")  # reads what the two processes stored
+    cached = json.loads((tmp_path / "cached.json").read_text())
+    assert cached["figures"] == expected["figures"]
+    assert len(folder_contents(tmp_path / "cache")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_error_of_one_process_is_printed_once(world, base, one, tmp_path):
+    bad = world.test.database[40]
+    features = dict(world.test.features)
+    features[bad] = features[bad] * np.nan
+    path = write_packed(tmp_path / "nan.hdf5", features)
+    result = torchrun(2, *base, *one, "--feature_path", path)
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    errors = [line for line in errors if "holds NaN" in line]
+    assert result.returncode and len(errors) == 1 and bad in errors[0]
+
+
+@pytest.mark.slow
+def test_memory_stays_under_the_given_bound(tmp_path):
+    """0.6 GiB for 900 videos whose descriptors take 0.36, beside some 0.4 of Python and PyTorch."""
+    T, size, videos = 210, 512, [f"v{i:04}" for i in range(900)]
+    block = np.random.default_rng(0).normal(size=(T, size)).astype(np.float16)
+    path = tmp_path / "large.hdf5"
+    with h5py.File(path, "w") as file:
+        rows = file.create_dataset("frames", (len(videos) * T, size), "float16")
+        for i in range(len(videos)):
+            rows[i * T : (i + 1) * T] = np.roll(block, i, 0)
+        file["offsets"] = np.arange(len(videos) + 1) * T
+        file["ids"] = np.array(videos, h5py.string_dtype())
+    annotation = {videos[0]: {"ND": videos[1:3]}, videos[5]: {"ND": videos[6:9]}}
+    write_set(tmp_path, "demo", annotation, videos)
+    flags = ["--dataset", "DEMO", "--annotation_dir", tmp_path, "--feature_path", path]
+    flags += ["--encoder", "mean", "--metric", "chamfer", "--device", "cpu"]
+    # A child's peak begins with its parent's, and pytest's may be larger: a process in between.
+    code = "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:])\n"
+    code += "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
+    code += "print('peak', peak); sys.exit(status)"
+    result = python(code, sys.executable, "evaluation.py", *flags, "--memory", "0.6")
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) / 2**20 < 0.6
+    line = one_error(cli("evaluation.py", *flags, "--memory", "0.2"))
+    assert "--memory 0.2" in line and "or more" in line
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(world, tmp_path_factory):
+    """A folder with files that cannot be used."""
+    folder = tmp_path_factory.mktemp("broken")
+    features, _, _ = make_set(np.random.default_rng(0), 3, 3, 5, 0.1)
+    other_ids = {f"not {video}": rows for video, rows in features.items()}
+    write_released(folder / "other.hdf5", other_ids)
+    features = dict(world.test.features)
+    bad = list(features)[7]
+    features[bad] = features[bad] * np.nan
+    write_released(folder / "nan.hdf5", features)
+    (folder / "text.pth").write_text("no model")
+    return folder
+
+
+REFUSALS = {  # name: (flags, what the message names); {} are filled in below
+    "unknown dataset": ("{one} --dataset FIVR-6K", "FIVR-6K"),
+    "no annotation folder": ("{one} --annotation_dir {broken}/absent", "absent"),
+    "no features": ("{one} --feature_path {broken}/absent.hdf5", "absent.hdf5"),
+    "features of other ids": ("{one} --feature_path {broken}/other.hdf5", "other.hdf5"),
+    "features of another size": ("{one} --pca_components 1024", "1024"),
+    "model of another size": ("--model_path {models}/wide.pth", "64 channels"),
+    "absent model": ("--model_path {broken}/absent.pth", "absent.pth"),
+    "folder without a model": ("--model_path {broken}", "model.pth"),
+    "model file without a model": ("--model_path {broken}/text.pth", "text.pth"),
+    "heads that do not divide": ("--model_path {models}/0.pth --nhead 5", "--nhead"),
+    "model with --encoder mean": ("{one} --encoder mean", "--encoder"),
+    "frames of netvlad": ("--model_path {models}/netvlad.pth --metric chamfer", "NetVLAD"),
+    "two stages of netvlad": ("--model_path {models}/netvlad.pth --rerank 5", "NetVLAD"),
+    "no comparator": ("{one} --metric comparator --comparator {models}/0.pth", "0.pth"),
+    "word for a number": ("{one} --padding_size many", "--padding_size"),
+    "negative padding": ("{one} --padding_size -1", "--padding_size"),
+    "negative heads": ("{one} --nhead -1", "--nhead"),
+    "negative memory": ("{one} --memory -1", "--memory"),
+    "unknown metric": ("--metric dice", "dice"),
+    "unknown flag": ("--colour red --encoder mean", "--colour"),
+    "nothing to score": ("", "--model_path"),
+    "metric without its weights": ("--metric comparator --encoder mean", "--comparator"),
+    "empty shortlists": ("--rerank 0 --encoder mean", "--rerank"),
+    "plot of one R": ("--rerank 5 --plot x.png --encoder mean", "--plot"),
+    "two tables for one file": (
+        "--metric cosine chamfer --save_similarities x.json --encoder mean",
+        "--save_similarities",
+    ),
+    "two stages for one file": (
+        "--rerank 5 --save_similarities x.json --encoder mean",
+        "--save_similarities",
+    ),
+    "model beside a table": ("--similarities x.json --metric cosine", "--similarities"),
+    "folder for a file": ("--output . --encoder mean", "folder"),
+}
+
+
+@pytest.mark.parametrize("flags, mention", REFUSALS.values(), ids=REFUSALS)
+def test_bad_input_is_refused_and_nothing_written(base, models, broken, tmp_path, flags, mention):
+    one = f"--model_path {models}/0.pth --nhead 4"
+    flags = flags.format(one=one, models=models, broken=broken).split()
+    output = [] if "--output" in flags else ["--output", tmp_path / "out.json"]
+    assert mention in refused(main, *base, *output, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_command_line_reports_an_error_in_one_line(world, base, one, broken):
+    assert "--memory" in one_error(cli("evaluation.py", *base, *one, "--memory", 0.15))
+    result = cli("evaluation.py", *base, *one, "--feature_path", broken / "nan.hdf5")
+    assert list(world.test.features)[7] in error_after_progress(result)

@@ -1,4 +1,4 @@
-"""The report's page and picture: what they say against own counts, and that nothing in them comes from elsewhere."""
+"""The report's page and pictures: what they show, against own counts."""
 
 import html
 import json
@@ -7,44 +7,39 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from helpers.commands import cli
-from helpers.oracles import TASKS
+from helpers.commands import call
+from helpers.oracles import TASKS, ap_of_hits
 from helpers.worlds import write_set
 from PIL import Image
 
+import evaluation
 from datasets.registry import load_evaluation_set
 from retrieval.charts import draw_trade_off
-from retrieval.report import summarise
+from retrieval.report import save_similarities, summarise
 
-STRANGE = '<script>alert("x")</script>&amp;'
+MARKUP_ID = '<script>alert("x")</script>&amp;'  # a video id that is HTML
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """A small set with an id that is HTML, a table of it, and the pages of two commands."""
-    folder, draw = tmp_path_factory.mktemp("report"), np.random.default_rng(3)
-    database = [STRANGE, *(f"v{i:02}" for i in range(40))]
-    queries = [STRANGE, *database[1:13]]
-    labels = {
-        query: dict(
-            zip(
-                ("ND", "DS", "CS", "IS"),
-                draw.choice(database[13:], (4, 3), replace=False).tolist(),
-                strict=True,
-            )
-        )
-        for query in queries
-    }
-    write_set(folder, "demo", labels, database)
-    table = {}
+    """(folder, labels, similarities) of a small set, with a page of them in folder/page."""
+    folder, rng = tmp_path_factory.mktemp("report"), np.random.default_rng(3)
+    database = [MARKUP_ID, *(f"v{i:02}" for i in range(40))]
+    queries = [MARKUP_ID, *database[1:13]]
+    labels, similarities = {}, {}
     for query in queries:
-        relevant = {video for some in labels[query].values() for video in some}
-        table[query] = {video: float(draw.normal() + 2 * (video in relevant)) for video in database}
-    (folder / "table.json").write_text(json.dumps(table))
-    result = cli("evaluation.py", "--dataset", "DEMO", "--annotation_dir", folder, "--similarities", folder / "table.json",
-                 "--report", folder / "page", "--output", folder / "out.json")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return folder, labels, table
+        videos = rng.choice(database[13:], (4, 3), replace=False).tolist()
+        labels[query] = dict(zip(("ND", "DS", "CS", "IS"), videos, strict=True))
+        relevant = {video for of_label in videos for video in of_label}
+        similarities[query] = {}
+        for video in database:
+            similarities[query][video] = float(rng.normal() + 2 * (video in relevant))
+    write_set(folder, "demo", labels, database)
+    (folder / "table.json").write_text(json.dumps(similarities))
+    flags = ["--dataset", "DEMO", "--annotation_dir", folder]
+    flags += ["--similarities", folder / "table.json", "--report", folder / "page"]
+    call(evaluation.main, *flags, "--output", folder / "out.json")
+    return folder, labels, similarities
 
 
 def page_of(folder):
@@ -52,7 +47,7 @@ def page_of(folder):
 
 
 class Elements(HTMLParser):
-    """The tags of a page with their attributes, and whether they are closed."""
+    """The elements of a page, in order, as (tag, {attribute: value}); `open` are not closed."""
 
     VOID = {"meta", "br", "link"}
 
@@ -73,121 +68,139 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
     def of(self, tag, kind=None):
-        return [
-            attributes
-            for name, attributes in self.found
-            if name == tag and kind in (None, attributes.get("class"))
-        ]
+        """The attributes of every `tag`, of class `kind` if given."""
+        found = [attributes for name, attributes in self.found if name == tag]
+        if kind is None:
+            return found
+        return [attributes for attributes in found if attributes.get("class") == kind]
 
 
-def ranking(labels, table, query, task):
+def rank(scored, query, task):
+    """The ranked videos of a query, and whether each is relevant in a task."""
+    _, labels, similarities = scored
     relevant = {video for label in TASKS[task] for video in labels[query][label]}
-    order = sorted(
-        (video for video in table[query] if video != query), key=lambda video: -table[query][video]
-    )
-    return order, relevant
+    videos = [video for video in similarities[query] if video != query]
+    videos.sort(key=lambda video: -similarities[query][video])
+    return videos, [video in relevant for video in videos]
 
 
-def ap(order, relevant):
-    ranks = [rank for rank, video in enumerate(order, 1) if video in relevant]
-    return sum(hits / rank for hits, rank in enumerate(ranks, 1)) / len(relevant)
+def ap_by_loop(scored, query, task):
+    _, hits = rank(scored, query, task)
+    return ap_of_hits(hits, sum(hits))
 
 
-def test_the_page_is_one_well_formed_file_that_asks_for_nothing(scored):
-    text = page_of(scored[0])
+# --- the page -----------------------------------------------------------------------------------
+
+
+def test_page_is_one_well_formed_file_without_links(scored):
+    folder = scored[0]
+    text = page_of(folder)
     page = Elements(text)
     assert not page.open
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.found}
     assert not re.search(r"https?://|url\(|@import|src=|href=", text)
-    assert [path.name for path in (scored[0] / "page").iterdir()] == ["index.html"]
+    assert [path.name for path in (folder / "page").iterdir()] == ["index.html"]
 
 
-def test_ids_are_shown_as_they_are_and_never_as_markup(scored):
+def test_page_shows_ids_as_text(scored):
     text = page_of(scored[0])
-    assert (
-        "<script" not in text and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;&amp;amp;" in text
-    )
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;&amp;amp;" in text
 
 
-def test_the_bars_are_the_queries_average_precisions(scored):
-    folder, labels, table = scored
+def test_page_has_figures_coverage_and_command(scored):
+    folder = scored[0]
+    text, record = page_of(folder), json.loads((folder / "out.json").read_text())
+    for value in record["figures"]["table"][0].values():
+        assert f"<td>{value:.4f}</td>" in text
+    assert "13 queries and 41 videos" in text
+    assert "--similarities" in text and record["revision"] in text
+
+
+def test_bars_are_average_precisions_of_queries(scored):
+    folder, labels, _ = scored
     bars = Elements(page_of(folder)).of("rect", "bar")
-    assert len(bars) == 3 * len(labels)
     expected = []
     for task in TASKS:
-        expected += sorted(
-            (ap(*ranking(labels, table, query, task)) for query in labels), reverse=True
-        )
-    heights = np.array([float(bar["height"]) for bar in bars])
-    np.testing.assert_allclose(heights, np.array(expected) * (240 - 10 - 34), atol=0.11)
+        expected += sorted((ap_by_loop(scored, query, task) for query in labels), reverse=True)
+    heights = [float(bar["height"]) for bar in bars]
+    full = 240 - 10 - 34  # pixels, of a precision of 1
+    np.testing.assert_allclose(heights, full * np.array(expected), atol=0.11)
 
 
-def test_the_curves_are_the_mean_interpolated_precision(scored):
-    folder, labels, table = scored
+def test_curves_are_mean_interpolated_precision(scored):
+    folder, labels, _ = scored
     lines = Elements(page_of(folder)).of("polyline")
-    assert len(lines) == 3
     for line, task in zip(lines, TASKS, strict=True):
-        points = np.array(
-            [[float(value) for value in pair.split(",")] for pair in line["points"].split()]
-        )
         expected = np.zeros(21)
         for query in labels:
-            order, relevant = ranking(labels, table, query, task)
-            found = np.cumsum([video in relevant for video in order])
-            precision, recall = found / np.arange(1, len(order) + 1), found / len(relevant)
-            expected += [max(precision[recall >= i / 20 - 1e-9], default=0) for i in range(21)]
-        np.testing.assert_allclose(
-            points[:, 1], 240 - 34 - expected / len(labels) * (240 - 10 - 34), atol=0.11
-        )
-        np.testing.assert_allclose(
-            points[:, 0], 38 + np.arange(21) / 20 * (360 - 38 - 10), atol=0.11
-        )
+            _, hits = rank(scored, query, task)
+            found = np.cumsum(hits)
+            precision, recall = found / np.arange(1, len(hits) + 1), found / sum(hits)
+            for i in range(21):
+                expected[i] += max(precision[recall >= i / 20 - 1e-9], default=0)
+        expected /= len(labels)
+        points = [pair.split(",") for pair in line["points"].split()]
+        x, y = np.array(points, float).T
+        np.testing.assert_allclose(x, 38 + np.arange(21) / 20 * (360 - 38 - 10), atol=0.11)
+        np.testing.assert_allclose(y, 240 - 34 - expected * (240 - 10 - 34), atol=0.11)
 
 
-def test_the_best_and_worst_queries_show_their_first_ranks_with_the_relevant_marked(scored):
-    folder, labels, table = scored
-    text = page_of(folder)
-    aps = {query: ap(*ranking(labels, table, query, "DSVR")) for query in labels}
+def test_best_and_worst_queries_show_their_first_ranks(scored):
+    folder, labels, _ = scored
+    aps = {query: ap_by_loop(scored, query, "DSVR") for query in labels}
     ordered = sorted(aps, key=lambda query: -aps[query])
-    blocks = re.findall(
-        r'<div class="query"><b>(.*?)</b>.*?AP ([\d.]+).*?<ol>(.*?)</ol>', text, re.S
-    )
-    assert [html.unescape(query) for query, _, _ in blocks] == [*ordered[:5], *ordered[-5:][::-1]]
-    for query, value, ranks in blocks:
-        query = html.unescape(query)
-        order, relevant = ranking(labels, table, query, "DSVR")
-        shown = re.findall(r'<li( class="hit")?>(.*?)</li>', ranks)
-        assert [html.unescape(video) for _, video in shown] == order[:10]
-        assert [bool(hit) for hit, _ in shown] == [video in relevant for video in order[:10]]
+    block = r'<div class="query"><b>(.*?)</b>.*?AP ([\d.]+).*?<ol>(.*?)</ol>'
+    blocks = re.findall(block, page_of(folder), re.S)
+    shown = [html.unescape(query) for query, _, _ in blocks]
+    assert shown == [*ordered[:5], *ordered[-5:][::-1]]
+    for query, (_, value, ranks) in zip(shown, blocks, strict=True):
         assert value == f"{aps[query]:.4f}"
+        videos, hits = rank(scored, query, "DSVR")
+        items = re.findall(r'<li( class="hit")?>(.*?)</li>', ranks)
+        assert [html.unescape(video) for _, video in items] == videos[:10]
+        assert [bool(mark) for mark, _ in items] == hits[:10]
 
 
-def test_figures_coverage_and_command_stand_on_the_page(scored):
-    folder, _, _ = scored
-    text, found = page_of(folder), json.loads((folder / "out.json").read_text())
-    for value in found["figures"]["table"][0].values():
-        assert f"<td>{value:.4f}</td>" in text
-    assert (
-        "13 queries and 41 videos" in text
-        and "--similarities" in text
-        and found["revision"] in text
-    )
+def test_page_of_two_stages_has_their_curve(world, tmp_path):
+    flags = ["--dataset", "DEMO", "--annotation_dir", world.annotations]
+    flags += ["--feature_path", world.test_features, "--encoder", "mean", "--device", "cpu"]
+    call(evaluation.main, *flags, "--rerank", 4, 20, "--report", tmp_path)
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert not Elements(text).open
+    assert "what re-ranking costs" in text
+    assert text.count("<circle") == 3  # R = 4, 20, and all
 
 
-def test_a_summary_counts_recall_by_what_the_shortlist_holds(scored):
-    folder, labels, table = scored
-    chosen = load_evaluation_set("DEMO", folder)
-    summary = summarise(chosen, chosen.rankings_of(table))
-    queries, database = list(labels), chosen.database
+# --- its parts ----------------------------------------------------------------------------------
+
+
+def test_summary_recall_counts_relevant_videos_in_the_shortlist(scored):
+    folder, labels, similarities = scored
+    evaluation_set = load_evaluation_set("DEMO", folder)
+    summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities))
+    queries, database = list(labels), evaluation_set.database
     short = np.random.default_rng(0).random((len(queries), len(database))) < 0.3
     shares = []
     for query, row in zip(queries, short, strict=True):
-        _, relevant = ranking(labels, table, query, "DSVR")
-        shares.append(sum(database[i] in relevant for i in np.flatnonzero(row)) / len(relevant))
-    assert summary.recall(queries, database, short) == pytest.approx(np.mean(shares))
+        videos, hits = rank(scored, query, "DSVR")
+        relevant = {video for video, hit in zip(videos, hits, strict=True) if hit}
+        listed = {database[j] for j in np.flatnonzero(row)}
+        shares.append(len(relevant & listed) / len(relevant))
+    recall = summary.recall(queries, database, short)
+    assert recall == pytest.approx(np.mean(shares))
 
 
-def test_the_trade_off_is_drawn_as_a_picture(tmp_path):
+def test_saved_similarities_are_json_of_six_digits(tmp_path):
+    table = np.array([[0.123456789, -2.0], [1e-9, 3.0]], np.float32)
+    save_similarities(tmp_path / "s.json", ["q", "é"], ["a", '"b"'], table)
+    assert json.loads((tmp_path / "s.json").read_text()) == {
+        "q": {"a": 0.123457, '"b"': -2.0},
+        "é": {"a": 1e-9, '"b"': 3.0},
+    }
+
+
+def test_trade_off_is_drawn_as_a_picture(tmp_path):
     curve = [
         {"row": "TCA_c", "R": 0, "cost": 0.0, "figures": {"DSVR": 0.5}},
         {"row": "first 5", "R": 5, "cost": 0.03, "figures": {"DSVR": 0.6}},
@@ -196,24 +209,5 @@ def test_the_trade_off_is_drawn_as_a_picture(tmp_path):
     draw_trade_off(tmp_path / "curve.png", "DEMO", {"chamfer": curve})
     with Image.open(tmp_path / "curve.png") as image:
         assert image.format == "PNG" and image.width >= 1000
-        assert len(set(image.convert("L").tobytes())) > 50  # something is on it
+        assert len(set(image.convert("L").tobytes())) > 50  # it is not empty
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
-
-
-def test_a_page_of_two_stages_holds_their_curve(world, tmp_path):
-    flags = [
-        "--dataset",
-        "DEMO",
-        "--annotation_dir",
-        world.annotations,
-        "--feature_path",
-        world.test_features,
-    ]
-    result = cli(
-        "evaluation.py", *flags, "--encoder", "mean", "--rerank", 4, 20, "--report", tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert (
-        text.count("<circle") == 3 and "what re-ranking costs" in text and not Elements(text).open
-    )

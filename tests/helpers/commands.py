@@ -1,10 +1,13 @@
 """Run scripts as users do, in a process of their own; or call their `main` in this process."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -80,3 +83,17 @@ def refused(main, *arguments):
     message = str(caught.value)
     assert message and len(message.splitlines()) == 1, message
     return message
+
+
+def call(main, *arguments):
+    """Call a script's `main` in this process; gives returncode, stdout, stderr, as `cli` does."""
+    arguments = [str(argument) for argument in arguments]
+    script = Path(main.__code__.co_filename).name
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        mock.patch.object(sys, "argv", [script, *arguments]),  # results record the command
+    ):
+        status = main(arguments) or 0
+    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
