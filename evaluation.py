@@ -83,6 +83,7 @@ def main(argv=None):
     if args.similarities:
         return score_similarity_file(args) if dist.is_main else 0
 
+    # Videos vanish from the web: say how much of the set is scored.
     coverage = evaluation_set.coverage(store)
     if dist.is_main:
         line = coverage_line(args.dataset, evaluation_set, coverage)
@@ -97,6 +98,7 @@ def main(argv=None):
                 if dist.is_main:
                     result = score(row, evaluation_set, queries, database)
                     results.setdefault(row.name, []).append(result)
+        del comparison  # frees its descriptors before those of the next model come
 
     if dist.is_main:
         record = {
@@ -105,13 +107,11 @@ def main(argv=None):
             "padding_size": args.padding_size,
             "amp": args.amp,
             "processes": dist.world_size,
-            "compare_seconds": {
-                name: [round(result.seconds, 6) for result in of_models]
-                for name, of_models in results.items()
-            },
+            "compare_seconds": compare_seconds(results),
         }
         report(args, evaluation_set, coverage, results, record)
         if args.save_similarities:
+            # `validate_args` made sure that there was one row.
             save_similarities(args.save_similarities, queries, database, row.similarities)
     return 0
 
@@ -171,7 +171,11 @@ def plan_model(name, encoder, store, metrics, rerank) -> Model:
 
 
 def encode(model, store, queries, database, comparator, args, dist) -> Comparison:
-    """Encode the queries; with --cache also the database, unless its descriptors are stored."""
+    """Encode the queries; with --cache also the database, unless its descriptors are stored.
+
+    A video has one descriptor (D,) at video level and T of them (T, D) at frame level. One pass
+    of the encoder gives both.
+    """
     amp = AMP[args.amp]
     has_weights = next(model.encoder.parameters(), None) is not None
     return Comparison(
@@ -180,9 +184,9 @@ def encode(model, store, queries, database, comparator, args, dist) -> Compariso
         database,
         [*model.video_metrics, *model.frame_metrics],
         dist,
-        memory=args.memory,
+        memory=args.memory,  # GiB; the batches are made to fit
         cache=args.cache if has_weights else None,  # untrained features are stored already
-        use_faiss=bool(model.rerank),
+        use_faiss=bool(model.rerank),  # the first stage is a nearest-neighbour search
         progress=True,
         comparator=comparator,
         dtype=amp or torch.float32,
@@ -216,11 +220,11 @@ def compare(comparison, model) -> Iterator[Row]:
         yield Row(row_name(model.name, metric), tables[metric], comparison.seconds, stage)
 
     for R in model.rerank:
-        short = shortlist(tables["cosine"], R)  # (Q, N) bool
+        short = shortlist(tables["cosine"], R)  # (Q, N) bool, R true in each row
         if len(model.rerank) == 1:
             by_frames = comparison.tables(model.frame_metrics, short)  # only those pairs
         else:
-            by_frames = tables
+            by_frames = tables  # all pairs are compared already
         for metric in model.frame_metrics:
             first, second = row_name(model.name, "cosine"), row_name(model.name, metric)
             yield Row(
@@ -234,7 +238,7 @@ def compare(comparison, model) -> Iterator[Row]:
 
 def score(row, evaluation_set, queries, database) -> Result:
     """The metrics, curves and first ranks of a row; what its shortlists can reach."""
-    rankings = evaluation_set.rankings(queries, database, row.similarities)
+    rankings = evaluation_set.rankings(queries, database, row.similarities)  # query by query
     summary = summarise(evaluation_set, rankings)
     stage = row.stage
     if row.short is not None:
@@ -275,6 +279,14 @@ def score_similarity_file(args):
     return 0
 
 
+def compare_seconds(results):
+    """{row: [seconds, one for each model]}"""
+    seconds = {}
+    for name, of_models in results.items():
+        seconds[name] = [round(result.seconds, 6) for result in of_models]
+    return seconds
+
+
 def report(args, evaluation_set, coverage, results, record):
     """Print the tables; write the files that the flags name. `record`: further facts for JSON."""
     metrics = {}  # {row: [{name: value}, one for each model]}
@@ -312,6 +324,7 @@ def report(args, evaluation_set, coverage, results, record):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_input_arguments(parser.add_argument_group("what is scored"))
+    add_metric_arguments(parser.add_argument_group("by what"))
     add_run_arguments(parser.add_argument_group("how"))
     add_output_arguments(parser.add_argument_group("what is written"))
     return parser.parse_args(argv)
@@ -322,15 +335,12 @@ def add_input_arguments(group):
     sets = ", ".join(EVALUATION_SETS)
     add("-d", "--dataset", required=True, choices=EVALUATION_SETS, metavar="SET", help=sets)
     add(
-        "-fp",
-        "--feature_path",
-        "--features",
+        *("-fp", "--feature_path", "--features"),
         help="HDF5 file with the features of the set's videos: ours, or with one dataset a video"
         " as other groups have them, region features (T, R, C) too",
     )
     add(
-        "-mp",
-        "--model_path",
+        *("-mp", "--model_path"),
         nargs="+",
         default=[],
         help="a run's folder, a model file, or a released state dict; several (the seeds of one"
@@ -342,8 +352,29 @@ def add_input_arguments(group):
         help="check that the model is of this kind; only `mean` needs no model",
     )
     add(
-        "-m",
-        "--metric",
+        *("-ps", "--padding_size"),
+        type=int,
+        default=300,
+        help="frames of a longer video that are used, from its middle; 0 takes all (default 300,"
+        " the paper's)",
+    )
+    add(
+        "--similarities",
+        metavar="FILE",
+        help="score this JSON table {query: {video: similarity}} of any system, without model and"
+        " features",
+    )
+    add(
+        "--annotation_dir",
+        default=ANNOTATION_DIR,
+        help="folder of the annotation files (default %(default)s)",
+    )
+
+
+def add_metric_arguments(group):
+    add = group.add_argument
+    add(
+        *("-m", "--metric"),
         nargs="+",
         choices=METRICS,
         metavar="METRIC",
@@ -359,17 +390,6 @@ def add_input_arguments(group):
         help="score the untrained features too, by these",
     )
     add(
-        "--similarities",
-        metavar="FILE",
-        help="score this JSON table {query: {video: similarity}} of any system, without model and"
-        " features",
-    )
-    add(
-        "--annotation_dir",
-        default=ANNOTATION_DIR,
-        help="folder of the annotation files (default %(default)s)",
-    )
-    add(
         "--comparator",
         metavar="FILE",
         help="weights of ViSiL's video comparator, for --metric comparator",
@@ -382,14 +402,6 @@ def add_input_arguments(group):
         metavar="R",
         help="rank by video descriptors, re-rank the first R by the frame-level --metric (default"
         " chamfer); several R give the trade-off against the exhaustive measure",
-    )
-    add(
-        "-ps",
-        "--padding_size",
-        type=int,
-        default=300,
-        help="frames of a longer video that are used, from its middle; 0 takes all (default 300,"
-        " the paper's)",
     )
 
 
@@ -428,12 +440,8 @@ def add_run_arguments(group):
         help="attention heads of a bare state dict, which does not store them (default 8)",
     )
     for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
-        add(
-            short,
-            f"--{name}",
-            type=int,
-            help="accepted because the released command has it; read from the model file",
-        )
+        text = "accepted because the released command has it; read from the model file"
+        add(short, f"--{name}", type=int, help=text)
 
 
 def add_output_arguments(group):
@@ -513,7 +521,7 @@ def validate_model_args(args):
                 "--model_path is missing; give a trained model, or --encoder mean for the"
                 " untrained features"
             )
-        # Only the untrained features are scored, by all metrics that are given.
+        # Only the untrained features are scored, by all the given metrics.
         args.baseline = list(dict.fromkeys([*args.metric, *args.baseline]))
         args.metric = []
     tables = len(args.model_path) * len(args.metric) + len(args.baseline)
