@@ -1,17 +1,19 @@
-"""Evaluation, the released code's way against ours, and a run at FIVR-200K's size.
+"""Evaluation: the released code's way against ours, and a run at FIVR-200K's size.
 
-    python benchmarks/evaluate.py --output evaluate.json                      # 50 queries x 1,000 videos, some minutes
+    python benchmarks/evaluate.py --output evaluate.json  # 50 queries x 1,000 videos, some minutes
     python benchmarks/evaluate.py --fivr200k --minutes 10 --output fivr200k.json
 
-Features are made up, of realistic lengths (log-normal, median 60 frames, cut at 300), C = 1024, in half precision. The plain
-way is the released recipe: every video encoded alone, padded to 300 frames; then one einsum a pair, of the real frames.
-It is measured on a few videos and pairs and scaled to all, because it is linear in both. Ours is `compare_collections` on the
-whole, reading included, from a packed file. Rates of this machine are measured in the same run, by products of the encoder's
-shapes.
+Features are random, in half precision, with C = 1024. The videos' lengths are log-normal: median 60
+frames, at most 300.
 
---fivr200k takes features from a store that computes them as they are read, in place of 35 GB of file; so reading is not in its
-times. The video level runs whole by the mean of the frames. TCA runs, at both levels, on as many videos as --minutes allow
-each, and is scaled to all by frames.
+The plain way is the released recipe: each video is encoded alone, padded to 300 frames, then one
+einsum compares each pair by its valid frames. It is linear in videos and pairs, so it is measured
+on a few and scaled to all. Ours is `compare_collections` on the whole, reading a packed file
+included. The machine's rates are measured in the same run, by products of the encoder's shapes.
+
+--fivr200k computes features as they are read, in place of 35 GB of file, so its times are without
+reading. The mean of the frames is evaluated whole, at video level. TCA is evaluated at both levels,
+on as many videos as --minutes allow, and scaled to all by frames.
 """
 
 import resource
@@ -35,23 +37,75 @@ from retrieval.encode import VideoEncoder, crop
 from retrieval.similarity import pack_descriptors, similarity_tables
 from utils import Parser, check_ranges, provenance, write_json
 
-C, PADDING, LONGEST = 1024, 300, 300
+C = 1024
+PADDING_SIZE = 300
+LONGEST = 300
 TYPES = {"float32": None, "bfloat16": torch.bfloat16}
 ROWS = {"TCA_c": "cosine", "TCA_f": "chamfer"}
 
 
-def lengths_of(count, draw):
-    return np.clip(np.exp(draw.normal(np.log(60), 0.8, count)), 3, LONGEST).astype(int)
+def parse_args(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--fivr200k", action="store_true", help="run at FIVR-200K's size instead")
+    add("--queries", type=int, help="(default 50; 100 with --fivr200k)")
+    add("--videos", type=int, help="(default 1000; 225960 with --fivr200k)")
+    add("--sample", type=int, default=40, help="videos to measure the plain way on (default 40)")
+    add("--minutes", type=float, default=10.0, help="for each row of TCA at FIVR-200K's size")
+    add("--memory", type=float, default=MEMORY, help="GiB (default %(default)s)")
+    add(
+        "--amp",
+        nargs="+",
+        choices=TYPES,
+        default=["float32"],
+        help="types of TCA's rows at FIVR-200K's size (default float32)",
+    )
+    add("--folder", help="where features are written (default: the system's temporary folder)")
+    add("--output", help="JSON file of the results")
+    args = parser.parse_args(argv)
+    args.queries = args.queries or (100 if args.fivr200k else 50)
+    args.videos = args.videos or (225960 if args.fivr200k else 1000)
+    limits = {
+        "queries": (10, args.videos),
+        "videos": (20, 10**7),
+        "sample": (1, 10**6),
+        "minutes": (0.01, 1e6),
+    }
+    check_ranges(args, limits)
+    return args
 
 
-class MadeUp:
-    """A feature store whose rows are computed as they are read: a stretch of one block of noise, another for each video."""
+def main(argv=None):
+    args = parse_args(argv)
+    results = run_fivr200k(args) if args.fivr200k else compare_ways(args)
+    if args.output:
+        settings = {
+            "queries": args.queries,
+            "videos": args.videos,
+            "threads": torch.get_num_threads(),
+        }
+        write_json(args.output, settings | results | provenance())
 
-    path, feature_size, meta = "features made up as they are read", C, {}
 
-    def __init__(self, lengths, draw):
+# --- random features ----------------------------------------------------------------------------
+
+
+def random_lengths(count, rng):
+    lengths = np.exp(rng.normal(np.log(60), 0.8, count))
+    return np.clip(lengths, 3, LONGEST).astype(int)
+
+
+class RandomStore:
+    """A feature store whose rows are computed as they are read.
+
+    Each video is another excerpt from one block of noise.
+    """
+
+    path, feature_size, meta = "random features", C, {}
+
+    def __init__(self, lengths, rng):
         self.lengths = {f"v{i:06}": int(T) for i, T in enumerate(lengths)}
-        self._block = draw.normal(size=(8192, C)).astype(np.float16)
+        self._block = rng.normal(size=(8192, C)).astype(np.float16)
 
     def __getitem__(self, video):
         start = int(video[1:]) * 7919 % (len(self._block) - LONGEST)
@@ -68,13 +122,14 @@ class MadeUp:
 
 
 def timed(function, *arguments, **options):
+    """(seconds, result) of a call."""
     start = time.perf_counter()
     result = function(*arguments, **options)
     return time.perf_counter() - start, result
 
 
-def rate(dtype, seconds=3.0):
-    """Operations a second of this machine's matrix products of the encoder's shapes; the best of several."""
+def measure_rate(dtype, seconds=3.0):
+    """This machine's best rate, in operations a second, of products of the encoder's shapes."""
     a, b = torch.randn(4096, C).to(dtype), torch.randn(C, 2 * C).to(dtype)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -83,260 +138,197 @@ def rate(dtype, seconds=3.0):
     return best
 
 
-# --- the plain way ---------------------------------------------------------------------------------------------------
+# --- the plain way ------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def plain_encode(encoder, rows):
+def encode_plain(encoder, rows):
     """One video, padded to 300 frames: frame descriptors (T, D), video descriptor (D,)."""
-    rows = torch.from_numpy(crop(rows, PADDING).astype(np.float32))
-    x = F.pad(rows, (0, 0, 0, PADDING - len(rows)))[None]  # (1, 300, C)
-    padding = (torch.arange(PADDING) >= len(rows))[None]
-    out = encoder.transformer_encoder(x, src_key_padding_mask=padding)[0, : len(rows)]
+    rows = torch.from_numpy(crop(rows, PADDING_SIZE).astype(np.float32))
+    T = len(rows)
+    x = F.pad(rows, (0, 0, 0, PADDING_SIZE - T))[None]  # (1, 300, C)
+    padding = (torch.arange(PADDING_SIZE) >= T)[None]
+    out = encoder.transformer_encoder(x, src_key_padding_mask=padding)[0, :T]
     return F.normalize(out, dim=1), F.normalize(out.mean(0), dim=0)
 
 
-def plain_pair(query, target):
+def compare_plain(query, target):
     return torch.einsum("ik,jk->ij", query, target).max(1)[0].mean()
 
 
-def plain_seconds(encoder, store, queries, database, sample):
-    """{row: seconds} of the whole by the plain way, scaled from `sample` videos and ten pairs for each."""
-    draw = np.random.default_rng(1)
-    some = draw.choice(database, sample, replace=False)
-    plain_encode(encoder, store[some[0]])
-    encoding, described = timed(lambda: [plain_encode(encoder, store[video]) for video in some])
-    asked = [
-        plain_encode(encoder, store[query])[0] for query in draw.choice(queries, 10, replace=False)
-    ]
+def measure_plain(encoder, store, queries, database, sample):
+    """{row: seconds} of the whole, scaled from `sample` videos and ten queries with each."""
+    rng = np.random.default_rng(1)
+    videos = rng.choice(database, sample, replace=False)
+    encode_plain(encoder, store[videos[0]])  # warm up
+    encoding, encoded = timed(lambda: [encode_plain(encoder, store[video]) for video in videos])
+    some_queries = rng.choice(queries, 10, replace=False)
+    query_frames = [encode_plain(encoder, store[query])[0] for query in some_queries]
+    first_video = encoded[0][1]
+
+    def by_frames():
+        for query in query_frames:
+            for frames, _ in encoded:
+                compare_plain(query, frames)
+
+    def by_videos():
+        for _ in query_frames:
+            for _, video in encoded:
+                float(first_video @ video)
+
     with torch.inference_mode():
-        pairing, _ = timed(
-            lambda: [plain_pair(query, frames) for query in asked for frames, _ in described]
-        )
-        dotting, _ = timed(
-            lambda: [float(described[0][1] @ video) for _ in asked for _, video in described]
-        )
-    pairs, videos = len(queries) * len(database), len(queries) + len(database)
-    encode = encoding / sample * videos
-    return {
-        "TCA_c": encode + dotting / (10 * sample) * pairs,
-        "TCA_f": encode + pairing / (10 * sample) * pairs,
-    }
+        seconds = {"TCA_c": timed(by_videos)[0], "TCA_f": timed(by_frames)[0]}
+    encode = encoding / sample * (len(queries) + len(database))
+    pairs = len(queries) * len(database)
+    return {row: encode + spent / (10 * sample) * pairs for row, spent in seconds.items()}
 
 
-# --- ours ------------------------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------
 
 
-def efficiency(encoder, store, queries, database, amp, peak):
-    """The shares of the machine's rate that encoding and the chamfer kernel reach, counting real frames only."""
-    video_encoder = VideoEncoder(encoder, store, PADDING, amp=amp)
+def normalised_frames(store, videos):
+    frames = []
+    for video in videos:
+        rows = torch.from_numpy(store[video].astype(np.float32))
+        frames.append(F.normalize(rows, dim=1).numpy())
+    return frames
+
+
+def measure_efficiency(encoder, store, queries, database, amp, peak):
+    """The shares of the rate `peak` that encoding and chamfer reach, counting valid frames only."""
+    video_encoder = VideoEncoder(encoder, store, PADDING_SIZE, amp=amp)
     batches = list(video_encoder.batches(database))[:: max(len(database) // 200, 1)]
-    video_encoder(batches[0], ["video"])
+    video_encoder(batches[0], ["video"])  # warm up
     seconds, _ = timed(lambda: [video_encoder(batch, ["video"]) for batch in batches])
     T = np.array([store.lengths[video] for batch in batches for video in batch], float)
-    width = encoder.transformer_encoder.layers[0].linear1.out_features
-    encode = (T * 2 * (4 * C * C + 2 * C * width) + 4 * T * T * C).sum() / seconds / peak
+    hidden = encoder.transformer_encoder.layers[0].linear1.out_features
+    # Projections and feed-forward layers, then the products of frames with frames.
+    operations = (T * 2 * (4 * C * C + 2 * C * hidden) + 4 * T * T * C).sum()
+    encode = operations / seconds / peak
+
     dtype = amp or torch.float32
-    held = pack_descriptors(
-        [
-            F.normalize(torch.from_numpy(store[q].astype(np.float32)), dim=1).numpy()
-            for q in queries
-        ],
-        "chamfer",
-        dtype=dtype,
-    )
-    targets = [
-        F.normalize(torch.from_numpy(store[v].astype(np.float32)), dim=1).numpy()
-        for v in database[:200]
-    ]
-    targets = pack_descriptors(targets, "chamfer", dtype=dtype)
-    similarity_tables(held, targets, ["chamfer"])
-    seconds, _ = timed(similarity_tables, held, targets, ["chamfer"])
-    return {
-        "encode": encode,
-        "chamfer": 2 * C * len(held.data) * len(targets.data) / seconds / peak,
-    }
+    query = pack_descriptors(normalised_frames(store, queries), "chamfer", dtype=dtype)
+    target = pack_descriptors(normalised_frames(store, database[:200]), "chamfer", dtype=dtype)
+    similarity_tables(query, target, ["chamfer"])  # warm up
+    seconds, _ = timed(similarity_tables, query, target, ["chamfer"])
+    chamfer = 2 * C * len(query.data) * len(target.data) / seconds / peak
+    return {"encode": encode, "chamfer": chamfer}
 
 
-def ratios(args):
-    draw, encoder = np.random.default_rng(0), TCA(C).eval()
-    made = MadeUp(lengths_of(args.queries + args.videos, draw), draw)
+def compare_ways(args):
+    """Measure the plain way and ours; print and return the results."""
+    rng, encoder = np.random.default_rng(0), TCA(C).eval()
+    source = RandomStore(random_lengths(args.queries + args.videos, rng), rng)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "features.hdf5"
-        write_store(path, made.lengths, made.__getitem__, np.float16, C, {})
+        write_store(path, source.lengths, source.__getitem__, np.float16, C, {})
         store = FeatureStore(path)
         queries, database = list(store)[: args.queries], list(store)[args.queries :]
-        peaks = {name: rate(amp or torch.float32) for name, amp in TYPES.items()}
-        plain = plain_seconds(encoder, store, queries, database, min(args.sample, len(database)))
-        found = {
-            "rate_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
-            "plain_seconds": plain,
-            "rows": [],
-        }
+        peaks = {name: measure_rate(amp or torch.float32) for name, amp in TYPES.items()}
+        sample = min(args.sample, len(database))
+        plain = measure_plain(encoder, store, queries, database, sample)
+        sides = encoder, store, queries, database
+        rows = []
         for name, amp in TYPES.items():
-            shares = efficiency(encoder, store, queries, database, amp, peaks[name])
+            efficiency = measure_efficiency(*sides, amp, peaks[name])
             for row, metric in ROWS.items():
-                seconds, _ = timed(
-                    compare_collections,
-                    encoder,
-                    store,
-                    queries,
-                    database,
-                    [metric],
-                    PADDING,
-                    amp=amp,
-                )
-                found["rows"].append(
-                    {"row": row, "type": name, "seconds": seconds, "ratio": plain[row] / seconds}
-                    | shares
-                )
-    found["frames"] = sum(made.lengths.values())
-    print(f"{args.queries} queries x {args.videos} videos, {found['frames']} frames, {torch.get_num_threads()} threads;"
-          f" plain way scaled from {min(args.sample, args.videos)} videos")  # fmt: skip
+                seconds, _ = timed(compare_collections, *sides, [metric], PADDING_SIZE, amp=amp)
+                ratio = plain[row] / seconds
+                rows.append({"row": row, "type": name, "seconds": seconds, "ratio": ratio})
+                rows[-1] |= efficiency
+    results = {
+        "rate_gflops": {name: peak / 1e9 for name, peak in peaks.items()},
+        "plain_seconds": plain,
+        "rows": rows,
+        "frames": sum(source.lengths.values()),
+    }
+    print(
+        f"{args.queries} queries x {args.videos} videos, {results['frames']} frames,"
+        f" {torch.get_num_threads()} threads; plain way scaled from {sample} videos"
+    )
     print("row    type      plain s  ours s  ratio  products GFLOP/s  encoding  chamfer kernel")
-    for line in found["rows"]:
-        print(f"{line['row']}  {line['type']:8}  {plain[line['row']]:7.1f}  {line['seconds']:6.1f}  {line['ratio']:4.1f}x"
-              f"  {found['rate_gflops'][line['type']]:16.0f}  {line['encode']:8.0%}  {line['chamfer']:14.0%}")  # fmt: skip
-    return found
+    for row in rows:
+        print(
+            f"{row['row']}  {row['type']:8}  {plain[row['row']]:7.1f}  {row['seconds']:6.1f}"
+            f"  {row['ratio']:4.1f}x  {results['rate_gflops'][row['type']]:16.0f}"
+            f"  {row['encode']:8.0%}  {row['chamfer']:14.0%}"
+        )
+    return results
 
 
-# --- FIVR-200K's size ------------------------------------------------------------------------------------------------
+# --- FIVR-200K's size ---------------------------------------------------------------------------
 
 
 def peak_gib():
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def within(minutes, encoder, store, queries, database, metric, options):
-    """Seconds for the database, scaled by frames from as many of its videos as `minutes` allow; and how many those are."""
-    amount, took = 64, 0.0
+def measure_scaled(minutes, encoder, store, queries, database, metric, options):
+    """(seconds for the whole database, videos measured): as many as `minutes` allow."""
+    amount = 64
     while True:
         some = database[:amount]
         took, _ = timed(
-            compare_collections, encoder, store, queries, some, [metric], PADDING, **options
+            compare_collections, encoder, store, queries, some, [metric], PADDING_SIZE, **options
         )
         if took > 0.2 * 60 * minutes or amount == len(database):
             break
-        amount = min(int(amount * max(1.5, min(8, 0.7 * 60 * minutes / took))), len(database))
-    frames = [sum(store.lengths[video] for video in part) for part in (some, database)]
-    return took / frames[0] * frames[1], amount
+        growth = max(1.5, min(8, 0.7 * 60 * minutes / took))
+        amount = min(int(amount * growth), len(database))
+    measured = sum(store.lengths[video] for video in some)
+    whole = sum(store.lengths[video] for video in database)
+    return took / measured * whole, amount
 
 
-def fivr200k(args):
-    draw = np.random.default_rng(0)
-    store = MadeUp(lengths_of(args.videos, draw), draw)
+def run_fivr200k(args):
+    """Evaluate at FIVR-200K's size; print and return the results."""
+    rng = np.random.default_rng(0)
+    store = RandomStore(random_lengths(args.videos, rng), rng)
     database = list(store)
-    queries, options = (
-        database[:: args.videos // args.queries][: args.queries],
-        {"memory": args.memory},
+    queries = database[:: args.videos // args.queries][: args.queries]
+    options = {"memory": args.memory}
+    labels, others = {}, np.array(database)
+    for query in queries:
+        labels[query] = {
+            label: rng.choice(others, 30).tolist() for label in ("ND", "DS", "CS", "IS")
+        }
+    evaluation_set = FIVR(queries, database, labels, "random")
+    seconds, tables = timed(
+        compare_collections, Mean(C), store, queries, database, ["cosine"], PADDING_SIZE, **options
     )
-    others = np.array(database)
-    labels = {
-        query: {label: draw.choice(others, 30).tolist() for label in ("ND", "DS", "CS", "IS")}
-        for query in queries
-    }
-    chosen = FIVR(queries, database, labels, "made up")
-    seconds, whole = timed(
-        compare_collections, Mean(C), store, queries, database, ["cosine"], PADDING, **options
-    )
-    scoring, _ = timed(chosen.evaluate_table, queries, database, whole["cosine"])
-    found = {
+    scoring, _ = timed(evaluation_set.evaluate_table, queries, database, tables["cosine"])
+
+    def row(name, seconds, videos):
+        return {"row": name, "seconds": seconds, "videos": videos, "peak_gib": peak_gib()}
+
+    rows = [row("mean, video level", seconds, len(database))]
+    for name in args.amp:
+        for tca, metric in ROWS.items():
+            encoder = TCA(C).eval()
+            amp = {"amp": TYPES[name]}
+            seconds, amount = measure_scaled(
+                args.minutes, encoder, store, queries, database, metric, options | amp
+            )
+            rows.append(row(f"{tca}, {name}", seconds, amount))
+    results = {
         "frames": sum(store.lengths.values()),
         "memory_bound_gib": args.memory,
         "scoring_seconds": scoring,
+        "rows": rows,
     }
-    found["rows"] = [
-        {
-            "row": "mean, video level",
-            "seconds": seconds,
-            "videos": len(database),
-            "peak_gib": peak_gib(),
-        }
-    ]
-    for name in args.amp:
-        for row, metric in ROWS.items():
-            seconds, amount = within(
-                args.minutes,
-                TCA(C).eval(),
-                store,
-                queries,
-                database,
-                metric,
-                options | {"amp": TYPES[name]},
-            )
-            line = {
-                "row": f"{row}, {name}",
-                "seconds": seconds,
-                "videos": amount,
-                "peak_gib": peak_gib(),
-            }
-            found["rows"].append(line)
-    print(f"{len(queries)} queries x {len(database)} videos, {found['frames']} frames; --memory {args.memory:g};"
-          f" scoring the table: {scoring:.1f} s")  # fmt: skip
+    print(
+        f"{len(queries)} queries x {len(database)} videos, {results['frames']} frames;"
+        f" --memory {args.memory:g}; scoring the table: {scoring:.1f} s"
+    )
     print("row                  measured videos  seconds of the whole  peak GiB so far")
-    for line in found["rows"]:
+    for line in rows:
         scaled = "" if line["videos"] == len(database) else " (scaled)"
         print(
-            f"{line['row']:20}  {line['videos']:14}  {line['seconds']:11.0f}{scaled:9}  {line['peak_gib']:15.2f}"
+            f"{line['row']:20}  {line['videos']:14}  {line['seconds']:11.0f}{scaled:9}"
+            f"  {line['peak_gib']:15.2f}"
         )
-    return found
-
-
-def parse():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--fivr200k", action="store_true", help="the run at FIVR-200K's size in place of the ratios"
-    )
-    add("--queries", type=int, help="(default 50; 100 with --fivr200k)")
-    add("--videos", type=int, help="(default 1000; 225960 with --fivr200k)")
-    add(
-        "--sample",
-        type=int,
-        default=40,
-        help="videos that the plain way is measured on (default 40)",
-    )
-    add(
-        "--minutes",
-        type=float,
-        default=10.0,
-        help="time for each row of TCA at FIVR-200K's size (default 10)",
-    )
-    add("--memory", type=float, default=MEMORY, help="GiB (default %(default)s)")
-    add(
-        "--amp",
-        nargs="+",
-        choices=TYPES,
-        default=["float32"],
-        help="types of TCA's rows at FIVR-200K's size (default float32)",
-    )
-    add("--folder", help="where the features are written (default: the system's temporary folder)")
-    add("--output", help="JSON file of the figures")
-    args = parser.parse_args()
-    args.queries = args.queries or (100 if args.fivr200k else 50)
-    args.videos = args.videos or (225960 if args.fivr200k else 1000)
-    check_ranges(
-        args,
-        {
-            "queries": (10, args.videos),
-            "videos": (20, 10**7),
-            "sample": (1, 10**6),
-            "minutes": (0.01, 1e6),
-        },
-    )
-    return args
-
-
-def main():
-    args = parse()
-    found = fivr200k(args) if args.fivr200k else ratios(args)
-    if args.output:
-        write_json(
-            args.output,
-            {"queries": args.queries, "videos": args.videos, "threads": torch.get_num_threads()}
-            | found
-            | provenance(),
-        )
+    return results
 
 
 if __name__ == "__main__":
