@@ -45,13 +45,13 @@ def test_search_info_imports_neither_torchvision_nor_av(library):
     code = """
 import sys
 import search
-status = search.main(sys.argv[1:])
+for command in ("info", "verify"):
+    assert not search.main([command, *sys.argv[1:]])
 assert not {"torchvision", "av"} & set(sys.modules)
-sys.exit(status)
 """
-    result = python(code, "verify", "--index", library.index)
+    result = python(code, "--index", library.index)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{library.index}: {len(CLIPS)} videos, sound\n"
+    assert result.stdout.endswith(f"\n{library.index}: {len(CLIPS)} videos, sound\n")
 
 
 # --- index --------------------------------------------------------------------------------------

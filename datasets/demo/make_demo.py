@@ -147,8 +147,8 @@ def build(
     output, shots = Path(output).expanduser(), plan.read_shots()
     clips = plan.plan(seed, shots)
     if limit is not None:
-        by_part = {part: [clip for clip in clips if clip.part == part] for part in plan.PARTS}
-        clips = [clip for members in by_part.values() for clip in members[:limit]]
+        parts = clips_by_part(clips).values()
+        clips = [clip for members in parts for clip in members[:limit]]
     record, stamp = output / "build.json", fingerprint(clips)
     manifest = read_manifest(record)
     if manifest.get("stamp") != stamp:
@@ -163,6 +163,13 @@ def build(
     write_annotations(output / "annotations", clips, shots)
     utils.write_json(record, {**manifest, "complete": True})
     return clips
+
+
+def clips_by_part(clips: Sequence[plan.Clip]) -> dict[str, list[plan.Clip]]:
+    by_part = {part: [] for part in plan.PARTS}
+    for clip in clips:
+        by_part[clip.part].append(clip)
+    return by_part
 
 
 def fingerprint(clips: Sequence[plan.Clip]) -> str:
@@ -249,7 +256,7 @@ def render_one(clip: plan.Clip, output: Path) -> None:
 
 def write_annotations(folder: Path, clips: Sequence[plan.Clip], shots: Sequence[plan.Shot]) -> None:
     """Write the annotation files of a plan."""
-    by_part = {part: [clip for clip in clips if clip.part == part] for part in plan.PARTS}
+    by_part = clips_by_part(clips)
     for part, name in (("test", "demo"), ("val", "demo_val")):
         utils.write_json(folder / f"{name}.json", plan.annotation(by_part[part], shots))
         with utils.atomic(folder / f"{name}_ids.txt") as path:
