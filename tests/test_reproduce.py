@@ -1,6 +1,7 @@
 """reproduce.py: published figures, commands the scripts accept, rows kept, failed or ruled out."""
 
 import json
+import re
 import shlex
 import shutil
 from types import SimpleNamespace
@@ -116,8 +117,8 @@ def test_commands_are_accepted_by_the_scripts(name, evaluated_on, tmp_path):
         assert args.dataset == (evaluated_on or table["set"])
         seeds = []
         for command in row.train:
-            args = train.parse("", command[1:])
-            notes = train.settle(args, Distributed())
+            args = train.parse_args(command[1:])
+            notes = train.validate_args(args, Distributed())
             # No flag is without a meaning, except that the demo's --init is tca's.
             assert not notes or (evaluated_on == "DEMO" and all("--init" in note for note in notes))
             seeds.append(args.seed)
@@ -268,6 +269,26 @@ def test_estimated_training_of_one_step_uses_that_step(tmp_path, monkeypatch):
 def test_estimate_reports_a_training_that_fails(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="^train.py: no such pairs$"):
         estimated(tmp_path, monkeypatch, [4], "sys.exit('error: no such pairs')")
+
+
+@pytest.mark.slow
+def test_estimate_of_every_row_that_can_run(here, tmp_path, capsys):
+    tables = (here / "tables.toml").read_text().replace('name = "diverges"', 'name = "sgd"')
+    (tmp_path / "tables.toml").write_text(tables.replace("1e30", "1e-5"))
+    more = ["--tables", tmp_path / "tables.toml", "--estimate"]
+    assert run(*flags(here, tmp_path / "out", *more)) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [what for _, what in lines] == [
+        "evaluate mean",
+        "train l3_imac_learning_rate_1e_3",
+        "evaluate trained",
+        "evaluate trained alike, other metric",
+        "train l3_imac_optimizer_sgd_learning_rate_1e_5_epochs_3",
+        "evaluate sgd",
+        "all, one after another",
+    ]
+    assert all(re.fullmatch(r"\d+:\d\d:\d\d", duration) for duration, _ in lines)
+    assert not (tmp_path / "out").exists()
 
 
 # --- without running ----------------------------------------------------------------------------
