@@ -1,7 +1,6 @@
 """evaluation.py: its metrics against loops from the features on, processes, memory, refusals."""
 
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import (
-    ROOT,
     call,
     cli,
-    environment,
     error_after_progress,
     one_error,
     python,
@@ -21,6 +18,7 @@ from helpers.commands import (
 )
 from helpers.encoders import encode_one_by_one, untrained_tca
 from helpers.files import folder_contents, write_packed, write_released
+from helpers.launchers import finish, launch, run_two
 from helpers.oracles import TASKS, by_loop
 from helpers.worlds import C, make_set, write_set
 
@@ -454,27 +452,13 @@ def recall_by_loop(encoder, part, R):
 # --- several processes, memory ------------------------------------------------------------------
 
 
-def torchrun(count, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", count, "evaluation.py", *arguments]
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_and_cache_give_the_figures_of_one_process(results, models, base, one, tmp_path):
     """To the last bit, by every metric."""
     flags = [*base, *one, "--metric", *EVERY_METRIC, "--comparator", models / "comparator.pth"]
     flags += ["--cache", tmp_path / "cache", "--output"]
-    result = torchrun(2, *flags, tmp_path / "two.json")
-    assert result.returncode == 0, result.stderr
+    result = run_two("torchrun", "evaluation.py", *flags, tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())
     expected = results.every_metric.record
     assert two["figures"] == expected["figures"] and len(two["figures"]) == len(EVERY_METRIC)
@@ -494,7 +478,7 @@ def test_error_of_one_process_is_printed_once(world, base, one, tmp_path):
     features = dict(world.test.features)
     features[bad] = features[bad] * np.nan
     path = write_packed(tmp_path / "nan.hdf5", features)
-    result = torchrun(2, *base, *one, "--feature_path", path)
+    result = finish(launch("torchrun", "evaluation.py", *base, *one, "--feature_path", path))
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     errors = [line for line in errors if "holds NaN" in line]
     assert result.returncode and len(errors) == 1 and bad in errors[0]
