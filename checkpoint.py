@@ -49,10 +49,11 @@ FREE = {
 class Run:
     """A training run that can stop after any step and resume with the same result.
 
+    Makes the folder args.model_path.
     Every random draw depends on (seed, step) or (seed, epoch, pair), so no generator is saved.
 
     Args:
-        encoder: what rebuilds the encoder: its name, arguments, and the features it is made for.
+        encoder_info: what rebuilds the encoder: name, arguments, the features it is made for.
         inputs: {what: digest} of the files the run depends on.
 
     Attributes:
@@ -71,16 +72,17 @@ class Run:
         data: PairDataset,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        encoder: dict,
+        encoder_info: dict,
         inputs: dict[str, str],
     ):
         self.args, self.dist, self.folder = args, dist, Path(args.model_path)
         self.data, self.model, self.optimizer = data, model, optimizer
-        self.encoder, self.inputs = encoder, inputs
+        self.encoder_info, self.inputs = encoder_info, inputs
         self.step = self.epoch = self.seen = 0
         self.best, self.best_epoch, self.best_weights = -math.inf, -1, None
         self.stopped = self._sigterm = False
         self.pairs_per_step = args.batch_sz * dist.world_size
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     # --- position ---
 
@@ -175,7 +177,7 @@ class Run:
         if self.args.use_adasum:
             optimizers = self.dist.all_gather_objects(optimizers[0])
         return {
-            **self.encoder,
+            **self.encoder_info,
             "moco": self.model.state_dict(),
             "optimizers": optimizers,
             "mined": self.data.hard_negatives,
@@ -231,7 +233,7 @@ class Run:
             weights = self.model.encoder_q.state_dict()
             weights = {name: value.cpu() for name, value in weights.items()}
         if self.dist.is_main:
-            save_torch(self.folder / "model.pth", {**self.encoder, "state_dict": weights})
+            save_torch(self.folder / "model.pth", {**self.encoder_info, "state_dict": weights})
 
     def save_arguments(self):
         """Write args.json: the arguments, the size of the run, the code and the machine."""

@@ -72,110 +72,93 @@ def main(argv=None):
         args = parse_args(argv)
         notes = validate_args(args, dist)
 
-        # Data: anchor, positive and M background videos as negatives, each (T, C).
+        # Data: anchor, positive and M background videos as negatives, frames (T, C) each.
         store = FeatureStore(args.feature_path, args.pca_components)
         data = load_pairs(args, store, dist)
 
-        # Model: the encoder, and MoCo's key encoder and bank around it.
+        # Model: the encoder, and around it MoCo's key encoder and bank of K negatives.
         seed_torch(args.seed)
         arguments = encoder_arguments(args.encoder, store.feature_size, args)
         encoder = ENCODERS[args.encoder](**arguments)  # (N, T, C) -> (N, D)
         model = MoCo(
             encoder,
-            dim=encoder.descriptor_size,
+            dim=encoder.descriptor_size,  # D
             K=args.moco_k,
             m=args.moco_m,
             T=args.moco_t,
-            gather=dist.all_gather,
+            gather=dist.all_gather,  # all processes share one bank
             amp=torch.bfloat16 if args.amp else None,
         ).to(args.device)
 
-        # Loss, and the optimiser, whose step first joins the gradients of all processes.
+        # Loss and optimiser. A step of it first joins the gradients of all processes.
         criterion = LOSSES[args.loss]
         learning_rate = args.learning_rate * dist.lr_scale(args.use_adasum, args.device)
-        optimizer = build_optimizer(args, encoder, learning_rate)
-        parameters = list(encoder.named_parameters())
-        optimizer = dist.wrap(optimizer, parameters, args.use_adasum, args.fp16_allreduce)
+        optimizer = build_optimizer(args, encoder, learning_rate, dist)
 
+        # Held-out videos, or None, and the run's folder.
         val = load_val_set(args, encoder, store)
-        run = Run(
-            args,
-            dist,
-            data,
-            model,
-            optimizer,
-            encoder={"encoder": args.encoder, "arguments": arguments, "features": store.meta},
-            inputs=input_digests(store, data, val),
-        )
-        run.folder.mkdir(parents=True, exist_ok=True)
+        encoder_info = dict(encoder=args.encoder, arguments=arguments, features=store.meta)
+        inputs = input_digests(store, data, val)  # a resumed run must have the same
+        run = Run(args, dist, data, model, optimizer, encoder_info, inputs)
 
-    run.resume()
-    dist.broadcast_model(model)
+    run.resume()  # from checkpoint.pth, if there is one
+    dist.broadcast_model(model)  # all processes start from the same weights
     if run.complete:
-        if dist.is_main:
-            print(f"{run.folder}: finished already, at step {run.step}; nothing to do")
+        print0(dist, f"{run.folder}: finished already, at step {run.step}; nothing to do")
         return 0
     run.save_arguments()
-    if dist.is_main:
-        print_run_summary(args, run, val, learning_rate, notes)
+    print0(dist, run_summary(args, run, val, learning_rate, notes))
 
-    run.stop_on_sigterm()
+    run.stop_on_sigterm()  # after the current step, with a checkpoint
     with TrainingLog(run, args.print_freq) as log:
         while not (run.finished or run.stopped):
             adjust_learning_rate(optimizer, learning_rate, run.epoch, args.epochs)
             if args.hard_negatives and not run.seen:  # a checkpoint has those of its epoch
                 data.hard_negatives = find_hard_negatives(encoder, data, args, dist)
             train_one_epoch(model, criterion, optimizer, data, args, run, log)
-            if run.epoch_done:  # or SIGTERM came before its end
+            if run.epoch_done:  # else SIGTERM came in the middle of it
                 run.next_epoch()
                 if val:
                     metrics = validate(encoder, val, args, dist)
                     log.write(run.epoch - 1, held_out=metrics)
-                    run.keep_best(next(iter(metrics.values())))
-                run.save()
-
-    if run.stopped:
-        if dist.is_main:
-            print(f"stopped at step {run.step}; the same command resumes from here")
-        return 128 + signal.SIGTERM
-    run.save_encoder()
-    if dist.is_main:
-        best = f", best held-out metric {run.best:.4f} after epoch {run.best_epoch + 1}"
-        print(f"{run.folder}: model.pth after {run.step} steps{best if val else ''}")
-    return 0
+                    run.keep_best(next(iter(metrics.values())))  # by the first metric
+                run.save()  # after validation: no resumed run skips a score
+    return finish(run, val)
 
 
 def train_one_epoch(model, criterion, optimizer, data, args, run, log):
     """Take the steps that are left of an epoch. After SIGTERM, save a checkpoint and return."""
     dist, lr = run.dist, optimizer.param_groups[0]["lr"]
-    data.set_epoch(run.epoch)
+    data.set_epoch(run.epoch)  # other crops, other negatives
     batches = batch_indices(data, args.batch_sz, dist, run.epoch, run.seen)
     pin_memory = args.device.startswith("cuda")
     batches = load_batches(data, batches, dist, args.num_workers, pin_memory)
     model.train()
     for batch in log.time_steps(batches):
+        # N anchors and positives, M negatives, each as packed frames and num_frames.
         indices, anchors, positives, negatives, negative_ids = to_device(batch, args.device)
         mask = data.false_negative_mask(indices)  # bank ids (K,) -> (N, K), or None
-        seed_torch(args.seed, run.step, dist.rank)  # dropout, the same in a resumed run
+        seed_torch(args.seed, run.step, dist.rank)  # dropout; the same in a resumed run
 
+        # Similarities over T: the positive in column 0, then the bank's K. The labels are 0.
         logits, labels = model(anchors, positives, negatives, negative_ids, mask)  # (N, 1+K), (N,)
         loss = criterion(logits, labels)
-        run.check_loss(loss, indices, negative_ids)
+        run.check_loss(loss, indices, negative_ids)  # finite, or all processes end here
 
-        logits.retain_grad()  # for the log: which negatives the gradient lies on
+        logits.retain_grad()  # the log says on which negatives the gradient lies
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         run.next_step()
-        log.write_step(loss, logits, lr)
-        run.save_if_due()
+        log.write_step(loss, logits, lr)  # before saving: no saved step lacks its line
+        run.save_if_due()  # every --save_every steps, and after SIGTERM
         if run.stopped:
             break
 
 
 def validate(encoder, val, args, dist):
-    """The validation set's metrics {name: value} by --val_metric. The first one decides."""
+    """Metrics of the held-out videos {name: value}, by --val_metric. The first one decides."""
     dist.broadcast_model(encoder)  # batch statistics differ by process
     similarities = compare_collections(
         encoder,
@@ -183,8 +166,8 @@ def validate(encoder, val, args, dist):
         val.queries,
         val.database,
         [args.val_metric],
-        args.padding_size,
-        args.device,
+        padding_size=args.padding_size,
+        device=args.device,
         dist=dist,
     )[args.val_metric]  # (Q, N)
     return val.annotation.evaluate_table(val.queries, val.database, similarities)
@@ -201,13 +184,14 @@ def find_hard_negatives(encoder, data, args, dist):
     descriptors = encode_distributed(
         encoder, data.store, videos, args.padding_size, args.device, dist
     )  # (videos, D)
-    row = {video: i for i, video in enumerate(videos)}
+    row = {video: i for i, video in enumerate(videos)}  # a negative may be an anchor too
     queries = descriptors[[row[video] for video in anchors]]
     negatives = descriptors[[row[video] for video in data.negatives]]
     excluded = None
     if data.has_false_negatives:
 
         def excluded(rows):
+            # without the last entry, which is of bank id -1
             masks = [data.false_negatives(anchor)[:-1] for anchor in anchors[rows]]
             return torch.stack(masks)  # (n, negatives)
 
@@ -226,26 +210,44 @@ def to_device(batch, device):
     return indices, *sides, negative_ids.to(device)
 
 
-def print_run_summary(args, run, val, learning_rate, notes):
+def finish(run, val):
+    """Write model.pth, unless SIGTERM stopped the run, and report. Returns the exit status."""
+    if run.stopped:
+        print0(run.dist, f"stopped at step {run.step}; the same command resumes from here")
+        return 128 + signal.SIGTERM
+    run.save_encoder()
+    best = f", best held-out metric {run.best:.4f} after epoch {run.best_epoch + 1}" if val else ""
+    print0(run.dist, f"{run.folder}: model.pth after {run.step} steps{best}")
+    return 0
+
+
+def run_summary(args, run, val, learning_rate, notes):
+    """What the run is, as lines of text."""
     dist, data = run.dist, run.data
-    if val and (missing := missing_note(val.annotation.coverage(val.store))):
-        notes = [*notes, f"{args.val_set}: {missing}"]
-    for note in notes:
-        print(f"note: {note}")
     missing = f"{data.missing['pairs']} pairs, {data.missing['negatives']} negatives"
     processes = f"{dist.world_size} x " if dist.world_size > 1 else ""
     scale = dist.lr_scale(args.use_adasum, args.device)
-    print(
+    resumed = f"; resuming at step {run.step}" if run.step else ""
+    lines = [f"note: {note}" for note in notes]
+    if val and (val_missing := missing_note(val.annotation.coverage(val.store))):
+        lines.append(f"note: {args.val_set}: {val_missing}")
+    lines.append(
         f"{len(data)} pairs, {len(data.negatives)} negatives (without features: {missing});"
         f" {args.epochs * run.steps_per_epoch} optimiser steps of {processes}{args.batch_sz} pairs,"
         f" learning rate {args.learning_rate:g} x {scale} = {learning_rate:g}, by {dist.backend}"
-        + (f"; resuming at step {run.step}" if run.step else "")
+        + resumed
     )
     if dist.world_size > 1:
-        print(
+        lines.append(
             "the number of processes is a hidden hyper-parameter:"
             " more of them take fewer steps of more pairs"
         )
+    return "\n".join(lines)
+
+
+def print0(dist, text):
+    if dist.is_main:
+        print(text)
 
 
 # --- what the arguments describe ---
@@ -276,15 +278,14 @@ def load_pairs(args, store, dist):
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
-def build_optimizer(args, encoder, learning_rate):
-    options = {"momentum": args.momentum} if args.optimizer == "sgd" else {}
-    return OPTIMIZERS[args.optimizer](
-        encoder.parameters(),
-        lr=learning_rate,
-        weight_decay=args.weight_decay,
-        fused=True,  # one pass over the weights, where plain Adam takes ten
-        **options,
-    )
+def build_optimizer(args, encoder, learning_rate, dist):
+    options = dict(lr=learning_rate, weight_decay=args.weight_decay)
+    options["fused"] = True  # one pass over the weights, where plain Adam takes ten
+    if args.optimizer == "sgd":
+        options["momentum"] = args.momentum
+    optimizer = OPTIMIZERS[args.optimizer](encoder.parameters(), **options)
+    parameters = list(encoder.named_parameters())
+    return dist.wrap(optimizer, parameters, args.use_adasum, args.fp16_allreduce)
 
 
 class ValidationSet(NamedTuple):

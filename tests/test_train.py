@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import training
-from helpers.commands import cli, clis, error_after_progress, one_error, refused, start
+from helpers.commands import ROOT, cli, clis, error_after_progress, one_error, refused, start
 from helpers.files import read_log, write_packed, write_pickle
 from helpers.training import (
     assert_same_run,
@@ -51,6 +51,7 @@ def metrics_of(encoder, features, evaluation_set, annotations):
 # --- one seed, one result ---
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_however_data_are_loaded(world, tmp_path):
     """In processes of different hash seeds, with and without workers."""
     epochs = ["--epochs", 2]
@@ -122,6 +123,7 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_run(world, unbroken, 
     assert left == ["args.json", "checkpoint.prev.pth", "checkpoint.pth", "log.jsonl", "model.pth"]
 
 
+@pytest.mark.slow
 def test_run_killed_without_validation_set_ends_like_the_unbroken_run(world, tmp_path):
     more = ["--epochs", 12, "--dropout", 0.5, "--loss", "infonce", "--moco_m", 0.9]
     more += ["--optimizer", "sgd", "--learning_rate", 0.1, "--save_every", 4]
@@ -143,6 +145,7 @@ def test_sigterm_in_the_last_step_leaves_the_encoder_to_the_next_start(world, tm
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_workers_too_still_saves(world, tmp_path):
     """As launchers and terminals send it: to the whole group."""
     more = ["--num_workers", 1, "--epochs", 500, "--save_every", 100000]
@@ -163,6 +166,38 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(world, unbrok
         message = refused(training.main, *same, flag, value)
         assert flag in message and repr(value) in message and str(folder) in message
     assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_run_of_an_earlier_revision_resumes_to_its_own_end(world, tmp_path):
+    """Revision 5aa4c1c stopped a run after 13 of 18 steps, and made the same run unbroken.
+
+    tests/data has the stopped run's folder, and the log of the unbroken one. The weights are
+    compared to the last bit where this machine computes the same floats as the one of then.
+    """
+    kept = ROOT / "tests" / "data" / "run-5aa4c1c"
+    shutil.copytree(kept, tmp_path / "resumed")
+    more = ["--dim_feedforward", 8, "--moco_k", 48, "--epochs", 2, "--hard_negatives", 6]
+    more += ["--mask_shared", "--dropout", 0.2, "--learning_rate", 1e-3]
+    more += ["--init", "near_identity", *val_flags(world)]
+    assert "resuming at step 13" in run(world, tmp_path / "resumed", *more)
+    run(world, tmp_path / "whole", *more)
+    (tmp_path / "old").mkdir()
+    shutil.copy(kept / "unbroken.jsonl", tmp_path / "old" / "log.jsonl")
+    resumed, whole, old = (
+        log_without_times(tmp_path / name) for name in ("resumed", "whole", "old")
+    )
+    for line, expected in zip(resumed, old, strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in line.items():
+            if expected[name] is None:
+                assert value is None, name
+            else:
+                assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
+    if whole == old:
+        assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    else:
+        found, expected = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_resume_refuses_features_of_other_content(world, tmp_path):
@@ -276,6 +311,7 @@ def test_validation_equal_score_is_not_better(world, tmp_path):
 # --- learning ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_training_lowers_the_loss_and_finds_what_the_mean_misses(world, tmp_path, seed):
     more = ["--epochs", 40, "--learning_rate", 1e-3, "--init", "near_identity", "--seed", seed]
@@ -458,6 +494,7 @@ def test_hard_negatives_are_half_of_a_pairs_and_the_same_after_a_stop(world, tmp
 # --- the command line ---
 
 
+@pytest.mark.slow
 def test_released_command_runs_with_notes_on_flags_that_change_nothing(world, tmp_path):
     released = ["train.py", *world.train_flags, "--model_path", tmp_path / "released"]
     released += ["--num_clusters", 256, "--num_layers", 1, "--output_dim", 1024]
@@ -575,6 +612,7 @@ def test_number_out_of_range_is_refused_with_its_flag(world, flag, value, tmp_pa
     assert f"{flag} {value}" in message and "out of range" in message
 
 
+@pytest.mark.slow
 def test_features_not_finite_end_the_run_with_the_videos_name(world, tmp_path):
     features = {video: frames.astype(np.float32) for video, frames in world.pairs.items()}
     features["film3/copy 2"] = features["film3/copy 2"] * np.nan
@@ -606,6 +644,7 @@ def test_weights_not_finite_are_not_saved(world, tmp_path):
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_warns_of_features_unlike_the_models(world, tmp_path):
     def copy_features(source, name, backbone):
         shutil.copy(source, tmp_path / name)
