@@ -29,28 +29,29 @@ from utils import (
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 WRITTEN = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")  # by rename
 
-# A resumed run may change these: paths, whose content is compared instead, and what does not change
-# the result. Another device changes the last bits, and another batch size more, which is printed.
+# A resumed run may change these arguments.
 FREE = {
+    # paths: the content of the files is compared instead
     "model_path",
     "annotation_path",
     "feature_path",
     "val_feature_path",
     "annotation_dir",
+    # no influence on the result
     "num_workers",
     "num_readers",
     "print_freq",
     "save_every",
-    "device",
-    "batch_sz",
+    "device",  # another one changes the last bits
+    "batch_sz",  # changes the result, which `resume_notes` says
 }
 
 
 class Run:
     """A training run that can stop after any step and resume with the same result.
 
-    Makes the folder args.model_path.
     Every random draw depends on (seed, step) or (seed, epoch, pair), so no generator is saved.
+    The folder args.model_path is made at once.
 
     Args:
         encoder_info: what rebuilds the encoder: name, arguments, the features it is made for.
@@ -78,9 +79,10 @@ class Run:
         self.args, self.dist, self.folder = args, dist, Path(args.model_path)
         self.data, self.model, self.optimizer = data, model, optimizer
         self.encoder_info, self.inputs = encoder_info, inputs
-        self.step = self.epoch = self.seen = 0
+        self.step = self.epoch = self.seen = 0  # the position, until `resume`
         self.best, self.best_epoch, self.best_weights = -math.inf, -1, None
-        self.stopped = self._sigterm = False
+        self.stopped = False  # on all processes at the same step
+        self._sigterm = False  # on this process
         self.pairs_per_step = args.batch_sz * dist.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,6 +126,7 @@ class Run:
         if score > self.best:
             self.best, self.best_epoch = score, self.epoch - 1
             weights = self.model.encoder_q.state_dict()
+            # copies: the next step changes the weights in place
             self.best_weights = {name: value.cpu().clone() for name, value in weights.items()}
 
     # --- stopping ---
@@ -141,7 +144,7 @@ class Run:
 
         The end of an epoch is not saved here but after validation, so no resumed run skips a score.
         """
-        self.stopped = self.dist.any(self._sigterm)
+        self.stopped = self.dist.any(self._sigterm)  # launchers may signal one process alone
         due = self.stopped or self.step % self.args.save_every == 0
         if due and not self.epoch_done:
             self.save()
@@ -180,7 +183,7 @@ class Run:
             **self.encoder_info,
             "moco": self.model.state_dict(),
             "optimizers": optimizers,
-            "mined": self.data.hard_negatives,
+            "mined": self.data.hard_negatives,  # of the current epoch
             "inputs": self.inputs,
             "args": vars(self.args),
             "processes": self.dist.world_size,
@@ -199,7 +202,7 @@ class Run:
         state = self.state()
         if self.dist.is_main:
             save(self.folder, state)
-        self.dist.barrier()
+        self.dist.barrier()  # no process may end the run while the file is written
 
     def resume(self):
         """Go on from the folder's checkpoint, if it has one.
@@ -215,8 +218,8 @@ class Run:
         state = self.dist.broadcast(state)
         if state is None:
             return
-        self.model.load_state_dict(state["moco"])
-        optimizers = state["optimizers"]
+        self.model.load_state_dict(state["moco"])  # both encoders and the bank
+        optimizers = state["optimizers"]  # one, or under Adasum one of each process
         same_processes = len(optimizers) == self.dist.world_size
         self.optimizer.load_state_dict(optimizers[self.dist.rank if same_processes else 0])
         self.data.hard_negatives = state["mined"]
@@ -250,6 +253,7 @@ class Run:
 def save(folder: str | Path, state: dict):
     """Write `state` as the newest checkpoint; the newest so far becomes the previous one."""
     path = Path(folder) / NEWEST
+    # A kill at any point leaves NEWEST or PREVIOUS whole.
     fresh = path.with_name(f".{NEWEST}.new")
     save_torch(fresh, state)
     if path.exists():
@@ -263,6 +267,7 @@ def load(folder: str | Path, keys) -> dict | None:
     InputError when there are checkpoints and none can be used.
     """
     folder = Path(folder)
+    # what killed runs left of files that they were writing
     for name in WRITTEN:
         remove_leftovers(folder / name)
     remove_leftovers(folder / f".{NEWEST}.new")

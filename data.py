@@ -121,9 +121,9 @@ class PairDataset(Dataset):
         self.padding_size, self.random_sampling = padding_size, random_sampling
         self.neg_num, self.seed, self.readers = neg_num, seed, readers
         self.epoch = 0
-        anchors = dict.fromkeys(anchor for anchor, _ in pairs)
+        anchors = dict.fromkeys(anchor for anchor, _ in pairs)  # each once, in order
         self.anchors = {anchor: row for row, anchor in enumerate(anchors)}
-        # (anchors, H) ids of each anchor's nearest negatives, -1 where there are fewer than H
+        # Each anchor's nearest negatives, ids (anchors, H), -1 where there are fewer than H.
         self.hard_negatives = None
         if mask_shared:
             self.segment_table()  # bad segments are an error now, not in the middle of a run
@@ -166,6 +166,7 @@ class PairDataset(Dataset):
         hard_ids = hard_ids[hard_ids >= 0]
         half = (self.neg_num + 1) // 2
         hard_ids = rng.choice(hard_ids, min(half, len(hard_ids)), replace=False)
+        # the rest: random ones that were not drawn as hard ones
         others = random_ids[~np.isin(random_ids, hard_ids)]
         return np.concatenate([hard_ids, others[: self.neg_num - len(hard_ids)]])
 
@@ -176,7 +177,7 @@ class PairDataset(Dataset):
         """At most `padding_size` frames: a random crop, or random frames in their order."""
         T, size = len(frames), self.padding_size
         if not size or T <= size:
-            return frames
+            return frames  # the whole video
         if self.random_sampling:
             return frames[np.sort(rng.choice(T, size, replace=False))]
         start = rng.integers(T - size + 1)
@@ -208,7 +209,7 @@ class PairDataset(Dataset):
     def shared_material(self, anchor):
         """Whether each negative overlaps with the anchor: segments of one source that overlap."""
         sources, owner, source, start, end = self.segment_table()
-        row = np.zeros(len(self.negatives) + 1, bool)
+        row = np.zeros(len(self.negatives) + 1, bool)  # the last entry stays false
         for name, a, b in self.segments.get(anchor, ()):
             overlaps = (source == sources.get(name, -1)) & (start < b) & (a < end)
             row[owner[overlaps]] = True
@@ -232,7 +233,7 @@ class PairDataset(Dataset):
                 for name, start, end in segments:
                     source = sources.setdefault(name, len(sources))
                     row = ids.get(video, -1), source, float(start), float(end)
-                    if video in ids:
+                    if video in ids:  # others may be anchors, which need no row
                         rows.append(row)
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(
@@ -389,7 +390,7 @@ def batch_indices(
     step_size = batch_size * dist.world_size
     batches = []
     for start in range(seen, len(order) - step_size + 1, step_size):
-        own = start + dist.rank * batch_size
+        own = start + dist.rank * batch_size  # this process's part of the slice
         batches.append(order[own : own + batch_size])
     return batches
 
