@@ -269,7 +269,7 @@ def score_similarity_file(args):
     unknown = evaluation_set.unknown(similarities, available - set(similarities))
     if any(unknown.values()):
         print(
-            f"left aside: {unknown['queries']} queries and {unknown['videos']} videos that the set"
+            f"ignored: {unknown['queries']} queries and {unknown['videos']} videos that the set"
             " does not know"
         )
     summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities))
