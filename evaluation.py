@@ -76,11 +76,11 @@ def main(argv=None):
             comparator = load_comparator(args.comparator) if args.comparator else None
             store = FeatureStore(args.feature_path, args.pca_components)
             evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, known=store)
-            queries, database = videos_with_features(evaluation_set, store)
+            queries, database = videos_with_features(evaluation_set, store)  # Q ids, N ids
     if dist.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    if args.similarities:
+    if args.similarities:  # nothing to encode or compare
         return score_similarity_file(args) if dist.is_main else 0
 
     # Videos vanish from the web: say how much of the set is scored.
@@ -95,7 +95,7 @@ def main(argv=None):
         comparison = encode(model, store, queries, database, comparator, args, dist)
         for row in compare(comparison, model):  # similarities (Q, N) of each metric
             with dist.exit_together_on_error():
-                if dist.is_main:
+                if dist.is_main:  # the others have encoded and compared their share
                     result = score(row, evaluation_set, queries, database)
                     results.setdefault(row.name, []).append(result)
         del comparison  # frees its descriptors before those of the next model come
@@ -138,13 +138,14 @@ class Model(NamedTuple):
 def load_models(args, store, dist) -> Iterator[Model]:
     """Yield the untrained features if they are scored, then each --model_path."""
     if args.baseline or not args.model_path:
+        # The mean of the frame features: no weights, and frame descriptors are the features.
         mean = ENCODERS["mean"](store.feature_size)
-        rerank = [] if args.model_path else args.rerank
+        rerank = [] if args.model_path else args.rerank  # --rerank is for the models, if any
         yield plan_model("mean", mean, store, args.baseline, rerank)
     for path in args.model_path:
         name, encoder, features = load_encoder(path, args.nhead)
         if dist.is_main:
-            warn_if_features_differ(features, store, path)
+            warn_if_features_differ(features, store, path)  # another backbone, pooling or PCA
         if args.encoder and args.encoder != name:
             raise InputError(
                 f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out"
@@ -176,9 +177,10 @@ def encode(model, store, queries, database, comparator, args, dist) -> Compariso
     A video has one descriptor (D,) at video level and T of them (T, D) at frame level. One pass
     of the encoder gives both.
     """
-    amp = AMP[args.amp]
+    amp = AMP[args.amp]  # a type to encode and multiply frames in, or None for float32
     has_weights = next(model.encoder.parameters(), None) is not None
     return Comparison(
+        # Takes the middle frames of a longer video: the same frames on every run.
         VideoEncoder(model.encoder, store, args.padding_size, args.device, amp),
         queries,
         database,
@@ -229,9 +231,9 @@ def compare(comparison, model) -> Iterator[Row]:
             first, second = row_name(model.name, "cosine"), row_name(model.name, metric)
             yield Row(
                 f"{first}, first {R} by {second}",
-                two_stage(tables["cosine"], by_frames[metric], short),
+                two_stage(tables["cosine"], by_frames[metric], short),  # ranks, as similarities
                 comparison.seconds,
-                Stage(metric, R, comparison.cost(short)),
+                Stage(metric, R, comparison.cost(short)),  # cost: of all pairs of frames
                 short,
             )
 
@@ -242,6 +244,7 @@ def score(row, evaluation_set, queries, database) -> Result:
     summary = summarise(evaluation_set, rankings)
     stage = row.stage
     if row.short is not None:
+        # Re-ranking cannot find what is not in the shortlists.
         stage = stage._replace(recall=summary.recall(queries, database, row.short))
     return Result(summary, row.seconds, stage)
 
@@ -262,7 +265,7 @@ def score_similarity_file(args):
     """Score --similarities: a table of any system, with the ids it has."""
     similarities = read_similarities(args.similarities)
     videos = set().union(*similarities.values())
-    available = videos.union(similarities)
+    available = videos.union(similarities)  # an id in the table counts as one with features
     evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, known=available)
     coverage = evaluation_set.coverage(available)
     print(coverage_line(args.dataset, evaluation_set, coverage))
@@ -295,12 +298,14 @@ def report(args, evaluation_set, coverage, results, record):
     curves = trade_off(results)
     notes = coverage_notes(coverage)
 
+    # Text, for the terminal.
     print("\n".join(table_lines(metrics)))
     for curve in curves.values():
         print("\n".join(["", *trade_off_lines(curve)]))
     for note in notes:
         print(note)
 
+    # Files. A figure is worth little without what it was measured on, and by what.
     record = {
         "dataset": args.dataset,
         "annotation": evaluation_set.source,
@@ -484,7 +489,7 @@ def validate_args(args, dist):
     for path in (args.report, args.cache):
         if path and Path(path).is_file():
             raise InputError(f"{path!r} is a file; name a folder")
-    args.rerank = sorted(set(args.rerank))
+    args.rerank = sorted(set(args.rerank))  # the trade-off goes from few to many
     if args.plot and len(args.rerank) < 2:
         raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
     args.device = check_device(dist.local_device(args.device))
@@ -498,6 +503,7 @@ def validate_args(args, dist):
     else:
         validate_model_args(args)
 
+    # The released command describes the encoder by these; a model file describes itself.
     released = ("num_clusters", "num_layers", "output_dim")
     unused = [f"--{name}" for name in released if getattr(args, name) is not None]
     if not unused:
@@ -513,7 +519,7 @@ def validate_model_args(args):
         )
     if args.metric is None:
         args.metric = [] if args.rerank else ["cosine"]
-    args.metric = list(dict.fromkeys(args.metric))
+    args.metric = list(dict.fromkeys(args.metric))  # each once, in the order given
     args.baseline = list(dict.fromkeys(args.baseline))
     if not args.model_path:
         if args.encoder != "mean":
