@@ -42,12 +42,12 @@ class TCA(nn.Module):
 
     def __init__(
         self,
-        feature_size: int = 1024,
+        feature_size: int = 1024,  # C, which is also D
         nhead: int = 8,
         nlayers: int = 1,
         dim_feedforward: int = 2048,
         dropout: float = 0.2,
-        init: str = "paper",  # or "near_identity"
+        init: str = "paper",  # PyTorch's own; "near_identity" starts from the features themselves
     ):
         super().__init__()
         if feature_size % nhead:
@@ -84,20 +84,21 @@ class TCA(nn.Module):
     def frame_outputs(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """Frames after self-attention: (N, T', D), T' the longest video's; zero at padding."""
         x, mask = trim_padding(x, num_frames)  # (N, T', C), (N, T')
-        padding = None if mask.all() else ~mask
-        out = self.transformer_encoder(x, src_key_padding_mask=padding)
+        padding = None if mask.all() else ~mask  # frames that no frame attends to
+        out = self.transformer_encoder(x, src_key_padding_mask=padding)  # (N, T', D)
         return out.masked_fill(~mask[..., None], 0.0)
 
 
 def video_descriptors(out: Tensor, num_frames: Tensor) -> Tensor:
     """Mean over each video's frames, L2-normalised: out (N, T', D), zero at padding -> (N, D)."""
-    mean = out.sum(1) / num_frames[:, None]
+    mean = out.sum(1) / num_frames[:, None]  # (N, D)
     return F.normalize(mean, dim=1)
 
 
 def frame_descriptors(out: Tensor, T: int) -> Tensor:
     """Every frame L2-normalised, padded again to T frames: out (N, T', D) -> (N, T, D)."""
-    return F.pad(F.normalize(out, dim=2), (0, 0, 0, T - out.shape[1]))
+    frames = F.normalize(out, dim=2)  # zero stays zero
+    return F.pad(frames, (0, 0, 0, T - out.shape[1]))
 
 
 class Layer(nn.TransformerEncoderLayer):
@@ -122,9 +123,9 @@ class Layer(nn.TransformerEncoderLayer):
 
 
 def zero_residual_branches(transformer: nn.TransformerEncoder) -> None:
-    """Zero what each branch adds, so that training starts from layer-normalised features."""
+    """Let no branch add anything at first: training starts from layer-normalised features."""
     for layer in transformer.layers:
-        for end in (layer.self_attn.out_proj, layer.linear2):
+        for end in (layer.self_attn.out_proj, layer.linear2):  # of attention, of feed-forward
             nn.init.zeros_(end.weight)
             nn.init.zeros_(end.bias)
 
@@ -167,11 +168,9 @@ class Encoder(nn.Module):
 class VLAD(Encoder):
     """Base of NetVLAD and NeXtVLAD: sums of residuals to K cluster centres, then a gated layer.
 
-    As in the released code: L2 per cluster, batch norm and dropout over all clusters, a linear
-    layer to `output_dim`, and a gate on each output (context gating with a bottleneck, NeXtVLAD
-    section 3.3). There are no frame descriptors: the released `encode` returned the cluster sums.
-
     A subclass computes `cluster_sums(x, mask)`, (N, T, C) and (N, T) -> (N, K, D'); `size` is D'.
+    The rest is as released. There are no frame descriptors: under the name `encode` the released
+    code returned the cluster sums.
     """
 
     flags = {name: name for name in ("num_clusters", "output_dim", "normalize_input", "dropout")}
@@ -201,11 +200,12 @@ class VLAD(Encoder):
     def forward(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """One L2-normalised descriptor a video: (N, output_dim)."""
         sums = self.cluster_sums(*trim_padding(x, num_frames))  # (N, K, D')
-        vlad = F.normalize(sums, dim=2).flatten(1)  # (N, K*D')
-        out = self.fc1(self.drop(batch_norm(self.bn2, vlad)))
-        out = batch_norm(self.bn3, out)
+        vlad = F.normalize(sums, dim=2).flatten(1)  # (N, K*D'), L2 per cluster
+        vlad = self.drop(batch_norm(self.bn2, vlad))
+        out = batch_norm(self.bn3, self.fc1(vlad))  # (N, output_dim)
+        # Context gating with a bottleneck (NeXtVLAD section 3.3).
         gates = F.relu(batch_norm(self.bn4, self.fc2(out)))
-        gates = torch.sigmoid(self.fc3(gates))
+        gates = torch.sigmoid(self.fc3(gates))  # (N, output_dim)
         return F.normalize(out * gates, dim=1)
 
     def encode(self, x: Tensor, num_frames: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class NetVLAD(VLAD):
     """Soft assignment of frames to learned centroids (Arandjelovic et al., CVPR 2016, equation 4).
 
     Parameters are named and shaped as in the released code: its checkpoints load, and give its
-    descriptors in evaluation. normalize_input: L2 of every frame, after the batch norm.
+    descriptors in evaluation.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class NetVLAD(VLAD):
         feature_size: int = 1024,
         num_clusters: int = 256,
         output_dim: int = 1024,
-        normalize_input: bool = False,
+        normalize_input: bool = False,  # L2 of every frame, after the batch norm
         dropout: float = 0.5,
         alpha: float = 1.0,
         gating_reduction: int = 8,
@@ -252,18 +252,17 @@ class NetVLAD(VLAD):
         x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, mask)
         if self.normalize_input:
             x = F.normalize(x, dim=2)
+        # A convolution of width 1 is a linear layer.
         scores = F.linear(x, self.conv.weight[..., 0], self.conv.bias)  # (N, T, K)
-        assignment = F.softmax(scores, dim=2) * mask[..., None]
+        assignment = F.softmax(scores, dim=2) * mask[..., None]  # zero at padding
         return self.residuals(x, assignment)
 
 
 class NeXtVLAD(VLAD):
     """NetVLAD in groups (Lin et al., ECCV Workshops 2018, section 3.2).
 
-    Frames are widened `expansion` times and split into `groups`. Each group is assigned to the
-    clusters on its own, and weighted by an attention of its own. Parameters are named and shaped as
-    in the released code, so its checkpoints load; as there, channel c is of group c mod `groups`.
-    normalize_input: L2 of every frame.
+    Frames are widened and split into groups. Each group has a soft assignment and an attention of
+    its own. Parameters are named and shaped as in the released code, so its checkpoints load.
     """
 
     def __init__(
@@ -271,10 +270,10 @@ class NeXtVLAD(VLAD):
         feature_size: int = 1024,
         num_clusters: int = 64,
         output_dim: int = 1024,
-        normalize_input: bool = False,
+        normalize_input: bool = False,  # L2 of every frame
         dropout: float = 0.5,
-        expansion: int = 2,
-        groups: int = 8,
+        expansion: int = 2,  # how many times frames are widened
+        groups: int = 8,  # G; as released, channel c is of group c mod G
         gating_reduction: int = 8,
     ):
         wide = feature_size * expansion
@@ -303,6 +302,7 @@ class NeXtVLAD(VLAD):
         assignment = apply_to_valid_frames(scores, x, mask)  # (N, T, K*G)
         assignment = assignment.unflatten(2, (self.num_clusters, self.groups))
         assignment = F.softmax(assignment, dim=2) * attention[:, :, None]  # (N, T, K, G)
+        # Every group of a frame is a row of its own.
         assignment = assignment.transpose(2, 3).flatten(1, 2)  # (N, T*G, K)
         x = x.unflatten(2, (-1, self.groups)).transpose(2, 3).flatten(1, 2)  # (N, T*G, D')
         return self.residuals(x, assignment)
@@ -311,7 +311,7 @@ class NeXtVLAD(VLAD):
 class Recurrent(Encoder):
     """Base of LSTM and GRU: batch norm of the channels, then the network over the frames in order.
 
-    `output_dim` is the hidden size; released checkpoints have 1024. `dropout` is between layers.
+    `output_dim` is the hidden size; released checkpoints have 1024.
     """
 
     flags = {"output_dim": "output_dim", "nlayers": "num_layers", "dropout": "dropout"}
@@ -328,15 +328,16 @@ class Recurrent(Encoder):
         self.feature_size = feature_size
         self.output_dim = output_dim
         self.bn1 = nn.BatchNorm1d(feature_size)
-        dropout = dropout if nlayers > 1 else 0.0
+        dropout = dropout if nlayers > 1 else 0.0  # it acts between layers
         network = self.network(feature_size, output_dim, nlayers, batch_first=True, dropout=dropout)
         # Registered by its own name, LSTM or GRU, as in the released code.
         self.add_module(self.network.__name__, network)
 
     def frame_outputs(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """The network's outputs (N, T', D), zero at padding."""
-        x, mask = trim_padding(x, num_frames)
+        x, mask = trim_padding(x, num_frames)  # (N, T', C), (N, T')
         x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, mask)
+        # Packed sequences end where the videos end; PyTorch wants the lengths on the CPU.
         packed = nn.utils.rnn.pack_padded_sequence(
             x, num_frames.cpu(), batch_first=True, enforce_sorted=False
         )
@@ -407,33 +408,26 @@ class MoCo(nn.Module):
 
     q = encoder_q(anchor), keys p = encoder_k(positive) and n = encoder_k(negative), without
     gradient. The logits are [q.p, q.queue] / T. Then the n of all processes enter the queue, which
-    keeps the newest K. With K = 0 the step's own negatives take the queue's place.
-
-    Args:
-        gather: joins tensors (n, ...) of all processes along the first dimension.
-        amp: type in which encoders run under autocast (torch.bfloat16). Logits are float32.
-
-    Buffers:
-        queue (D, K), queue_ptr (1,): keys in a ring, and where the next one is written.
-        queue_ids (K,): the numbers of the negatives; -1 for the random keys at the start.
-        queue_age (K,): steps since a key was written.
+    keeps the newest K.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        dim: int = 1024,
-        K: int = 4096,
-        m: float = 0.0,
-        T: float = 1.0,
-        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        amp: torch.dtype | None = None,
+        dim: int = 1024,  # D
+        K: int = 4096,  # keys in the queue; 0: the step's own negatives take its place
+        m: float = 0.0,  # momentum of the key encoder; 0: it equals the query encoder
+        T: float = 1.0,  # temperature
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,  # joins those of all processes
+        amp: torch.dtype | None = None,  # to encode in under autocast; logits are float32
     ):
         super().__init__()
         self.K, self.m, self.T = K, m, T
         self.gather, self.amp = gather, amp
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        # The queue is a ring of keys (D, K), random at first. Each key has the number of its
+        # negative (-1 at first) and an age in steps. The pointer is where the next is written.
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ids", torch.full((K,), -1))
         self.register_buffer("queue_age", torch.zeros(K, dtype=torch.long))
@@ -441,23 +435,19 @@ class MoCo(nn.Module):
 
     def forward(
         self,
-        anchors: tuple[Tensor, Tensor],
-        positives: tuple[Tensor, Tensor],
-        negatives: tuple[Tensor, Tensor],
-        negative_ids: Tensor | None = None,
-        false_negative_mask: Callable[[Tensor], Tensor] | None = None,
+        anchors: tuple[Tensor, Tensor],  # (x, num_frames), x (N, T, C) or packed (sum T, C)
+        positives: tuple[Tensor, Tensor],  # the same, of N videos
+        negatives: tuple[Tensor, Tensor],  # the same, of M videos
+        negative_ids: Tensor | None = None,  # (M,) int64, their numbers
+        false_negative_mask: Callable[[Tensor], Tensor] | None = None,  # ids (K,) -> (N, K) bool
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, 1+K), the positive first, and labels (N,), all 0.
 
-        Args:
-            anchors, positives, negatives: (x, num_frames), x padded (N, T, C) or packed (sum T, C);
-                N anchors and positives, M negatives.
-            negative_ids: (M,) int64, the numbers of the negatives.
-            false_negative_mask: maps queue ids (K,) to (N, K) bool, true where a key shows the
-                anchor's own material. Those logits are -inf, which every loss leaves out.
+        `false_negative_mask` is true where a key shows the anchor's own material. Those logits are
+        -inf, which every loss leaves out.
         """
         q = self.encode(self.encoder_q, *anchors)  # (N, D)
-        with torch.no_grad():
+        with torch.no_grad():  # keys have no gradient
             self.update_key_encoder()
             p = self.encode(self.encoder_k, *positives)  # (N, D)
             n = self.encode(self.encoder_k, *negatives)  # (M, D)
@@ -469,7 +459,7 @@ class MoCo(nn.Module):
             # Copies: the queue is overwritten below, and autograd needs what was multiplied.
             keys, key_ids = self.queue.clone(), self.queue_ids.clone()  # (D, K), (K,)
         else:
-            keys, key_ids = n.T, ids
+            keys, key_ids = n.T, ids  # K is then the negatives of all processes
         positive = (q * p).sum(1, keepdim=True)  # (N, 1)
         negative = q @ keys.to(q.dtype)  # (N, K)
         if false_negative_mask is not None:
@@ -488,7 +478,7 @@ class MoCo(nn.Module):
         for name, value in key.items():
             if value.is_floating_point() and self.m:
                 value.mul_(self.m).add_(query[name], alpha=1 - self.m)
-            else:  # a count of batches, or m = 0: keys are of the query encoder itself
+            else:  # m = 0, or a count of batches
                 value.copy_(query[name])
 
     @torch.no_grad()
@@ -496,7 +486,7 @@ class MoCo(nn.Module):
         """Write keys (n, D) and ids (n,) at the pointer; of more than K, the newest K stay."""
         start = int(self.queue_ptr) + max(len(keys) - self.K, 0)
         keys, ids = keys[-self.K :], ids[-self.K :]
-        slots = (start + torch.arange(len(keys), device=keys.device)) % self.K
+        slots = (start + torch.arange(len(keys), device=keys.device)) % self.K  # the ring
         self.queue[:, slots] = keys.T.to(self.queue.dtype)
         self.queue_ids[slots] = ids
         self.queue_age += 1
@@ -549,6 +539,7 @@ def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
             f"{source} holds no model; pass a run's folder, its model.pth, or a saved state dict"
         )
     if isinstance(state.get("encoder"), str) and state["encoder"] in ENCODERS:
+        # A file of train.py.
         try:
             encoder = ENCODERS[state["encoder"]](**state["arguments"])
             tensors = state["state_dict"] if "state_dict" in state else _encoder_q(state["moco"])
@@ -557,12 +548,14 @@ def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
                 f"{source} lacks what rebuilds its encoder: {error!r}; save it again"
             ) from None
     else:
+        # A bare state dict, perhaps of a model inside DataParallel.
         tensors = {str(key).removeprefix("module."): value for key, value in state.items()}
         tensors = _encoder_q(tensors)
         encoder = _untrained_tca(tensors, source, nhead)
     try:
         encoder.load_state_dict(tensors)
     except RuntimeError as error:
+        # PyTorch's message is a headline, then a line for each kind of misfit.
         reasons = [line.strip() for line in str(error).splitlines()[1:3]]
         raise InputError(f"{source} does not fit its encoder: {'; '.join(reasons)}") from None
     return encoder.eval()
@@ -581,7 +574,7 @@ def _encoder_q(tensors):
 def _untrained_tca(tensors, source, nhead):
     """A TCA of the sizes that a state dict's tensors have."""
     prefix = "transformer_encoder.layers."
-    try:
+    try:  # the sizes are those of the first layer
         feature_size = tensors[f"{prefix}0.self_attn.in_proj_weight"].shape[1]
         dim_feedforward = tensors[f"{prefix}0.linear1.weight"].shape[0]
     except (KeyError, AttributeError, IndexError):

@@ -121,15 +121,16 @@ class Comparison:
     def _plan(self, memory, metrics, dtype):
         """(frames of a batch, bytes of a chunk of similarities) for a total of `memory` bytes."""
         Q, N, D = len(self.queries), len(self.database), self.video_encoder.encoder.descriptor_size
-        held = 4 * Q * D
+        held = 4 * Q * D  # the queries' video descriptors
         if "frame" in self.levels:
             held += dtype.itemsize * D * sum(self.lengths[query] for query in self.queries)
         # Tables: this process's columns, then all columns in order.
         held += 4 * Q * N * (2 * len(metrics) + 1)
-        if self.use_faiss:
+        if self.use_faiss:  # vectors, values and their positions
             held += (4 * N * D + 12 * Q * N) // self.dist.world_size
         left = memory - resident_bytes() - held
 
+        # First smaller batches, then smaller chunks.
         longest, frames = max(self.lengths.values()), self.video_encoder.batch_frames
         batch_bytes = self.video_encoder.batch_bytes
         while frames > MIN_BATCH_FRAMES and batch_bytes(longest, frames) > left - CHUNK_BYTES:
@@ -149,7 +150,7 @@ class Comparison:
     def _encode_queries(self, dtype):
         """{level: PackedDescriptors} of all queries, in their order."""
         D = self.video_encoder.encoder.descriptor_size
-        packed, views = {}, {}
+        packed, views = {}, {}  # views: {level: {query: its rows}}
         for level in self.levels:
             if level == "video":
                 kind, lengths = torch.float32, [1] * len(self.queries)
@@ -175,6 +176,7 @@ class Comparison:
         if pair_mask is not None:
             videos = [self.database[i] for i in np.flatnonzero(pair_mask.any(0))]
         batches = list(self.video_encoder.batches(videos))
+        # Processes take turns at the batches.
         shares = [batches[rank :: self.dist.world_size] for rank in range(self.dist.world_size)]
         with self.dist.exit_together_on_error():
             own = self._compare(shares[self.dist.rank], metrics, pair_mask)
@@ -186,6 +188,7 @@ class Comparison:
         tables = {}
         for metric in metrics:
             joined = self.dist.all_gather(torch.from_numpy(own.pop(metric)))  # (n, Q)
+            # Videos without any pair to compare keep NaN.
             tables[metric] = np.full((len(self.queries), len(self.database)), np.nan, np.float32)
             tables[metric][:, columns] = joined.numpy().T
         return tables
@@ -204,9 +207,9 @@ class Comparison:
         ) as bar:
             for batch in batches:
                 start, end = end, end + len(batch)
-                targets = self.video_encoder(batch, levels)
+                targets = self.video_encoder(batch, levels)  # {level: PackedDescriptors}
                 began = time.perf_counter()
-                if vectors is not None:
+                if vectors is not None:  # FAISS compares them when all are there
                     vectors[start:end] = targets["video"].data.cpu()
                 pairs = None
                 if pair_mask is not None:
@@ -236,6 +239,7 @@ class Comparison:
         query_rows = queries.data.split(queries.lengths)
         target_rows = targets.data.split(targets.lengths)
         for i in np.flatnonzero(pairs.any(1)):
+            # One query with its own targets of this batch.
             query = PackedDescriptors(query_rows[i], [len(query_rows[i])])
             chosen = np.flatnonzero(pairs[i])
             rows = [target_rows[j] for j in chosen]

@@ -120,27 +120,28 @@ class VideoEncoder:
         self, videos: Sequence[str], levels: Iterable[str]
     ) -> dict[str, PackedDescriptors]:
         """{level: descriptors} of a batch of videos, in their order, from one pass."""
-        x, num_frames = pad([crop(self.store[video], self.padding_size) for video in videos])
-        self.store.release_pages()
-        x, num_frames = x.to(self.device), num_frames.to(self.device)
+        rows = [crop(self.store[video], self.padding_size) for video in videos]
+        x, num_frames = pad(rows)
+        self.store.release_pages()  # mapped pages count as memory of this process
+        x, num_frames = x.to(self.device), num_frames.to(self.device)  # (n, T, C), (n,)
         frames = None
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             if "frame" in levels:
                 video, frames = self.encoder.encode_video_and_frames(x, num_frames)
             else:
-                video = self.encoder(x, num_frames)
+                video = self.encoder(x, num_frames)  # (n, D)
 
         descriptors = {}
         if "video" in levels:
-            descriptors["video"] = self._pack("video", video, [1] * len(videos))  # (n, D)
-        if frames is not None:
+            descriptors["video"] = self._pack("video", video, [1] * len(videos))
+        if frames is not None:  # (n, T, D)
             rows = frames[frame_mask(num_frames, frames.shape[1])]  # (sum T, D)
             descriptors["frame"] = self._pack("frame", rows, num_frames.tolist())
         return descriptors
 
     def _pack(self, level, rows, lengths):
         rows = rows.float()
-        if not rows.sum().isfinite():
+        if not rows.sum().isfinite():  # one NaN or infinity makes the sum so
             raise InputError(
                 f"{level} descriptors hold NaN or infinity;"
                 f" is the model sound, and are {str(self.store.path)!r} its features?"
@@ -180,6 +181,7 @@ class VideoEncoder:
             stat = self.store.path.stat()
             file = [stat.st_size, stat.st_mtime_ns]
         features = [self.store.fingerprint(), file]
+        # Caches are named by it: another list would leave those of earlier revisions unused.
         return digest([weights.hexdigest(), settings, *features, self.padding_size, str(self.amp)])
 
 
@@ -238,6 +240,7 @@ def encode_distributed(
     for names, descriptors in encode_collection(video_encoder, batches, ["video"], dist):
         order += names
         parts.append(descriptors["video"].data)
+    # Batches come in the file's order.
     row = {video: i for i, video in enumerate(order)}
     return torch.cat(parts)[[row[video] for video in videos]]
 
@@ -285,6 +288,7 @@ def cache_descriptors(
     dist = dist or Distributed()
     key = digest([video_encoder.identity(), sorted(videos)])
     files = {level: Path(folder) / f"{key}-{level}.hdf5" for level in levels}
+    # The main process's view: all take part in writing, or none.
     absent = dist.broadcast([level for level, file in files.items() if not file.exists()])
     if absent:
         absent = {level: files[level] for level in absent}
@@ -301,7 +305,7 @@ def _write_cache(files, video_encoder, videos, dist, progress):
             writers[level] = StoreWriter(file, "float32", {"level": level})
         done = set.intersection(*(set(writer.done) for writer in writers.values()))
     done = dist.broadcast(done)
-    batches = []
+    batches = []  # without those that a killed run has stored
     for batch in video_encoder.batches(videos):
         if not done.issuperset(batch):
             batches.append(batch)
