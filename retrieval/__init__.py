@@ -1,1 +1,1 @@
-"""From descriptors to rankings: encode, compare, measures of similarity, reports."""
+"""From frame features to rankings: encode, compare, metrics of similarity, alignment, reports."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoders import encode_one_by_one, untrained_tca
+from helpers.threads import run_in_threads
 from helpers.worlds import C
 
 from features.store import FeatureStore
@@ -51,6 +52,19 @@ def test_all_metrics_take_one_encoding_pass(world, store, make, monkeypatch):
         alone = compare_collections(encoder, store, queries, database, level)
         for metric, table in alone.items():
             np.testing.assert_allclose(tables[metric], table, atol=2e-6)
+
+
+def test_tables_are_the_same_to_the_bit_for_any_number_of_processes(world, store):
+    encoder, queries, database = untrained_tca(1), list(world.test.labels), world.test.database
+
+    def compare(dist):
+        video_encoder = VideoEncoder(encoder, store, batch_frames=100)
+        return Comparison(video_encoder, queries, database, METRICS, dist).tables(METRICS)
+
+    expected = compare(None)
+    for tables in run_in_threads(3, compare):
+        for metric in METRICS:
+            assert np.array_equal(tables[metric], expected[metric])
 
 
 def test_compare_collections_refuses_frames_of_an_encoder_without_them(world, store):

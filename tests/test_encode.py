@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.encoders import encode_one_by_one, untrained_tca
 from helpers.files import folder_contents, write_ours, write_released
+from helpers.threads import run_in_threads
 from helpers.worlds import C
 
 from distributed import Distributed
@@ -14,6 +15,7 @@ from retrieval.encode import (
     VideoEncoder,
     cache_descriptors,
     crop,
+    encode_collection,
     encode_distributed,
     level_of,
     levels_of,
@@ -95,6 +97,59 @@ def test_encode_distributed_follows_the_order_of_the_videos(store):
         np.testing.assert_allclose(row.numpy(), expected[video], atol=1e-5)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_encode_distributed_is_the_same_to_the_bit_for_any_number_of_processes(store, world_size):
+    encoder, videos = untrained_tca(3), list(store)
+
+    def encode(dist):
+        return encode_distributed(encoder, store, videos, 300, "cpu", dist)
+
+    expected = encode(Distributed())
+    for rows in run_in_threads(world_size, encode):
+        assert torch.equal(rows, expected)
+
+
+def test_encode_collection_yields_every_round_on_every_process(store):
+    encoder, levels = untrained_tca(3), ["video", "frame"]
+
+    def encode(dist):
+        video_encoder = VideoEncoder(encoder, store, batch_frames=100)
+        batches = list(video_encoder.batches(store))
+        rounds = list(encode_collection(video_encoder, batches, levels, dist))
+        assert len(rounds) == -(-len(batches) // dist.world_size) > 2
+        found = {}
+        for videos, descriptors in rounds:
+            for level in levels:
+                data, lengths = descriptors[level]
+                for video, rows in zip(videos, data.split(lengths), strict=True):
+                    found[video, level] = rows
+        return found
+
+    expected = encode(Distributed())
+    assert {video for video, _ in expected} == set(store)
+    for found in run_in_threads(3, encode):
+        assert found.keys() == expected.keys()
+        for key, rows in found.items():
+            assert torch.equal(rows, expected[key])
+
+
+def test_encode_collection_ends_all_processes_on_an_error_of_one(world, tmp_path, capsys):
+    features = dict(world.test.features)
+    broken = list(features)[-1]
+    features[broken] = np.full_like(features[broken], np.nan)
+    store = FeatureStore(write_released(tmp_path / "nan.hdf5", features))
+
+    def encode(dist):
+        video_encoder = VideoEncoder(Mean(C), store, batch_frames=100)
+        batches = list(video_encoder.batches(store))
+        with pytest.raises(SystemExit):
+            list(encode_collection(video_encoder, batches, ["video"], dist))
+
+    run_in_threads(2, encode)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert broken in line
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 
@@ -122,6 +177,18 @@ def test_cached_descriptors_equal_fresh_ones_without_encoding(world, store, tmp_
         for level in LEVELS:
             assert stored[level].lengths == fresh[level].lengths
             assert stored[level].data.equal(fresh[level].data)
+
+
+def test_cache_of_several_processes_equals_that_of_one(world, store, tmp_path):
+    encoder = untrained_tca(3)
+
+    def cache(dist, folder="many"):
+        video_encoder = VideoEncoder(encoder, store, batch_frames=100)
+        cache_descriptors(video_encoder, world.test.database, LEVELS, tmp_path / folder, dist)
+
+    run_in_threads(3, cache)
+    cache(Distributed(), "one")
+    assert folder_contents(tmp_path / "many") == folder_contents(tmp_path / "one")
 
 
 def test_cache_is_not_used_for_other_weights_settings_features_or_videos(world, store, tmp_path):
