@@ -22,7 +22,7 @@ def test_find_files_in_a_folder(tmp_path):
     assert found[0].size == 5 and found[0].mtime == (tmp_path / "a.mkv").stat().st_mtime_ns
 
 
-def test_find_files_takes_a_named_file_whatever_its_suffix(tmp_path):
+def test_find_files_takes_a_named_file_with_any_suffix(tmp_path):
     path = tmp_path / "video.txt"
     path.write_bytes(b"x")
     (file,), failed = find_files([path], tmp_path / "index")

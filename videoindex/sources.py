@@ -16,7 +16,7 @@ def find_files(
 ) -> tuple[list[FileEntry], Failures]:
     """The files to index, and what could not be read, each with the reason.
 
-    A named file is taken whatever its suffix. Folders are searched as extract_features.py does: no
+    A named file is taken with any suffix. Folders are searched as extract_features.py does: no
     hidden files, no suffix that is certainly not a video's, links followed. Each folder is entered
     once, by whatever paths it is reached; the index's own folder is not entered.
     """

@@ -46,7 +46,7 @@ class Edit:
     family: a clip has at most one edit of a family
     filters: FFmpeg filters with {parameter}s
     graded: {parameter: (mildest, heaviest)}, chosen between the two by the strength, 0 to 1
-    free: {parameter: (low, high), or a list to choose from}, chosen whatever the strength
+    free: {parameter: (low, high), or a list to choose from}, chosen regardless of the strength
     weight: how often it is drawn, relative to others
     picture: (width, height, parameters) -> the picture that an `overlay` filter lays on the frames
     """

@@ -354,7 +354,7 @@ def training_pairs(
     A pair's common film is at least `min_overlap` of each video's.
     """
     film = {clip.id: total_seconds(merged_spans(clip.pieces)) for clip in clips}
-    turns = []  # (how many pairs of this clip came before, the clip's place, pair)
+    turns = []  # (number of pairs of this clip before it, number of the clip, pair)
     for i, a in enumerate(clips):
         pairs = []
         for b in clips[i + 1 :]:
