@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,10 +28,11 @@ from utils import (
 )
 
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
-WRITTEN = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")  # by rename
+# Files written to a temporary name and renamed.
+ATOMIC_FILES = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")
 
-# A resumed run may change these arguments.
-FREE = {
+# Arguments
+MAY_CHANGE_ON_RESUME = {
     # paths: the content of the files is compared instead
     "model_path",
     "annotation_path",
@@ -43,7 +45,7 @@ FREE = {
     "print_freq",
     "save_every",
     "device",  # another one changes the last bits
-    "batch_sz",  # changes the result, which `resume_notes` says
+    "batch_sz",  # changes the result; `resume_notes` says so
 }
 
 
@@ -51,20 +53,22 @@ class Run:
     """A training run that can stop after any step and resume with the same result.
 
     Every random draw depends on (seed, step) or (seed, epoch, pair), so no generator is saved.
-    The folder args.model_path is made at once.
+    The constructor makes the folder args.model_path.
 
     Args:
         encoder_info: what rebuilds the encoder: name, arguments, the features it is made for.
-        inputs: {what: digest} of the files the run depends on.
+        inputs: {"features" | "annotation" | "held_out": content hash} of the files that the result
+            depends on.
 
     Attributes:
         step, epoch: optimiser steps and epochs done.
-        seen: pairs of the current epoch that its steps have taken.
-        best, best_epoch, best_weights: of the best epoch on the validation set.
-        stopped: whether SIGTERM has reached any process.
+        seen: pairs seen in the current epoch, by all processes.
+        best, best_epoch, best_weights: score, number (from 0) and weights of the epoch that is best
+            on the validation set.
+        interrupted: whether SIGTERM has reached any process.
     """
 
-    POSITION = ("step", "epoch", "seen", "best", "best_epoch", "best_weights")
+    PROGRESS_FIELDS = ("step", "epoch", "seen", "best", "best_epoch", "best_weights")
 
     def __init__(
         self,
@@ -79,14 +83,14 @@ class Run:
         self.args, self.dist, self.folder = args, dist, Path(args.model_path)
         self.data, self.model, self.optimizer = data, model, optimizer
         self.encoder_info, self.inputs = encoder_info, inputs
-        self.step = self.epoch = self.seen = 0  # the position, until `resume`
+        self.step = self.epoch = self.seen = 0  # the progress; `resume` may replace it
         self.best, self.best_epoch, self.best_weights = -math.inf, -1, None
-        self.stopped = False  # on all processes at the same step
+        self.interrupted = False  # on all processes at the same step
         self._sigterm = False  # on this process
         self.pairs_per_step = args.batch_sz * dist.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    # --- position ---
+    # --- progress ---
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,25 +98,35 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """The steps of the whole run, unless --patience ends it earlier."""
+        """Steps of the whole run, without early stopping by --patience."""
         left = (self.args.epochs - self.epoch) * self.steps_per_epoch
         return self.step + left - self.seen // self.pairs_per_step
 
     @property
-    def epoch_done(self) -> bool:
+    def at_epoch_start(self) -> bool:
+        return self.seen == 0
+
+    @property
+    def epoch_complete(self) -> bool:
         """Whether too few pairs are left for another step."""
         return self.seen + self.pairs_per_step > len(self.data)
 
     @property
-    def finished(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether all epochs are done, or --patience ends the run."""
         since_best = self.epoch - 1 - self.best_epoch  # epochs scored since the best
         return self.epoch >= self.args.epochs or 0 < self.args.patience <= since_best
 
     @property
-    def complete(self) -> bool:
-        """Whether an earlier start of the run has finished and written model.pth."""
-        written = self.dist.is_main and (self.folder / "model.pth").exists()
-        return self.finished and self.dist.any(written)
+    def is_written(self) -> bool:
+        """Whether the run is complete and its model.pth exists."""
+        exists = self.dist.is_main and (self.folder / "model.pth").exists()
+        return self.is_complete and self.dist.any(exists)
+
+    def remaining_epochs(self) -> Iterator[int]:
+        """Yield the current epoch (from 0) until the run is complete or interrupted."""
+        while not (self.is_complete or self.interrupted):
+            yield self.epoch
 
     def next_step(self):
         self.step += 1
@@ -122,9 +136,9 @@ class Run:
         self.epoch, self.seen = self.epoch + 1, 0
 
     def keep_best(self, score: float):
-        """Keep the weights when the epoch that just ended scores better than all before it."""
+        """Keep the weights if this epoch, which is complete, scores better than all before it."""
         if score > self.best:
-            self.best, self.best_epoch = score, self.epoch - 1
+            self.best, self.best_epoch = score, self.epoch
             weights = self.model.encoder_q.state_dict()
             # copies: the next step changes the weights in place
             self.best_weights = {name: value.cpu().clone() for name, value in weights.items()}
@@ -140,13 +154,13 @@ class Run:
         signal.signal(signal.SIGTERM, handler)
 
     def save_if_due(self):
-        """After a step: save every --save_every steps and after SIGTERM, and set `stopped`.
+        """After a step: save every --save_every steps and after SIGTERM, and set `interrupted`.
 
         The end of an epoch is not saved here but after validation, so no resumed run skips a score.
         """
-        self.stopped = self.dist.any(self._sigterm)  # launchers may signal one process alone
-        due = self.stopped or self.step % self.args.save_every == 0
-        if due and not self.epoch_done:
+        self.interrupted = self.dist.any(self._sigterm)  # launchers may signal one process alone
+        due = self.interrupted or self.step % self.args.save_every == 0
+        if due and not self.epoch_complete:
             self.save()
 
     def check_loss(self, loss: torch.Tensor, indices: list[int], negative_ids: torch.Tensor):
@@ -173,8 +187,8 @@ class Run:
     def state(self) -> dict:
         """All that a resumed run needs, as plain containers and tensors. Every process calls it.
 
-        Processes have the same state, except for batch statistics, of which the main process's are
-        saved, and the moments of Adasum's optimisers, which are saved of all processes.
+        Processes have the same state, with two exceptions. Their batch statistics differ: the main
+        process's are saved. Under Adasum the optimisers' moments differ: those of all are saved.
         """
         optimizers = [self.optimizer.state_dict()]
         if self.args.use_adasum:
@@ -187,7 +201,7 @@ class Run:
             "inputs": self.inputs,
             "args": vars(self.args),
             "processes": self.dist.world_size,
-            **{name: getattr(self, name) for name in self.POSITION},
+            **{name: getattr(self, name) for name in self.PROGRESS_FIELDS},
         }
 
     def save(self):
@@ -201,7 +215,7 @@ class Run:
                 )
         state = self.state()
         if self.dist.is_main:
-            save(self.folder, state)
+            write_checkpoint(self.folder, state)
         self.dist.barrier()  # no process may end the run while the file is written
 
     def resume(self):
@@ -212,18 +226,18 @@ class Run:
         expected, state = self.state().keys(), None
         with self.dist.exit_together_on_error():
             if self.dist.is_main:  # other machines may not see the folder
-                state = load(self.folder, expected)
+                state = newest_readable_checkpoint(self.folder, expected)
                 if state:
                     check_same_run(state, self.args, self.inputs, self.folder)
         state = self.dist.broadcast(state)
         if state is None:
             return
         self.model.load_state_dict(state["moco"])  # both encoders and the bank
-        optimizers = state["optimizers"]  # one, or under Adasum one of each process
+        optimizers = state["optimizers"]  # one, or under Adasum one per process
         same_processes = len(optimizers) == self.dist.world_size
         self.optimizer.load_state_dict(optimizers[self.dist.rank if same_processes else 0])
         self.data.hard_negatives = state["mined"]
-        for name in self.POSITION:
+        for name in self.PROGRESS_FIELDS:
             setattr(self, name, state[name])
         if self.dist.is_main:
             for note in resume_notes(state, self.args.batch_sz, self.dist, len(self.data)):
@@ -250,7 +264,7 @@ class Run:
             write_json(self.folder / "args.json", settings | provenance())
 
 
-def save(folder: str | Path, state: dict):
+def write_checkpoint(folder: str | Path, state: dict):
     """Write `state` as the newest checkpoint; the newest so far becomes the previous one."""
     path = Path(folder) / NEWEST
     # A kill at any point leaves NEWEST or PREVIOUS whole.
@@ -261,14 +275,14 @@ def save(folder: str | Path, state: dict):
     os.replace(fresh, path)
 
 
-def load(folder: str | Path, keys) -> dict | None:
+def newest_readable_checkpoint(folder: str | Path, keys) -> dict | None:
     """The newest state in `folder` that can be read and has the `keys`; None without a checkpoint.
 
     InputError when there are checkpoints and none can be used.
     """
     folder = Path(folder)
-    # what killed runs left of files that they were writing
-    for name in WRITTEN:
+    # Delete temporary files of killed runs.
+    for name in ATOMIC_FILES:
         remove_leftovers(folder / name)
     remove_leftovers(folder / f".{NEWEST}.new")
     (folder / f".{NEWEST}.new").unlink(missing_ok=True)
@@ -277,7 +291,7 @@ def load(folder: str | Path, keys) -> dict | None:
         if not path.exists():
             continue
         try:
-            state = _read(path, keys)
+            state = read_checkpoint(path, keys)
         except InputError as error:
             errors.append(str(error))
             continue
@@ -296,12 +310,14 @@ def load(folder: str | Path, keys) -> dict | None:
     return None
 
 
-def _read(path, keys):
+def read_checkpoint(path: Path, keys) -> dict:
+    """The state in a file. InputError if it cannot be read or lacks one of the `keys`."""
     state = load_torch(path, "checkpoint")
     missing = sorted(set(keys) - set(state)) if isinstance(state, dict) else sorted(keys)
     if missing:
         raise InputError(
-            f"checkpoint {str(path)!r} is not of train.py (it has no {', '.join(missing[:3])})"
+            f"checkpoint {str(path)!r} was not written by train.py"
+            f" (it has no {', '.join(missing[:3])})"
         )
     return state
 
@@ -312,7 +328,7 @@ def check_same_run(state: dict, args: argparse.Namespace, inputs: dict, folder: 
     changed = [
         f"--{name} {saved.get(name)!r} -> {value!r}"
         for name, value in vars(args).items()
-        if name not in FREE and saved.get(name) != value
+        if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
     ]
     made = f"the checkpoint in {str(folder)!r} was made"
     if changed:
@@ -332,8 +348,8 @@ def resume_notes(state: dict, batch_sz: int, dist: Distributed, pairs: int) -> l
     if before == (dist.world_size, batch_sz):
         return []
     return [
-        f"note: the checkpoint was made by {before[0]} x {before[1]} pairs a step (processes x"
-        f" --batch_sz), this run takes {dist.world_size} x {batch_sz}; it resumes after the"
+        f"note: the checkpoint was made by {before[0]} x {before[1]} pairs per step (processes"
+        f" x --batch_sz), this run takes {dist.world_size} x {batch_sz}; it resumes after the"
         f" {state['seen']} of {pairs} pairs that epoch {state['epoch'] + 1} has seen, with the"
         " learning rate of this run's processes"
     ]

@@ -1,8 +1,8 @@
 """Training pairs: an anchor video, a positive, and background videos as negatives.
 
-T frames of C channels a video, M negatives a pair. What a pair draws depends on (seed, epoch, pair)
-alone. It is the same on any number of processes and in a resumed run, and differs from epoch to
-epoch. A negative is named by its id, its place in `negatives`.
+A video has T frames of C channels, a pair has M negatives. The random draws of a pair depend only
+on (seed, epoch, pair): they are the same on any number of processes and in a resumed run, and
+differ from epoch to epoch. A negative's id is its index in `negatives`.
 """
 
 import signal
@@ -53,7 +53,7 @@ def speed(frames, rng):
 
 
 def noise(frames, rng):
-    """Noise of up to .6 of the features' size: one offset a video, a smaller one a frame."""
+    """Noise of up to .6 of the features' size: one offset per video, a smaller one per frame."""
     frames = np.asarray(frames, np.float32)
     size = np.float32(rng.uniform(0, 0.6) * np.sqrt(np.mean(frames**2)))
     video_offset = rng.standard_normal((1, frames.shape[1]), np.float32)
@@ -90,7 +90,7 @@ def augment(frames: np.ndarray, mix: Sequence[str], rng: np.random.Generator) ->
 
 
 class PairDataset(Dataset):
-    """One item a pair: anchor, positive and `neg_num` negatives. Subclasses say what the pairs are.
+    """One item per pair: anchor, positive and `neg_num` negatives. Subclasses define the pairs.
 
     Args:
         store: a FeatureStore, video id -> frames (T, C).
@@ -186,28 +186,36 @@ class PairDataset(Dataset):
     # --- false negatives ---
 
     @property
-    def has_false_negatives(self):
+    def masks_false_negatives(self):
         return self.mask_shared
 
     def false_negative_mask(self, indices: Sequence[int]) -> Callable | None:
         """Which bank entries are false negatives of the pairs `indices` (N,).
 
-        Returns a function bank_ids (K,) -> (N, K) bool, or None when every entry is a negative.
-        Bank id -1 (the bank's random start) is never a false negative.
+        Returns a function negative_ids (K,) -> (N, K) bool, or None when every entry is a negative.
+        Id -1 (the bank's random initial entries) is never a false negative.
         """
-        if not self.has_false_negatives:
+        if not self.masks_false_negatives:
             return None
         rows = [self.false_negatives(self.pairs[i][0]) for i in indices]
         rows = torch.stack(rows)  # (N, negatives + 1)
-        return lambda bank_ids: rows.to(bank_ids.device)[:, bank_ids]
+        return lambda negative_ids: rows.to(negative_ids.device)[:, negative_ids]
+
+    def false_negatives_of_anchors(self, rows: slice) -> torch.Tensor:
+        """(n, negatives) bool: the false negatives of the n anchors `rows`, by negative id."""
+        anchors = list(self.anchors)[rows]
+        return torch.stack([self.false_negatives(anchor)[:-1] for anchor in anchors])
 
     def false_negatives(self, anchor: str) -> torch.Tensor:
-        """(negatives + 1,) bool by negative id. The last entry, which id -1 reads, is false."""
+        """(negatives + 1,) bool, by negative id. The last entry is false: id -1 reads it."""
         return self.shared_material(anchor)
 
     @lru_cache(maxsize=1024)  # noqa: B019 - a run has one data set
     def shared_material(self, anchor):
-        """Whether each negative overlaps with the anchor: segments of one source that overlap."""
+        """(negatives + 1,) bool: true for negatives that share material with the anchor.
+
+        They have overlapping segments of the same source.
+        """
         sources, owner, source, start, end = self.segment_table()
         row = np.zeros(len(self.negatives) + 1, bool)  # the last entry stays false
         for name, a, b in self.segments.get(anchor, ()):
@@ -217,7 +225,7 @@ class PairDataset(Dataset):
 
     @lru_cache(maxsize=1)  # noqa: B019
     def segment_table(self):
-        """The negatives' segments: {source name: number}, then arrays with one entry a segment.
+        """The negatives' segments: {source name: number}, then arrays with one entry per segment.
 
         The arrays are the negative's id, the number of its source, start and end.
         """
@@ -290,7 +298,7 @@ class AugmentedPairDataset(PairDataset):
     All other videos are negatives; a video is never its own negative.
 
     Args:
-        annotation_path: a text file with one id a line, or a pickle of VCDB's form, of which the
+        annotation_path: a text file with one id per line, or a pickle of VCDB's form, of which the
             ids and segments are read; without it, all videos of the store.
         mix: names of augmentations.
     """
@@ -327,7 +335,7 @@ class AugmentedPairDataset(PairDataset):
         return ids + (ids >= index)  # skips the anchor itself
 
     @property
-    def has_false_negatives(self):
+    def masks_false_negatives(self):
         return True
 
     def false_negatives(self, anchor):
@@ -369,7 +377,7 @@ def read_video_list(path, store):
         lines = require_path(path, "list of ids").read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(
-            f"list of ids {str(path)!r} is not a text; give one id a line,"
+            f"list of ids {str(path)!r} is not a text; give one id per line,"
             " or a .pickle of VCDB's form"
         ) from None
     return list(dict.fromkeys(line.strip() for line in lines if line.strip())), None
@@ -381,10 +389,10 @@ def read_video_list(path, store):
 def batch_indices(
     data: PairDataset, batch_size: int, dist: Distributed, epoch: int, seen: int = 0
 ) -> list[list[int]]:
-    """The batches of an epoch's shuffle that this process takes: lists of pair indices.
+    """This process's batches of an epoch's shuffle: lists of pair indices.
 
     A step takes one slice of the shuffle, and each process its part of the slice. The shuffle's
-    tail that does not fill a step is left out. seen: pairs that earlier steps of the epoch took.
+    tail that does not fill a step is left out. seen: pairs that all processes have seen before.
     """
     order = seeded_rng(data.seed, epoch).permutation(len(data)).tolist()
     step_size = batch_size * dist.world_size

@@ -1,10 +1,10 @@
 """Contrastive losses over MoCo's logits.
 
 Each entry of LOSSES maps logits (N, 1+K) and labels (N,) to a scalar. A row's label is the column
-of its positive. Logits are cosine similarities over the temperature T; T = 1 for the circle losses.
+of its positive. Logits are cosine similarities divided by the temperature T (1 for circle losses).
 
-A logit of -inf is left out: MoCo masks false negatives so. A row without any negative contributes
-nothing. Sums run in float32, also under autocast, and finite input gives a finite loss.
+A logit of -inf is left out: MoCo marks false negatives this way. A row without any negative
+contributes nothing. Sums run in float32, also under autocast, and finite input gives a finite loss.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 MARGIN, GAMMA = 0.25, 256.0  # the paper's
 LOWEST = torch.finfo(torch.float32).min  # instead of -inf, which would turn gradients into NaN
-LARGEST = 1e6  # far beyond similarities over T; gamma times the square of more would overflow
+LARGEST = 1e6  # Logits are clamped to this, so that gamma * logit**2 does not overflow.
 
 
 def circle(logits: Tensor, labels: Tensor, margin: float = MARGIN, gamma: float = GAMMA) -> Tensor:
@@ -22,13 +22,13 @@ def circle(logits: Tensor, labels: Tensor, margin: float = MARGIN, gamma: float 
     L = softplus( logsumexp_n gamma alpha_n (s_n - margin) + gamma alpha_p (1 - margin - s_p) ),
     alpha_p = [1 + margin - s_p]+, alpha_n = [s_n + margin]+.
     """
-    positive, scores, not_negative = split(logits, labels)
+    positive, scores, is_negative = split_positive(logits, labels)
     alpha_p = (1 + margin - positive.detach()).clamp(min=0)  # (N,)
     alpha_n = (scores.detach() + margin).clamp(min=0)  # (N, 1+K)
     pull = gamma * alpha_p * (1 - margin - positive)  # (N,)
     push = gamma * alpha_n * (scores - margin)  # (N, 1+K)
-    push = push.masked_fill(not_negative, LOWEST).logsumexp(1)  # (N,)
-    return mean_of_rows(F.softplus(push + pull), not_negative)
+    push = push.masked_fill(~is_negative, LOWEST).logsumexp(1)  # (N,)
+    return mean_of_rows(F.softplus(push + pull), is_negative)
 
 
 def circle_released(
@@ -53,8 +53,9 @@ def infonce(logits: Tensor, labels: Tensor) -> Tensor:
     """InfoNCE (van den Oord et al., 2018; MoCo eq. 1): cross-entropy of the positive's column."""
     scores, left_out = finite_scores(logits)
     scores = scores.masked_fill(left_out, LOWEST)
-    rows = F.cross_entropy(scores, labels, reduction="none")  # (N,)
-    return mean_of_rows(rows, left_out.scatter(1, labels[:, None], True))
+    loss_per_anchor = F.cross_entropy(scores, labels, reduction="none")  # (N,)
+    is_negative = (~left_out).scatter(1, labels[:, None], False)
+    return mean_of_rows(loss_per_anchor, is_negative)
 
 
 def triplet(logits: Tensor, labels: Tensor, margin: float = 0.2) -> Tensor:
@@ -62,9 +63,9 @@ def triplet(logits: Tensor, labels: Tensor, margin: float = 0.2) -> Tensor:
 
     The paper's row "triplet, no bank" takes the step's own negatives: train with `--moco_k 0`.
     """
-    positive, scores, not_negative = split(logits, labels)
-    hardest = scores.masked_fill(not_negative, LOWEST).amax(1)  # (N,)
-    return mean_of_rows(F.relu(hardest - positive + margin), not_negative)
+    positive, scores, is_negative = split_positive(logits, labels)
+    hardest = scores.masked_fill(~is_negative, LOWEST).amax(1)  # (N,)
+    return mean_of_rows(F.relu(hardest - positive + margin), is_negative)
 
 
 LOSSES = {
@@ -81,14 +82,14 @@ def finite_scores(logits):
     return logits.float().masked_fill(left_out, 0.0).clamp(-LARGEST, LARGEST), left_out
 
 
-def split(logits, labels):
-    """Positive scores (N,), all scores (N, 1+K), and a mask (N, 1+K) of what is not a negative."""
+def split_positive(logits, labels):
+    """Positive scores (N,), all scores (N, 1+K), and a mask (N, 1+K) that is true at negatives."""
     scores, left_out = finite_scores(logits)
     positive = scores.gather(1, labels[:, None]).squeeze(1)
-    return positive, scores, left_out.scatter(1, labels[:, None], True)
+    return positive, scores, (~left_out).scatter(1, labels[:, None], False)
 
 
-def mean_of_rows(rows, not_negative):
-    """Mean over the rows (N,) that have a negative; 0, with a gradient of 0, if none has."""
-    useful = ~not_negative.all(1)
-    return torch.where(useful, rows, 0.0).sum() / useful.sum().clamp(min=1)
+def mean_of_rows(loss_per_anchor, is_negative):
+    """Mean over the anchors that have a negative; 0, with a gradient of 0, if none has."""
+    useful = is_negative.any(1)  # (N,)
+    return torch.where(useful, loss_per_anchor, 0.0).sum() / useful.sum().clamp(min=1)

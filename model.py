@@ -1,12 +1,12 @@
 """Video encoders and momentum contrast: sections 3.2 and 3.3 of the TCA paper.
 
     encoder = TCA(feature_size=1024)
-    encoder(x, num_frames)         # (N, D)     one descriptor a video
-    encoder.encode(x, num_frames)  # (N, T, D)  one descriptor a frame
+    encoder(x, num_frames)         # (N, D)     one descriptor per video
+    encoder.encode(x, num_frames)  # (N, T, D)  one descriptor per frame
 
-N videos in a batch, T frames (padded), C channels of a frame feature, D descriptor size, K queue
-size. A batch is `x (N, T, C)` with `num_frames (N,) int64`. Frames at or past `num_frames[i]` are
-padding and change nothing.
+N videos in a batch, T frames (padded), C channels of a frame feature, D descriptor size, K entries
+of MoCo's queue. A batch is `x (N, T, C)` with `num_frames (N,) int64`. Frames at or past
+`num_frames[i]` are padding and change nothing.
 """
 
 import copy
@@ -47,7 +47,7 @@ class TCA(nn.Module):
         nlayers: int = 1,
         dim_feedforward: int = 2048,
         dropout: float = 0.2,
-        init: str = "paper",  # PyTorch's own; "near_identity" starts from the features themselves
+        init: str = "paper",  # PyTorch's own; "near_identity": see zero_residual_branches
     ):
         super().__init__()
         if feature_size % nhead:
@@ -57,7 +57,7 @@ class TCA(nn.Module):
             )
         self.feature_size = feature_size
         layer = Layer(feature_size, nhead, dim_feedforward, dropout, batch_first=True)
-        # Nested tensors would drop the padding by a second code path; `trim_padding` has done it.
+        # The nested-tensor path is off: padding is already trimmed and masked.
         self.transformer_encoder = nn.TransformerEncoder(layer, nlayers, enable_nested_tensor=False)
         if init == "near_identity":
             zero_residual_branches(self.transformer_encoder)
@@ -67,12 +67,12 @@ class TCA(nn.Module):
         return self.feature_size
 
     def forward(self, x: Tensor, num_frames: Tensor) -> Tensor:
-        """One L2-normalised descriptor a video: (N, D)."""
+        """One L2-normalised descriptor per video: (N, D)."""
         out = self.frame_outputs(x, num_frames)
         return video_descriptors(out, num_frames)
 
     def encode(self, x: Tensor, num_frames: Tensor) -> Tensor:
-        """One L2-normalised descriptor a frame: (N, T, D), zero past `num_frames`."""
+        """One L2-normalised descriptor per frame: (N, T, D), zero past `num_frames`."""
         out = self.frame_outputs(x, num_frames)
         return frame_descriptors(out, T=x.shape[1])
 
@@ -104,8 +104,8 @@ def frame_descriptors(out: Tensor, T: int) -> Tensor:
 class Layer(nn.TransformerEncoderLayer):
     """PyTorch's encoder layer, with q, k and v laid out per head before they are multiplied.
 
-    PyTorch leaves them interleaved. A frozen encoder in bfloat16 with dropout then copies them one
-    value at a time, on a CPU thirty times slower than float32. Names and arithmetic are PyTorch's.
+    PyTorch interleaves the heads. In bfloat16 with dropout and frozen weights this made the layer
+    30 times slower than float32 on a CPU. Names and arithmetic are PyTorch's.
     """
 
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
@@ -114,7 +114,8 @@ class Layer(nn.TransformerEncoderLayer):
         qkv = qkv.unflatten(2, (3, attention.num_heads, -1))  # (N, T, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (N, heads, T, D/heads) each
         mask = None
-        if key_padding_mask is not None:  # (N, T), -inf at padding
+        # TransformerEncoder has turned the bool mask into one of 0 and -inf (at padding): (N, T).
+        if key_padding_mask is not None:
             mask = key_padding_mask[:, None, None].to(q.dtype).expand(-1, -1, x.shape[1], -1)
         dropout = attention.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (N, heads, T, D/heads)
@@ -123,7 +124,7 @@ class Layer(nn.TransformerEncoderLayer):
 
 
 def zero_residual_branches(transformer: nn.TransformerEncoder) -> None:
-    """Let no branch add anything at first: training starts from layer-normalised features."""
+    """Let no branch add anything at first: outputs are the layer-normalised features."""
     for layer in transformer.layers:
         for end in (layer.self_attn.out_proj, layer.linear2):  # of attention, of feed-forward
             nn.init.zeros_(end.weight)
@@ -137,7 +138,7 @@ def batch_norm(norm, x):
     """`norm(x)` of rows (S, C), none of them padding; training it needs two rows."""
     if norm.training and len(x) < 2:
         raise InputError(
-            "this encoder's batch norm cannot train on one video a step; "
+            "this encoder's batch norm cannot train on one video per step; "
             "raise --batch_sz, or choose tca"
         )
     return norm(x)
@@ -166,11 +167,11 @@ class Encoder(nn.Module):
 
 
 class VLAD(Encoder):
-    """Base of NetVLAD and NeXtVLAD: sums of residuals to K cluster centres, then a gated layer.
+    """Base of NetVLAD and NeXtVLAD: sums of residuals to the cluster centres, then a gated layer.
 
-    A subclass computes `cluster_sums(x, mask)`, (N, T, C) and (N, T) -> (N, K, D'); `size` is D'.
-    The rest is as released. There are no frame descriptors: under the name `encode` the released
-    code returned the cluster sums.
+    A subclass computes `cluster_sums(x, mask)`, (N, T, C) and (N, T) -> (N, clusters, D'); `size`
+    is D'. The rest is as released. There are no frame descriptors: under the name `encode` the
+    released code returned the cluster sums.
     """
 
     flags = {name: name for name in ("num_clusters", "output_dim", "normalize_input", "dropout")}
@@ -198,9 +199,9 @@ class VLAD(Encoder):
         self.fc3 = nn.Linear(output_dim // reduction, output_dim)
 
     def forward(self, x: Tensor, num_frames: Tensor) -> Tensor:
-        """One L2-normalised descriptor a video: (N, output_dim)."""
-        sums = self.cluster_sums(*trim_padding(x, num_frames))  # (N, K, D')
-        vlad = F.normalize(sums, dim=2).flatten(1)  # (N, K*D'), L2 per cluster
+        """One L2-normalised descriptor per video: (N, output_dim)."""
+        sums = self.cluster_sums(*trim_padding(x, num_frames))  # (N, clusters, D')
+        vlad = F.normalize(sums, dim=2).flatten(1)  # (N, clusters*D'), L2 per cluster
         vlad = self.drop(batch_norm(self.bn2, vlad))
         out = batch_norm(self.bn3, self.fc1(vlad))  # (N, output_dim)
         # Context gating with a bottleneck (NeXtVLAD section 3.3).
@@ -217,7 +218,10 @@ class VLAD(Encoder):
     encode_video_and_frames = encode
 
     def residuals(self, x, assignment):
-        """Sums of assignment * (x - centroid): x (N, S, D'), assignment (N, S, K) -> (N, K, D')."""
+        """Sums of assignment * (x - centroid) over the S rows of x: (N, clusters, D').
+
+        x (N, S, D'), assignment (N, S, clusters).
+        """
         return assignment.mT @ x - self.centroids * assignment.sum(1)[..., None]
 
 
@@ -253,7 +257,7 @@ class NetVLAD(VLAD):
         if self.normalize_input:
             x = F.normalize(x, dim=2)
         # A convolution of width 1 is a linear layer.
-        scores = F.linear(x, self.conv.weight[..., 0], self.conv.bias)  # (N, T, K)
+        scores = F.linear(x, self.conv.weight[..., 0], self.conv.bias)  # (N, T, clusters)
         assignment = F.softmax(scores, dim=2) * mask[..., None]  # zero at padding
         return self.residuals(x, assignment)
 
@@ -273,7 +277,7 @@ class NeXtVLAD(VLAD):
         normalize_input: bool = False,  # L2 of every frame
         dropout: float = 0.5,
         expansion: int = 2,  # how many times frames are widened
-        groups: int = 8,  # G; as released, channel c is of group c mod G
+        groups: int = 8,  # G; as released, channel c belongs to group c mod G
         gating_reduction: int = 8,
     ):
         wide = feature_size * expansion
@@ -291,7 +295,7 @@ class NeXtVLAD(VLAD):
         self.bn1 = nn.BatchNorm1d(num_clusters * groups)
 
     def cluster_sums(self, x, mask):
-        def scores(frames):  # (S, wide) -> (S, K*G)
+        def scores(frames):  # (S, wide) -> (S, clusters*G)
             return batch_norm(self.bn1, F.linear(frames, self.conv3.weight[..., 0]))
 
         if self.normalize_input:
@@ -299,11 +303,11 @@ class NeXtVLAD(VLAD):
         x = F.linear(x, self.conv1.weight[..., 0], self.conv1.bias)  # (N, T, wide)
         attention = torch.sigmoid(F.linear(x, self.conv2.weight[..., 0], self.conv2.bias))
         attention = attention * mask[..., None]  # (N, T, G)
-        assignment = apply_to_valid_frames(scores, x, mask)  # (N, T, K*G)
+        assignment = apply_to_valid_frames(scores, x, mask)  # (N, T, clusters*G)
         assignment = assignment.unflatten(2, (self.num_clusters, self.groups))
-        assignment = F.softmax(assignment, dim=2) * attention[:, :, None]  # (N, T, K, G)
+        assignment = F.softmax(assignment, dim=2) * attention[:, :, None]  # (N, T, clusters, G)
         # Every group of a frame is a row of its own.
-        assignment = assignment.transpose(2, 3).flatten(1, 2)  # (N, T*G, K)
+        assignment = assignment.transpose(2, 3).flatten(1, 2)  # (N, T*G, clusters)
         x = x.unflatten(2, (-1, self.groups)).transpose(2, 3).flatten(1, 2)  # (N, T*G, D')
         return self.residuals(x, assignment)
 
@@ -386,7 +390,7 @@ ENCODERS = {
 
 
 def encoder_arguments(name: str, feature_size: int, args) -> dict:
-    """The arguments, plain values, that rebuild the encoder of parsed flags: ENCODERS[name](**...).
+    """Constructor arguments of ENCODERS[name] by parsed flags, as plain values.
 
     A flag that is None, or that `args` lacks, leaves the constructor's default.
     """
@@ -407,8 +411,8 @@ class MoCo(nn.Module):
     """Momentum contrast (He et al., CVPR 2020) with labelled positives (TCA section 3.3).
 
     q = encoder_q(anchor), keys p = encoder_k(positive) and n = encoder_k(negative), without
-    gradient. The logits are [q.p, q.queue] / T. Then the n of all processes enter the queue, which
-    keeps the newest K.
+    gradient. The logits are [q.p, q.queue] / T. Then the n of all processes enter the queue (the
+    bank of negatives), which keeps the newest K.
     """
 
     def __init__(
@@ -418,16 +422,17 @@ class MoCo(nn.Module):
         K: int = 4096,  # keys in the queue; 0: the step's own negatives take its place
         m: float = 0.0,  # momentum of the key encoder; 0: it equals the query encoder
         T: float = 1.0,  # temperature
-        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,  # joins those of all processes
-        amp: torch.dtype | None = None,  # to encode in under autocast; logits are float32
+        # gather concatenates a tensor over all processes
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        amp: torch.dtype | None = None,  # autocast dtype of the encoders; logits stay float32
     ):
         super().__init__()
         self.K, self.m, self.T = K, m, T
         self.gather, self.amp = gather, amp
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
-        # The queue is a ring of keys (D, K), random at first. Each key has the number of its
-        # negative (-1 at first) and an age in steps. The pointer is where the next is written.
+        # The queue is a ring of keys (D, K), random at first. Each key has its negative's id (-1 at
+        # first) and an age in steps. The pointer is where the next is written.
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ids", torch.full((K,), -1))
         self.register_buffer("queue_age", torch.zeros(K, dtype=torch.long))
@@ -437,38 +442,38 @@ class MoCo(nn.Module):
         self,
         anchors: tuple[Tensor, Tensor],  # (x, num_frames), x (N, T, C) or packed (sum T, C)
         positives: tuple[Tensor, Tensor],  # the same, of N videos
-        negatives: tuple[Tensor, Tensor],  # the same, of M videos
-        negative_ids: Tensor | None = None,  # (M,) int64, their numbers
-        false_negative_mask: Callable[[Tensor], Tensor] | None = None,  # ids (K,) -> (N, K) bool
+        negatives: tuple[Tensor, Tensor],  # the same, of N*M videos
+        negative_ids: Tensor | None = None,  # (N*M,) int64
+        is_false_negative: Callable[[Tensor], Tensor] | None = None,  # ids (K,) -> (N, K) bool
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, 1+K), the positive first, and labels (N,), all 0.
 
-        `false_negative_mask` is true where a key shows the anchor's own material. Those logits are
+        `is_false_negative` is true where a key shows the anchor's own material. Those logits are
         -inf, which every loss leaves out.
         """
         q = self.encode(self.encoder_q, *anchors)  # (N, D)
         with torch.no_grad():  # keys have no gradient
             self.update_key_encoder()
             p = self.encode(self.encoder_k, *positives)  # (N, D)
-            n = self.encode(self.encoder_k, *negatives)  # (M, D)
+            n = self.encode(self.encoder_k, *negatives)  # (N*M, D)
             if negative_ids is None:
                 negative_ids = torch.full((len(n),), -1, device=n.device)
-            n, ids = self.gather(n), self.gather(negative_ids)  # of all processes
+            n, ids = self.gather(n), self.gather(negative_ids)  # those of all processes
 
         if self.K:
-            # Copies: the queue is overwritten below, and autograd needs what was multiplied.
+            # Copies: `enqueue` overwrites the queue, and autograd needs what was multiplied.
             keys, key_ids = self.queue.clone(), self.queue_ids.clone()  # (D, K), (K,)
         else:
             keys, key_ids = n.T, ids  # K is then the negatives of all processes
         positive = (q * p).sum(1, keepdim=True)  # (N, 1)
         negative = q @ keys.to(q.dtype)  # (N, K)
-        if false_negative_mask is not None:
-            negative = negative.masked_fill(false_negative_mask(key_ids), -torch.inf)
-        if self.K:
-            self.enqueue(n, ids)
-
+        if is_false_negative is not None:
+            negative = negative.masked_fill(is_false_negative(key_ids), -torch.inf)
         logits = torch.cat([positive, negative], 1) / self.T  # (N, 1+K)
         labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+
+        if self.K:
+            self.enqueue(n, ids)  # after the logits: a step does not see its own negatives
         return logits, labels
 
     @torch.no_grad()
@@ -483,7 +488,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor) -> None:
-        """Write keys (n, D) and ids (n,) at the pointer; of more than K, the newest K stay."""
+        """Write keys (n, D) and ids (n,) at the pointer; if n > K, only the last K are written."""
         start = int(self.queue_ptr) + max(len(keys) - self.K, 0)
         keys, ids = keys[-self.K :], ids[-self.K :]
         slots = (start + torch.arange(len(keys), device=keys.device)) % self.K  # the ring
@@ -529,17 +534,18 @@ def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
         state: what `torch.load` returned: a model.pth or checkpoint.pth of train.py, or a bare
             state dict of a TCA or of a MoCo around one.
         source: the file's name, for messages.
-        nhead: attention heads of a bare state dict, which does not hold their number.
+        nhead: attention heads of a bare state dict, which does not store their number.
 
     Raises:
         InputError: the file is of another kind, or its tensors do not fit.
     """
     if not isinstance(state, dict) or not state:
         raise InputError(
-            f"{source} holds no model; pass a run's folder, its model.pth, or a saved state dict"
+            f"{source} does not hold a model; pass a run's folder, its model.pth,"
+            " or a saved state dict"
         )
     if isinstance(state.get("encoder"), str) and state["encoder"] in ENCODERS:
-        # A file of train.py.
+        # Written by train.py.
         try:
             encoder = ENCODERS[state["encoder"]](**state["arguments"])
             tensors = state["state_dict"] if "state_dict" in state else _encoder_q(state["moco"])

@@ -1,6 +1,6 @@
 """Videos of different lengths in one batch: padded, packed, masked, grouped by length.
 
-N videos of at most T frames, C channels a frame. A padded batch is `x (N, T, C)`, a packed one
+N videos of at most T frames, C channels per frame. A padded batch is `x (N, T, C)`, a packed one
 `x (sum T, C)`, the videos' frames end to end; `num_frames (N,) int64` comes with both.
 """
 
@@ -42,7 +42,7 @@ def trim_padding(x: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
 def bucket_by_length(
     lengths: Sequence[int], max_frames: int = 8192, slack: float = 1.25
 ) -> Iterator[list[int]]:
-    """Split videos into batches of like length: lists of indices, longest first.
+    """Split videos into batches of similar length: lists of indices, longest first.
 
     A batch holds at most `max_frames` frames, padding included, or one video. Its longest video is
     at most `slack` times its shortest, so little is padded.
@@ -61,7 +61,7 @@ def bucket_by_length(
 
 
 def encode_by_length(encoder: nn.Module, x: Tensor, num_frames: Tensor) -> Tensor:
-    """`encoder(x, num_frames)` (N, D), computed in batches of like length, which pad little.
+    """`encoder(x, num_frames)` (N, D), computed in batches of similar length.
 
     x: padded (N, T, C), or packed (sum T, C), the videos' frames end to end in any floating type.
     """

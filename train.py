@@ -1,5 +1,8 @@
 """Train a video encoder by supervised contrastive learning on VCDB's pairs (TCA section 3.3).
 
+One step: encode N anchors (query encoder), their positives and 16 background videos per anchor
+(momentum encoder); compare with the bank of K earlier background videos; circle loss.
+
     # the paper's recipe, in one process
     python train.py --annotation_path datasets/annotations/vcdb.pickle \\
         --feature_path vcdb.hdf5 --model_path runs/tca
@@ -7,13 +10,15 @@
     # 8 processes on one machine, by either launcher; --batch_sz counts the pairs of each process
     torchrun --standalone --nproc_per_node 8 train.py ...
     horovodrun -np 8 -H localhost:8 python train.py ... --use-adasum --fp16-allreduce
+    # the released command; its half precision loses the steps at the end of the decay
+    # (docs/training.md)
 
     # 2 machines of 4 processes
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint FIRST:29500 \\
         train.py ...
     horovodrun -np 8 -H FIRST:4,SECOND:4 python train.py ...
 
-    # few videos of your own: start near the identity, learn faster, stop on held-out videos
+    # few videos of your own: start near the identity, learn faster, stop early by a validation set
     python train.py --annotation_path pairs.pickle --feature_path mine.hdf5 \\
         --model_path runs/mine --init near_identity --learning_rate 3e-4 \\
         --val_set DEMO-VAL --val_feature_path val.hdf5 --patience 5
@@ -24,16 +29,16 @@
 
 The folder --model_path gets model.pth (the encoder, for evaluation.py), checkpoint.pth (the whole
 state) and the one before it, log.jsonl (training_log.py defines its metrics), TensorBoard events
-and args.json. A run that was stopped resumes by the same command, after any step. It ends with the
-same weights, bit for bit in one process, to float tolerance in several. The number of processes may
-change in between. A finished run is left alone.
+and args.json. The same command resumes an interrupted run, after any step. The resumed run ends
+with the same weights, bit for bit in one process, to float tolerance in several. The number of
+processes may change in between. A complete run is left alone.
 
-In several processes a step takes --batch_sz pairs of each, together one slice of the epoch's
+In several processes each takes --batch_sz pairs per step, together one slice of the epoch's
 shuffle. So 1 process of 2B pairs and 2 processes of B see the same pairs, negatives and bank.
-Without dropout they also learn the same, except for encoders with batch norm and circle-released,
-which see each process's pairs alone. An epoch takes every pair once, without the shuffle's tail
-that does not fill a step, as in the released code. The learning rate is scaled as in the released
-recipe, and printed.
+Without dropout they also learn the same. Exceptions: encoders with batch norm, and --loss
+circle-released; both use only the pairs of their own process. An epoch takes every pair once,
+without the shuffle's tail that does not fill a step, as in the released code. The learning rate is
+scaled as in the released recipe, and printed.
 """
 
 import math
@@ -72,14 +77,14 @@ def main(argv=None):
         args = parse_args(argv)
         notes = validate_args(args, dist)
 
-        # Data: anchor, positive and M background videos as negatives, frames (T, C) each.
+        # Data: a pair is an anchor, its positive and M negatives: background videos. Frames (T, C).
         store = FeatureStore(args.feature_path, args.pca_components)
         data = load_pairs(args, store, dist)
 
-        # Model: the encoder, and around it MoCo's key encoder and bank of K negatives.
+        # Model: the encoder, its momentum copy, and the bank (MoCo's queue) of K negatives.
         seed_torch(args.seed)
-        arguments = encoder_arguments(args.encoder, store.feature_size, args)
-        encoder = ENCODERS[args.encoder](**arguments)  # (N, T, C) -> (N, D)
+        encoder_settings = encoder_arguments(args.encoder, store.feature_size, args)
+        encoder = ENCODERS[args.encoder](**encoder_settings)  # (N, T, C) -> (N, D)
         model = MoCo(
             encoder,
             dim=encoder.descriptor_size,  # D
@@ -90,76 +95,81 @@ def main(argv=None):
             amp=torch.bfloat16 if args.amp else None,
         ).to(args.device)
 
-        # Loss and optimiser. A step of it first joins the gradients of all processes.
+        # Loss and optimiser. optimizer.step() first averages the gradients of all processes (or
+        # combines them by Adasum).
         criterion = LOSSES[args.loss]
         learning_rate = args.learning_rate * dist.lr_scale(args.use_adasum, args.device)
         optimizer = build_optimizer(args, encoder, learning_rate, dist)
 
-        # Held-out videos, or None, and the run's folder.
+        # Validation set, or None, and the run's folder.
         val = load_val_set(args, encoder, store)
-        encoder_info = dict(encoder=args.encoder, arguments=arguments, features=store.meta)
+        encoder_info = dict(encoder=args.encoder, arguments=encoder_settings, features=store.meta)
         inputs = input_digests(store, data, val)  # a resumed run must have the same
         run = Run(args, dist, data, model, optimizer, encoder_info, inputs)
 
     run.resume()  # from checkpoint.pth, if there is one
     dist.broadcast_model(model)  # all processes start from the same weights
-    if run.complete:
-        print0(dist, f"{run.folder}: finished already, at step {run.step}; nothing to do")
+    if run.is_written:
+        print0(dist, f"{run.folder} is complete, at step {run.step}; nothing to do")
         return 0
     run.save_arguments()
     print0(dist, run_summary(args, run, val, learning_rate, notes))
 
     run.stop_on_sigterm()  # after the current step, with a checkpoint
     with TrainingLog(run, args.print_freq) as log:
-        while not (run.finished or run.stopped):
-            adjust_learning_rate(optimizer, learning_rate, run.epoch, args.epochs)
-            if args.hard_negatives and not run.seen:  # a checkpoint has those of its epoch
+        for epoch in run.remaining_epochs():
+            adjust_learning_rate(optimizer, learning_rate, epoch, args.epochs)
+            # A resumed epoch already has its own hard negatives, from the checkpoint.
+            if args.hard_negatives and run.at_epoch_start:
                 data.hard_negatives = find_hard_negatives(encoder, data, args, dist)
             train_one_epoch(model, criterion, optimizer, data, args, run, log)
-            if run.epoch_done:  # else SIGTERM came in the middle of it
-                run.next_epoch()
+            if run.epoch_complete:  # else SIGTERM came in the middle of it
                 if val:
                     metrics = validate(encoder, val, args, dist)
-                    log.write(run.epoch - 1, held_out=metrics)
+                    log.write(epoch, held_out=metrics)
                     run.keep_best(next(iter(metrics.values())))  # by the first metric
+                run.next_epoch()
                 run.save()  # after validation: no resumed run skips a score
-    return finish(run, val)
+    return write_result(run, val)
 
 
 def train_one_epoch(model, criterion, optimizer, data, args, run, log):
-    """Take the steps that are left of an epoch. After SIGTERM, save a checkpoint and return."""
-    dist, lr = run.dist, optimizer.param_groups[0]["lr"]
+    """Take the remaining steps of an epoch. After SIGTERM, save a checkpoint and return."""
+    dist = run.dist
     data.set_epoch(run.epoch)  # other crops, other negatives
-    batches = batch_indices(data, args.batch_sz, dist, run.epoch, run.seen)
+    index_batches = batch_indices(data, args.batch_sz, dist, run.epoch, run.seen)
     pin_memory = args.device.startswith("cuda")
-    batches = load_batches(data, batches, dist, args.num_workers, pin_memory)
+    batches = load_batches(data, index_batches, dist, args.num_workers, pin_memory)
     model.train()
-    for batch in log.time_steps(batches):
-        # N anchors and positives, M negatives, each as packed frames and num_frames.
+    for batch in log.timed(batches):
+        # N anchors and positives, N*M negatives, each as packed frames and num_frames.
         indices, anchors, positives, negatives, negative_ids = to_device(batch, args.device)
-        mask = data.false_negative_mask(indices)  # bank ids (K,) -> (N, K), or None
+        is_false_negative = data.false_negative_mask(indices)  # ids (K,) -> (N, K) bool, or None
         seed_torch(args.seed, run.step, dist.rank)  # dropout; the same in a resumed run
 
-        # Similarities over T: the positive in column 0, then the bank's K. The labels are 0.
-        logits, labels = model(anchors, positives, negatives, negative_ids, mask)  # (N, 1+K), (N,)
+        # One call updates the key encoder (momentum m), scores against the bank, and then enqueues
+        # the negatives. Logits (N, 1+K) are similarities divided by the temperature: the positive
+        # in column 0, then the bank's K entries. So labels (N,) are 0.
+        logits, labels = model(anchors, positives, negatives, negative_ids, is_false_negative)
+        logits.retain_grad()  # for the log: on which negatives the gradient falls
         loss = criterion(logits, labels)
         run.check_loss(loss, indices, negative_ids)  # finite, or all processes end here
 
-        logits.retain_grad()  # the log says on which negatives the gradient lies
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         run.next_step()
+        lr = optimizer.param_groups[0]["lr"]
         log.write_step(loss, logits, lr)  # before saving: no saved step lacks its line
         run.save_if_due()  # every --save_every steps, and after SIGTERM
-        if run.stopped:
+        if run.interrupted:
             break
 
 
 def validate(encoder, val, args, dist):
-    """Metrics of the held-out videos {name: value}, by --val_metric. The first one decides."""
-    dist.broadcast_model(encoder)  # batch statistics differ by process
+    """Metrics of the validation set by --val_metric: {name: value}. The first one decides."""
+    dist.broadcast_model(encoder)  # the processes' batch statistics differ
     similarities = compare_collections(
         encoder,
         val.store,
@@ -174,11 +184,11 @@ def validate(encoder, val, args, dist):
 
 
 def find_hard_negatives(encoder, data, args, dist):
-    """The --hard_negatives nearest background videos of each anchor, by the encoder so far.
+    """The --hard_negatives nearest background videos of each anchor, by the current encoder.
 
-    Returns ids (anchors, H), -1 where there are fewer.
+    Returns negative ids (anchors, H), -1 where there are fewer.
     """
-    dist.broadcast_model(encoder)  # batch statistics differ by process
+    dist.broadcast_model(encoder)  # as in validate
     anchors = list(data.anchors)
     videos = list(dict.fromkeys([*anchors, *data.negatives]))
     descriptors = encode_distributed(
@@ -187,19 +197,12 @@ def find_hard_negatives(encoder, data, args, dist):
     row = {video: i for i, video in enumerate(videos)}  # a negative may be an anchor too
     queries = descriptors[[row[video] for video in anchors]]
     negatives = descriptors[[row[video] for video in data.negatives]]
-    excluded = None
-    if data.has_false_negatives:
-
-        def excluded(rows):
-            # without the last entry, which is of bank id -1
-            masks = [data.false_negatives(anchor)[:-1] for anchor in anchors[rows]]
-            return torch.stack(masks)  # (n, negatives)
-
+    excluded = data.false_negatives_of_anchors if data.masks_false_negatives else None
     return nearest_negatives(queries, negatives, args.hard_negatives, excluded)
 
 
 def adjust_learning_rate(optimizer, learning_rate, epoch, epochs):
-    """Cosine decay to 0, one step an epoch."""
+    """Cosine decay to 0, changed once per epoch."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
@@ -210,47 +213,7 @@ def to_device(batch, device):
     return indices, *sides, negative_ids.to(device)
 
 
-def finish(run, val):
-    """Write model.pth, unless SIGTERM stopped the run, and report. Returns the exit status."""
-    if run.stopped:
-        print0(run.dist, f"stopped at step {run.step}; the same command resumes from here")
-        return 128 + signal.SIGTERM
-    run.save_encoder()
-    best = f", best held-out metric {run.best:.4f} after epoch {run.best_epoch + 1}" if val else ""
-    print0(run.dist, f"{run.folder}: model.pth after {run.step} steps{best}")
-    return 0
-
-
-def run_summary(args, run, val, learning_rate, notes):
-    """What the run is, as lines of text."""
-    dist, data = run.dist, run.data
-    missing = f"{data.missing['pairs']} pairs, {data.missing['negatives']} negatives"
-    processes = f"{dist.world_size} x " if dist.world_size > 1 else ""
-    scale = dist.lr_scale(args.use_adasum, args.device)
-    resumed = f"; resuming at step {run.step}" if run.step else ""
-    lines = [f"note: {note}" for note in notes]
-    if val and (val_missing := missing_note(val.annotation.coverage(val.store))):
-        lines.append(f"note: {args.val_set}: {val_missing}")
-    lines.append(
-        f"{len(data)} pairs, {len(data.negatives)} negatives (without features: {missing});"
-        f" {args.epochs * run.steps_per_epoch} optimiser steps of {processes}{args.batch_sz} pairs,"
-        f" learning rate {args.learning_rate:g} x {scale} = {learning_rate:g}, by {dist.backend}"
-        + resumed
-    )
-    if dist.world_size > 1:
-        lines.append(
-            "the number of processes is a hidden hyper-parameter:"
-            " more of them take fewer steps of more pairs"
-        )
-    return "\n".join(lines)
-
-
-def print0(dist, text):
-    if dist.is_main:
-        print(text)
-
-
-# --- what the arguments describe ---
+# --- building the data, the optimiser and the validation set ---
 
 
 def load_pairs(args, store, dist):
@@ -296,7 +259,7 @@ class ValidationSet(NamedTuple):
 
 
 def load_val_set(args, encoder, train_store):
-    """The held-out videos of --val_set, or None. InputError when `encoder` cannot be scored."""
+    """The validation set --val_set, or None. InputError when `encoder` cannot be scored."""
     if not args.val_set:
         return None
     store = FeatureStore(args.val_feature_path)
@@ -320,11 +283,56 @@ def load_val_set(args, encoder, train_store):
 
 
 def input_digests(store, data, val):
-    """{what: digest}: the content of the files that decide what is learnt."""
+    """Content hashes of the files that the result depends on: {what the files are: hash}."""
     digests = {"features": store.fingerprint(), "annotation": data.digest}
     if val:
         digests["held_out"] = digest([val.store.fingerprint(), val.annotation.fingerprint()])
     return digests
+
+
+# --- the result and what is printed ---
+
+
+def write_result(run, val):
+    """Write model.pth, unless SIGTERM interrupted the run, and report. Returns the exit status."""
+    if run.interrupted:
+        print0(run.dist, f"stopped at step {run.step}; the same command resumes from here")
+        return 128 + signal.SIGTERM
+    run.save_encoder()
+    best = ""
+    if val:
+        best = f", best validation metric {run.best:.4f} after epoch {run.best_epoch + 1}"
+    print0(run.dist, f"{run.folder}: model.pth after {run.step} steps{best}")
+    return 0
+
+
+def run_summary(args, run, val, learning_rate, notes):
+    """What the run is, as lines of text."""
+    dist, data = run.dist, run.data
+    missing = f"{data.missing['pairs']} pairs, {data.missing['negatives']} negatives"
+    processes = f"{dist.world_size} x " if dist.world_size > 1 else ""
+    scale = dist.lr_scale(args.use_adasum, args.device)
+    resumed = f"; resuming at step {run.step}" if run.step else ""
+    lines = [f"note: {note}" for note in notes]
+    if val and (val_missing := missing_note(val.annotation.coverage(val.store))):
+        lines.append(f"note: {args.val_set}: {val_missing}")
+    lines.append(
+        f"{len(data)} pairs, {len(data.negatives)} negatives (without features: {missing});"
+        f" {args.epochs * run.steps_per_epoch} optimiser steps of {processes}{args.batch_sz} pairs,"
+        f" learning rate {args.learning_rate:g} x {scale} = {learning_rate:g}, by {dist.backend}"
+        + resumed
+    )
+    if dist.world_size > 1:
+        lines.append(
+            "the number of processes is a hidden hyper-parameter:"
+            " more of them take fewer steps of more pairs"
+        )
+    return "\n".join(lines)
+
+
+def print0(dist, text):
+    if dist.is_main:
+        print(text)
 
 
 # --- arguments ---
@@ -333,157 +341,193 @@ def input_digests(store, data, val):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_data_arguments(parser.add_argument_group("data"))
-    add_encoder_arguments(
-        parser.add_argument_group("encoder (defaults in brackets, of the encoders that they name)")
-    )
+    add_encoder_arguments(parser.add_argument_group("encoder (defaults in brackets, per encoder)"))
     add_contrast_arguments(parser.add_argument_group("contrastive learning"))
     add_optimisation_arguments(parser.add_argument_group("optimisation"))
     add_validation_arguments(
-        parser.add_argument_group("held-out videos: keep the best epoch, stop when it is past")
+        parser.add_argument_group("validation set: keep the best epoch, early stopping")
     )
     add_run_arguments(parser.add_argument_group("the run"))
     return parser.parse_args(argv)
 
 
-def add_value(group, flags, kind, default, text, **options):
-    """Add an argument that takes a value. Its help is the text and the default."""
+def add_flag(group, *flags, default=None, help="", **options):
+    """Add a flag. If it has a default, that sets its type, and the help names it."""
     if default is not None:
-        text = f"{text} (default %(default)s)".lstrip()
-    group.add_argument(*flags.split(), type=kind, default=default, help=text, **options)
+        options |= dict(default=default, type=type(default))
+        help = f"{help} (default %(default)s)".lstrip()
+    group.add_argument(*flags, help=help, **options)
 
 
 def add_data_arguments(group):
-    flag, value = group.add_argument, partial(add_value, group)
-    flag(
-        "-ap",
-        "--annotation_path",
+    add = partial(add_flag, group)
+    add(
+        *("-ap", "--annotation_path"),
         help="pickle of VCDB's form: pairs, and background videos as negatives;"
-        " with --pairs augment also a text file with one id a line, or nothing",
+        " with --pairs augment also a text file with one id per line, or nothing",
     )
-    flag("-fp", "--feature_path", required=True, help="HDF5 file with the videos' features")
-    flag("-mp", "--model_path", required=True, help="folder of this run, made or resumed")
-    sources = "the annotation's pairs, or each video's own frames with all others as negatives"
-    value("--pairs", str, "vcdb", f"positives: {sources}", choices=["vcdb", "augment"])
-    flag(
+    add("-fp", "--feature_path", required=True, help="HDF5 file with the videos' features")
+    add("-mp", "--model_path", required=True, help="folder of this run, made or resumed")
+    add(
+        "--pairs",
+        choices=["vcdb", "augment"],
+        default="vcdb",
+        help="positives: the annotation's pairs, or each video's own frames with all others as"
+        " negatives",
+    )
+    add(
         "--augment",
         nargs="+",
         choices=AUGMENTATIONS,
         help="what --pairs augment does to a video, each half the time, in this order"
         f" (default {' '.join(DEFAULT_MIX)}; shuffle is for recurrent encoders)",
     )
-    value("-pc --pca_components", int, None, "size the features must have (default: any)")
-    cropped = "frames of a longer video, cropped at random; the paper's text says 64, 0 takes all"
-    value("-ps --padding_size", int, 300, cropped)
-    thinned = "thin a longer video to random frames instead of cropping it"
-    flag("-rs", "--random_sampling", action="store_true", help=thinned)
-    overlap = "leave out pairs that share less of either video; 29 %% of VCDB's share less than .1"
-    value("--min_overlap", float, 0.0, overlap)
-    flag(
+    add("-pc", "--pca_components", type=int, help="size the features must have (default: any)")
+    add(
+        *("-ps", "--padding_size"),
+        default=300,
+        help="frames of a longer video, cropped at random; the paper's text says 64, 0 takes all",
+    )
+    add(
+        *("-rs", "--random_sampling"),
+        action="store_true",
+        help="thin a longer video to random frames instead of cropping it",
+    )
+    add(
+        "--min_overlap",
+        default=0.0,
+        help="leave out pairs that share less of either video; 29 %% of VCDB's share less than .1",
+    )
+    add(
         "--mask_shared",
         action="store_true",
         help="mask bank entries that show the anchor's own material; needs 'segments' in the"
         " annotation, and matters where all videos come from few films",
     )
-    workers = "processes that load data; raise it when the log's data_wait is not small"
-    value("-nw --num_workers", int, 0, workers)
-    value("-nr --num_readers", int, 1, "threads of each that read files; for slow file systems")
+    add(
+        *("-nw", "--num_workers"),
+        default=0,
+        help="processes that load data; raise it when the log's data_wait is not small",
+    )
+    add(
+        "-nr", "--num_readers", default=1, help="reader threads per loading process; for slow disks"
+    )
 
 
 def add_encoder_arguments(group):
-    flag, value = group.add_argument, partial(add_value, group)
+    add = partial(add_flag, group)
     names = [name for name in ENCODERS if name != "mean"]  # mean has nothing to train
-    value("--encoder", str, "tca", "", choices=names)
-    value("-nl --num_layers", int, None, "(tca 1, the paper's; lstm, gru 2)")
-    value("--nhead", int, None, "attention heads; must divide the feature size (tca 8)")
-    value("--dim_feedforward", int, None, "size of the layer's inner part (tca 2048)")
-    rates = "tca, lstm, gru .2, the released code's; the paper reports .5; netvlad, nextvlad .5"
-    value("--dropout", float, None, f"({rates})")
-    flag(
+    add("--encoder", choices=names, default="tca")
+    add("-nl", "--num_layers", type=int, help="(tca 1, the paper's; lstm, gru 2)")
+    add("--nhead", type=int, help="attention heads; must divide the feature size (tca 8)")
+    add("--dim_feedforward", type=int, help="size of the layer's inner part (tca 2048)")
+    add(
+        "--dropout",
+        type=float,
+        help="(tca, lstm, gru .2, the released code's; the paper reports .5; netvlad, nextvlad .5)",
+    )
+    add(
         "--init",
         choices=["paper", "near_identity"],
         help="near_identity starts from the features as they are;"
         " try both when videos or steps are few (tca paper)",
     )
-    value("-nc --num_clusters", int, None, "centroids (netvlad 256, nextvlad 64)")
-    sizes = "netvlad, nextvlad, lstm, gru 1024; tca's is that of its features"
-    value("-od --output_dim", int, None, f"descriptor size ({sizes})")
-    flag(
-        "-ni",
-        "--normalize_input",
-        action="store_true",
-        default=None,
+    add("-nc", "--num_clusters", type=int, help="centroids (netvlad 256, nextvlad 64)")
+    add(
+        *("-od", "--output_dim"),
+        type=int,
+        help="descriptor size (netvlad, nextvlad, lstm, gru 1024; tca's is that of its features)",
+    )
+    add(
+        *("-ni", "--normalize_input"),
+        action="store_const",
+        const=True,
         help="L2-normalise every frame (netvlad, nextvlad)",
     )
 
 
 def add_contrast_arguments(group):
-    value = partial(add_value, group)
-    value("--loss", str, "circle", "circle-released: the released code's", choices=LOSSES)
-    value("-nn --neg_num", int, 16, "background videos that a pair adds to the bank")
-    value(
+    add = partial(add_flag, group)
+    add("--loss", choices=LOSSES, default="circle", help="circle-released: the released code's")
+    add("-nn", "--neg_num", default=16, help="background videos per pair, added to the bank")
+    add(
         "--hard_negatives",
-        int,
-        0,
-        "before each epoch find every anchor's N nearest background videos by the encoder so far,"
-        " and draw half of --neg_num from them; encodes all videos once an epoch, and needs"
-        " a background without unknown copies; 0: random ones, as the paper",
+        default=0,
         metavar="N",
+        help="before each epoch find every anchor's N nearest background videos by the current"
+        " encoder, and draw half of --neg_num from them; encodes all videos once per epoch, and"
+        " needs a background without unknown copies; 0: random ones, as the paper",
     )
-    value("--moco_k", int, 4096, "bank size; 0 uses the step's own negatives instead of a bank")
-    value("--moco_m", float, 0.0, "momentum of the key encoder; 0 copies the query encoder")
-    value("--moco_t", float, 1.0, "temperature; keep 1 for circle, try .07 to 1 for infonce")
+    add("--moco_k", default=4096, help="bank size; 0: the step's own negatives instead of a bank")
+    add("--moco_m", default=0.0, help="momentum of the key encoder; 0 copies the query encoder")
+    add("--moco_t", default=1.0, help="temperature; keep 1 for circle, try .07 to 1 for infonce")
 
 
 def add_optimisation_arguments(group):
-    flag, value = group.add_argument, partial(add_value, group)
-    value("-e --epochs", int, 40, "passes over the pairs")
-    value("-bs --batch_sz", int, 64, "pairs a step of each process; lower it if memory runs out")
-    value(
-        "-lr --learning_rate",
-        float,
-        1e-5,
-        "start of a cosine decay over the epochs, for one process; raise it to 1e-4 or 3e-4"
+    add = partial(add_flag, group)
+    add("-e", "--epochs", default=40, help="passes over the pairs")
+    add("-bs", "--batch_sz", default=64, help="pairs per step and process; lower it to save memory")
+    add(
+        *("-lr", "--learning_rate"),
+        default=1e-5,
+        help="start of a cosine decay over the epochs, for one process; raise it to 1e-4 or 3e-4"
         " for only hundreds of steps, lower it if the loss rises",
     )
-    value("--optimizer", str, "adam", "", choices=OPTIMIZERS)
-    value("--momentum", float, None, "of --optimizer sgd (default .9)")
-    value("-wd --weight_decay", float, 1e-4, "")
-    flag(
+    add("--optimizer", choices=OPTIMIZERS, default="adam")
+    add("--momentum", type=float, help="of --optimizer sgd (default .9)")
+    add("-wd", "--weight_decay", default=1e-4)
+    add(
         "--amp",
         choices=["bfloat16"],
         help="run the encoder in bfloat16 where that is safe; similarities and losses stay"
         " float32 (default: float32 throughout)",
     )
-    flag(
+    add(
         "--use-adasum",
         action="store_true",
-        help="join the processes' gradients by Adasum instead of their mean;"
+        help="combine the processes' gradients by Adasum instead of their mean;"
         " needs horovodrun and 2, 4, 8, ... processes",
     )
-    halved = "send gradients between processes in half precision; for slow networks"
-    flag("--fp16-allreduce", action="store_true", help=halved)
-    value("--seed", int, 0, "the same seed gives the same weights, bit for bit, on one machine")
+    add(
+        "--fp16-allreduce",
+        action="store_true",
+        help="send gradients between processes in half precision; for slow networks",
+    )
+    add("--seed", default=0, help="same seed, same weights, bit for bit, on one machine")
 
 
 def add_validation_arguments(group):
-    flag, value = group.add_argument, partial(add_value, group)
-    scored = "evaluation set scored after every epoch (default: none, keep the last epoch)"
-    flag("--val_set", choices=EVALUATION_SETS, help=scored)
-    flag("--val_feature_path", help="its features; never those you report on")
-    value("--annotation_dir", str, ANNOTATION_DIR, "folder of its annotation")
-    metrics = [name for name in METRICS if name != "comparator"]
-    decides = "its first figure by this measure, one of evaluation.py's, decides"
-    value("--val_metric", str, "cosine", decides, choices=metrics, metavar="METRIC")
-    value("--patience", int, 0, "stop after so many epochs without a better one; 0: never")
+    add = partial(add_flag, group)
+    add(
+        "--val_set",
+        choices=EVALUATION_SETS,
+        help="evaluation set scored after every epoch (default: none, keep the last epoch)",
+    )
+    add("--val_feature_path", help="its features; never those you report on")
+    add("--annotation_dir", default=ANNOTATION_DIR, help="folder of its annotation")
+    add(
+        "--val_metric",
+        choices=[name for name in METRICS if name != "comparator"],
+        default="cosine",
+        metavar="METRIC",
+        help="its first figure by this measure, one of evaluation.py's, decides",
+    )
+    add("--patience", default=0, help="epochs without a better one before early stopping; 0: never")
 
 
 def add_run_arguments(group):
-    value = partial(add_value, group)
-    device = "cpu, cuda, cuda:1, ...; cuda gives each process of a machine its own GPU"
-    value("--device", str, default_device(), device)
-    value("-p --print-freq", int, 10, "steps between lines of log.jsonl")
-    saves = "steps between checkpoints; one is also written after each epoch and at SIGTERM"
-    value("--save_every", int, 200, saves)
+    add = partial(add_flag, group)
+    add(
+        "--device",
+        default=default_device(),
+        help="cpu, cuda, cuda:1, ...; cuda gives each process of a machine its own GPU",
+    )
+    add("-p", "--print-freq", default=10, help="steps between lines of log.jsonl")
+    add(
+        "--save_every",
+        default=200,
+        help="steps between checkpoints; one is also written after each epoch and at SIGTERM",
+    )
 
 
 COUNTS = ("batch_sz", "neg_num", "num_layers", "nhead", "dim_feedforward", "num_clusters")
@@ -520,7 +564,7 @@ def validate_args(args, dist):
         raise InputError("--val_set and --val_feature_path belong together; give both or neither")
     if args.patience and not args.val_set:
         raise InputError(
-            "--patience counts epochs by the held-out metric; give --val_set and"
+            "--patience counts epochs by the validation metric; give --val_set and"
             " --val_feature_path too"
         )
     args.device = check_device(dist.local_device(args.device))
@@ -528,7 +572,7 @@ def validate_args(args, dist):
 
 
 def unused_flags(args, dist):
-    """[(flag, why)] of the flags that were given and change nothing here."""
+    """[(flag, why)] for the flags that are given and change nothing here."""
     encoder_flags = {flag for encoder in ENCODERS.values() for flag in encoder.flags.values()}
     others = encoder_flags - set(ENCODERS[args.encoder].flags.values())
     unused = [
@@ -537,11 +581,11 @@ def unused_flags(args, dist):
         if getattr(args, flag) is not None
     ]
     if args.momentum is not None and args.optimizer != "sgd":
-        unused.append(("--momentum", "it is of --optimizer sgd"))
+        unused.append(("--momentum", "only --optimizer sgd uses it"))
     if args.min_overlap and args.pairs == "augment":
-        unused.append(("--min_overlap", "it is of --pairs vcdb"))
+        unused.append(("--min_overlap", "only --pairs vcdb uses it"))
     if args.augment and args.pairs != "augment":
-        unused.append(("--augment", "it is of --pairs augment"))
+        unused.append(("--augment", "only --pairs augment uses it"))
     if args.random_sampling and not args.padding_size:
         unused.append(("--random_sampling", "--padding_size 0 takes whole videos"))
     if dist.world_size == 1 and args.use_adasum:

@@ -1,23 +1,23 @@
 """The metrics of a training run: how they are defined, written and read back.
 
-A line of log.jsonl holds step, epoch (counted from 0) and, each as the mean over processes,
+A line of log.jsonl contains step, epoch (from 0), and these values averaged over processes:
 
     loss, lr            of the step
     positive            mean similarity of the anchors to their positives
     negative            mean similarity of the anchors to the bank's entries
     hardest_negative    mean over anchors of the similarity to the most similar entry
-    hardest_share       an anchor's gradient weight on an entry is |d loss / d logit|; this is the
-                        part of it on the 1 % of entries most similar to the anchor, averaged over
-                        the anchors that have any weight on the bank (null when none has)
+    hardest_share       fraction of |d loss / d logit| over the bank that falls on the 1 % of
+                        entries most similar to the anchor; mean over the anchors with a non-zero
+                        gradient on the bank (null if none)
     left_out            share of (anchor, entry) masked as false negatives
-    queue_age           mean number of steps since an entry of the bank was written, before this
-                        step and without the random start
-    queue_random        share of the bank that is still its random start
+    queue_age           mean number of steps since an entry of the bank was written; measured
+                        before the step, random initial entries excluded
+    queue_random        share of the bank that is still random initial entries
     data_wait           share of the step's time spent waiting for data
-    videos_per_s        videos encoded a second, by all processes
+    videos_per_s        videos encoded per second, by all processes
 
-or, after an epoch with a validation set, `held_out`: the set's metrics. Similarities are the logits
-times the temperature. TensorBoard shows the same values.
+After an epoch with a validation set, a line has `held_out` instead: the set's metrics.
+Similarities are the logits times the temperature. TensorBoard shows the same values.
 """
 
 import json
@@ -35,7 +35,7 @@ from utils import InputError, atomic, nan_to_none, require_path
 
 # --- definitions ---
 
-HARDEST = 0.01  # the part of the bank that hardest_share is about
+HARDEST = 0.01  # fraction of the bank whose gradient hardest_share measures
 
 
 def step_metrics(
@@ -76,11 +76,12 @@ def hardest_share(negatives: torch.Tensor, grad_logits: torch.Tensor) -> float:
 
 
 def queue_metrics(model: nn.Module) -> dict[str, float]:
-    """Age of the entries in MoCo's bank, and the share of it that is still random."""
-    known = model.queue_ids >= 0
+    """Mean age of the bank's entries, and the share of them that is still random."""
+    from_training = model.queue_ids >= 0  # (K,); random initial entries have id -1
+    age = model.queue_age[from_training].float().mean()
     return {
-        "queue_age": model.queue_age[known].float().mean().item() if known.any() else math.nan,
-        "queue_random": 1 - known.float().mean().item() if model.K else math.nan,
+        "queue_age": age.item(),
+        "queue_random": 1 - from_training.float().mean().item() if model.K else math.nan,
     }
 
 
@@ -125,8 +126,8 @@ class TrainingLog:
         if self.events:
             self.events.close()
 
-    def time_steps(self, batches: Iterable) -> Iterator:
-        """Yield the batches, and note the time of each step and the state of the bank before it."""
+    def timed(self, batches: Iterable) -> Iterator:
+        """Yield the batches; measure the time of each step, and the bank before it."""
         self.start = time.perf_counter()
         for batch in batches:
             self.data_time = time.perf_counter() - self.start
@@ -138,7 +139,7 @@ class TrainingLog:
             self.start = time.perf_counter()
 
     def write_step(self, loss: torch.Tensor, logits: torch.Tensor, lr: float):
-        """Write the metrics of the step that was done, every `print_freq` steps.
+        """Write the metrics of the completed step, every `print_freq` steps.
 
         Args:
             loss: scalar.
@@ -159,7 +160,7 @@ class TrainingLog:
         )
 
     def write(self, epoch: int, **metrics):
-        """Write a line; a metric is a number, or a dict of them. TensorBoard skips what is NaN."""
+        """Write a line; a metric is a number, or a dict of them. TensorBoard skips NaN."""
         if not self.run.dist.is_main:
             return
         line = nan_to_none({"step": self.run.step, "epoch": epoch, **metrics})
@@ -192,7 +193,7 @@ PANELS = {  # title: {metric: line style}
     "loss": {"loss": "-"},
     "similarity": {"positive": "-", "hardest_negative": "--", "negative": ":"},
     "gradient weight on the hardest 1 %": {"hardest_share": "-"},
-    "held-out mAP": None,  # the metrics of the validation set, by their own names
+    "validation mAP": None,  # the metrics of the validation set, by their own names
 }
 
 

@@ -177,7 +177,7 @@ def test_sigterm_on_one_rank_stops_all_and_one_process_finishes_as_two_would(wor
     state["args"]["learning_rate"] = 2e-3  # as if the rate had been given for one process
     torch.save(state, folder / "checkpoint.pth")
     printed = run(world, folder, *one)
-    assert "made by 2 x 9 pairs a step" in printed and "takes 1 x 18" in printed
+    assert "made by 2 x 9 pairs per step" in printed and "takes 1 x 18" in printed
     run(world, whole, *one)
     assert_alike(folder, whole, 1e-3)
 

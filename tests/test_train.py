@@ -161,7 +161,7 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(world, unbrok
     names = ("model.pth", "checkpoint.pth", "log.jsonl", "args.json")
     before = {name: (folder / name).read_bytes() for name in names}
     same = train_flags(world, folder, *LONG, *val_flags(world))
-    assert "finished already" in run(world, folder, *LONG, *val_flags(world))
+    assert "is complete" in run(world, folder, *LONG, *val_flags(world))
     for flag, value in (("--seed", 1), ("--loss", "infonce"), ("--epochs", 61)):
         message = refused(training.main, *same, flag, value)
         assert flag in message and repr(value) in message and str(folder) in message
@@ -205,7 +205,7 @@ def test_resume_refuses_features_of_other_content(world, tmp_path):
     shutil.copy(world.train_features, features)
     more = ["--epochs", 1, "--feature_path", features]
     run(world, tmp_path / "run", *more)
-    assert "finished already" in run(world, tmp_path / "run", *more)
+    assert "is complete" in run(world, tmp_path / "run", *more)
     with h5py.File(features, "r+") as file:
         file["frames"][...] = -file["frames"][...]
     message = refused(training.main, *train_flags(world, tmp_path / "run", *more))
@@ -276,11 +276,11 @@ def torch_bytes(value):
 
 def test_checkpoint_keeps_the_newest_and_the_previous_one(tmp_path):
     for step in range(1, 5):
-        checkpoint.save(tmp_path, {"step": step})
-        assert checkpoint.load(tmp_path, ["step"]) == {"step": step}
+        checkpoint.write_checkpoint(tmp_path, {"step": step})
+        assert checkpoint.newest_readable_checkpoint(tmp_path, ["step"]) == {"step": step}
     (tmp_path / "checkpoint.pth").unlink()  # killed between the two renames
-    assert checkpoint.load(tmp_path, ["step"]) == {"step": 3}
-    assert checkpoint.load(tmp_path / "empty", ["step"]) is None
+    assert checkpoint.newest_readable_checkpoint(tmp_path, ["step"]) == {"step": 3}
+    assert checkpoint.newest_readable_checkpoint(tmp_path / "empty", ["step"]) is None
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.prev.pth"]
 
 

@@ -141,8 +141,8 @@ def test_series_are_the_logs_values(trained):
     panels = training_log.series(training_log.read_log(trained))
     steps, values = panels["similarity"]["positive"]
     assert steps == list(range(1, 19)) and values == logged(trained, "positive")
-    assert sorted(panels["held-out mAP"]) == ["CSVR", "DSVR", "ISVR"]
-    assert panels["held-out mAP"]["DSVR"][0] == [9, 18]
+    assert sorted(panels["validation mAP"]) == ["CSVR", "DSVR", "ISVR"]
+    assert panels["validation mAP"]["DSVR"][0] == [9, 18]
 
 
 def test_curves_of_runs_and_logs_are_drawn(trained, tmp_path):
