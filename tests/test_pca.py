@@ -1,4 +1,4 @@
-"""The PCA keeps its promises: scikit-learn's whitening, the released formula, any number of frames in bounded memory."""
+"""PCA: equal to scikit-learn's and to the released formula, in bounded memory for any size."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def write_store(path, *videos):
 
 @pytest.fixture
 def features(tmp_path):
-    """300 rows of 12 correlated channels in a store of three videos; returns its path and the rows."""
+    """300 rows of 12 correlated channels in a store of three videos: its path, and the rows."""
     generator = np.random.default_rng(5)
     x = (generator.normal(size=(300, 12)) @ generator.normal(size=(12, 12)) + 3).astype(np.float32)
     return write_store(tmp_path / "x.hdf5", x[:100], x[100:130], x[130:]), x
@@ -45,7 +45,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-# --- fit -------------------------------------------------------------------------------------------------------------
+# --- fit ---
 
 
 @pytest.mark.parametrize("whiten", [True, False])
@@ -98,7 +98,7 @@ def test_fitting_in_chunks_equals_scikit_learn_on_the_whole(features, monkeypatc
 
 
 def test_frames_far_from_zero_lose_nothing_to_cancellation(tmp_path):
-    """Variance 1e-4 around a mean of 1000: squares summed from zero in float64 would leave 4 of the 1e-16 / 1e-10 digits."""
+    """Variance 1e-4 around a mean of 1000: squares summed from zero would lose most digits."""
     x = 1000 + 0.01 * np.random.default_rng(0).normal(size=(5000, 6)) * [1, 0.9, 0.8, 0.7, 0.6, 0.5]
     found = pca.fit_pca([{i: x[i : i + 10] for i in range(0, 5000, 10)}], 6)
     exact = PCA(6, svd_solver="full").fit(x)
@@ -132,7 +132,7 @@ def test_memory_does_not_follow_the_number_of_frames():
 
 
 def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
-    """64 MiB of features, read through a map; a process that goes through them holds a few chunks of them at a time."""
+    """64 MiB of features, read through a memory map: fitting holds a few chunks at a time."""
     store = FeatureStore(
         write_store(tmp_path / "x.hdf5", *(np.ones((1024, 1024), np.float32) for _ in range(16)))
     )
@@ -212,7 +212,7 @@ def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path):
     )
 
 
-# --- load ------------------------------------------------------------------------------------------------------------
+# --- load ---
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_our_file_in_the_released_formula_gives_the_same_rows(tmp_path, features
     assert np.abs(pca.load_projection(tmp_path / "p.npz")(x) - expected).max() < 1e-4
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 BAD = [
     (["apply", "small.hdf5", "--pca", "narrow.npz", "--output", "f.hdf5"], "width 6", "width 4"),
