@@ -81,7 +81,7 @@ def test_fit_and_apply_equal_scikit_learn(tmp_path, features, whiten):
 
 
 @pytest.mark.parametrize("size", [1, 7, 299, 300])
-def test_fitting_in_chunks_equals_scikit_learn_on_the_whole(features, monkeypatch, size):
+def test_fit_in_chunks_equals_scikit_learn(features, monkeypatch, size):
     _, x = features
     x = (
         x.astype(np.float64) * 0.9 ** np.arange(12) + 100
@@ -97,7 +97,7 @@ def test_fitting_in_chunks_equals_scikit_learn_on_the_whole(features, monkeypatc
     assert np.allclose(found.explained()[:6], np.cumsum(exact.explained_variance_ratio_))
 
 
-def test_frames_far_from_zero_lose_nothing_to_cancellation(tmp_path):
+def test_fit_of_frames_far_from_zero_keeps_its_digits(tmp_path):
     """Variance 1e-4 around a mean of 1000: squares summed from zero would lose most digits."""
     x = 1000 + 0.01 * np.random.default_rng(0).normal(size=(5000, 6)) * [1, 0.9, 0.8, 0.7, 0.6, 0.5]
     found = pca.fit_pca([{i: x[i : i + 10] for i in range(0, 5000, 10)}], 6)
@@ -122,7 +122,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_memory_does_not_follow_the_number_of_frames():
+def test_fit_memory_does_not_grow_with_frames():
     """60 chunks hold 503 MB; the fit may take the chunk at hand and a few matrices of 256 x 256."""
     code = MEMORY.format(root=str(ROOT), chunks=60)
     done = subprocess.run(
@@ -131,7 +131,7 @@ def test_memory_does_not_follow_the_number_of_frames():
     assert int(done.stdout) * 1024 < 60e6
 
 
-def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
+def test_fit_memory_does_not_grow_with_the_file(tmp_path):
     """64 MiB of features, read through a memory map: fitting holds a few chunks at a time."""
     store = FeatureStore(
         write_store(tmp_path / "x.hdf5", *(np.ones((1024, 1024), np.float32) for _ in range(16)))
@@ -144,7 +144,7 @@ def test_memory_does_not_follow_the_size_of_the_file(tmp_path):
     assert len(held) == 8 and max(held) < 24 * 2**20
 
 
-def test_so_many_frames_of_each_video_are_drawn_and_the_same_for_a_seed(features):
+def test_frames_per_video_are_drawn_by_the_seed(features):
     store = FeatureStore(features[0])
     first, again, other = (pca.fit_pca([store], 3, 10, seed) for seed in (0, 0, 1))
     assert first.frames == 30
@@ -153,14 +153,14 @@ def test_so_many_frames_of_each_video_are_drawn_and_the_same_for_a_seed(features
     )
 
 
-def test_the_drawn_frames_are_each_videos_own_without_repetition():
+def test_drawn_frames_are_the_videos_own_without_repetition():
     store = {"a": np.arange(50.0)[:, None], "b": 100 + np.arange(7.0)[:, None]}
     drawn = np.concatenate(list(pca._sample_frames([store], 10, np.random.default_rng(0))))[:, 0]
     assert len(drawn) == len(set(drawn)) == 17 and (drawn < 50).sum() == 10
     assert sorted(drawn[10:]) == list(store["b"][:, 0])
 
 
-def test_fit_on_several_files_equals_fit_on_one_of_all_and_draws_the_curve(tmp_path, features):
+def test_fit_on_several_files_equals_fit_on_one_and_draws_the_curve(tmp_path, features):
     path, x = features
     halves = [
         write_store(tmp_path / f"{i}.hdf5", half) for i, half in enumerate((x[:150], x[150:]))
@@ -219,7 +219,7 @@ def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path):
     "transposed, ascending", [(False, False), (True, False), (False, True), (True, True)]
 )
 @pytest.mark.parametrize("width", [12, 8])
-def test_the_released_codes_parameters_load_either_way_round(
+def test_released_parameters_load_either_way_round(
     tmp_path, features, transposed, ascending, width
 ):
     _, x = features
@@ -233,7 +233,7 @@ def test_the_released_codes_parameters_load_either_way_round(
     assert np.abs(pca.load_projection(tmp_path / "r.npz", 6)(x) - expected).max() < 1e-4
 
 
-def test_our_file_in_the_released_formula_gives_the_same_rows(tmp_path, features):
+def test_our_file_gives_the_same_rows_by_the_released_formula(tmp_path, features):
     path, x = features
     pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
     ours = np.load(tmp_path / "p.npz")
@@ -264,7 +264,7 @@ BAD = [
 ]
 
 
-def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path):
+def test_bad_input_is_refused_in_one_line_and_leaves_nothing(tmp_path):
     draw = np.random.default_rng(0)
     write_store(tmp_path / "small.hdf5", draw.normal(size=(40, 6)))
     write_store(tmp_path / "narrow.hdf5", draw.normal(size=(40, 4)))
@@ -293,7 +293,7 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_killed_apply_goes_on_only_with_the_same_features(tmp_path, features):
+def test_apply_resumes_after_a_kill_with_the_same_features_only(tmp_path, features):
     path, x = features
     pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
     store, projection = FeatureStore(path), pca.load_projection(tmp_path / "p.npz")
@@ -320,7 +320,7 @@ def test_a_killed_apply_goes_on_only_with_the_same_features(tmp_path, features):
     assert np.array_equal(rows_of(tmp_path / "y.hdf5"), projection(x).astype(np.float16))
 
 
-def test_rows_that_have_changed_since_they_were_written_are_not_projected(tmp_path, features):
+def test_apply_refuses_rows_that_changed_since_they_were_written(tmp_path, features):
     path, _ = features
     pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
     with h5py.File(path, "r+") as file:
@@ -339,7 +339,7 @@ def test_rows_that_have_changed_since_they_were_written_are_not_projected(tmp_pa
     assert not (tmp_path / "y.hdf5").exists()
 
 
-def test_an_unfinished_apply_of_another_pca_is_refused_and_stays(tmp_path, features):
+def test_apply_refuses_and_keeps_an_unfinished_one_of_another_pca(tmp_path, features):
     path, _ = features
     for components in (5, 4):
         pca_script.main(
