@@ -65,12 +65,12 @@ demo: $(RUNS:%=%/model.pth) $(FEATURES)
 	  --model_path $(RUNS) --metric cosine sym_chamfer chamfer --baseline cosine chamfer --output $(DEMO)/results.json
 	@echo "videos, annotations, features, models and results.json are in $(DEMO)"
 
-# The film, cut into videos; graded copies of them; annotations.
+# The film, cut into videos; copies of them, edited with increasing strength; annotations.
 $(DEMO)/built: datasets/demo/film.mp4 datasets/demo/shots.csv $(wildcard datasets/demo/*.py) | .venv/ready
 	$(RUN) datasets/demo/make_demo.py build --output $(DEMO)
 	touch $@
 
-# Frame features: four maps of EfficientNet-Lite0, iMAC, one frame a second.
+# Frame features: four maps of EfficientNet-Lite0, iMAC, one frame per second.
 $(DEMO)/raw-%.hdf5: $(DEMO)/built
 	rm -f $@ $@.part* # an extraction would keep the features of earlier videos
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ \
@@ -104,7 +104,7 @@ tables: $(PROJECTED)
 	OMP_NUM_THREADS=1 $(RUN) reproduce.py --table all --data $(TABLES) --set DEMO --annotation_dir $(DEMO)/annotations \
 	  --output results/demo --seeds 3 --jobs 2
 	$(RUN) visualize.py attention test_q05_in0 $(PICTURED) --output results/demo/attention.png
-	$(RUN) visualize.py similarity test_q05 test_q05_copy3 $(PICTURED) --output results/demo/similarity.png
+	$(RUN) visualize.py similarity test_q05 test_q05_copy3 $(PICTURED) --output results/demo/similarity_pair.png
 
 $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
 	rm -f $@ $@.part*

@@ -27,7 +27,7 @@
 
 Annotations are read from datasets/annotations, from --annotation_dir, or from the folder that the
 environment variable TCA_ANNOTATIONS names. The queries are kept in memory and the database is read
-in batches: --memory bounds what a process takes, whatever the size of the set.
+in batches: --memory bounds what a process takes, for a set of any size.
 """
 
 import math
@@ -49,8 +49,8 @@ from retrieval.comparator import load_comparator
 from retrieval.compare import MEMORY, Comparison, shortlist, two_stage
 from retrieval.encode import VideoEncoder, check_feature_size
 from retrieval.report import (
-    Result,
-    Stage,
+    RerankStage,
+    RowScore,
     coverage_line,
     coverage_notes,
     save_similarities,
@@ -72,16 +72,17 @@ def main(argv=None):
     with dist.exit_together_on_error():  # bad input on any process ends all of them
         args = parse_args(argv)
         notes = validate_args(args, dist)
-        if not args.similarities:
-            comparator = load_comparator(args.comparator) if args.comparator else None
-            store = FeatureStore(args.feature_path, args.pca_components)
-            evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, known=store)
-            queries, database = videos_with_features(evaluation_set, store)  # Q ids, N ids
     if dist.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     if args.similarities:  # nothing to encode or compare
         return score_similarity_file(args) if dist.is_main else 0
+
+    with dist.exit_together_on_error():
+        comparator = load_comparator(args.comparator) if args.comparator else None
+        store = FeatureStore(args.feature_path, args.pca_components)
+        evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, store)
+        queries, database = videos_with_features(evaluation_set, store)  # Q ids, N ids
 
     # Videos vanish from the web: say how much of the set is scored.
     coverage = evaluation_set.coverage(store)
@@ -89,19 +90,21 @@ def main(argv=None):
         line = coverage_line(args.dataset, evaluation_set, coverage)
         print(f"{line}; {store.feature_size} channels")
 
-    results = {}  # {row: [Result, one for each model]}
+    results = {}  # {row: [RowScore, one for each model]}
+    last_table = None  # similarities (Q, N) of the newest row
     for model in load_models(args, store, dist):
-        # Descriptors of the queries. The database is encoded in batches while it is compared.
-        comparison = encode(model, store, queries, database, comparator, args, dist)
+        # Encode the queries. The database is encoded in batches by `compare`; with --cache, here.
+        comparison = encode_queries(model, store, queries, database, comparator, args, dist)
         for row in compare(comparison, model):  # similarities (Q, N) of each metric
             with dist.exit_together_on_error():
                 if dist.is_main:  # the others have encoded and compared their share
-                    result = score(row, evaluation_set, queries, database)
-                    results.setdefault(row.name, []).append(result)
+                    row_score = score(row, evaluation_set, queries, database)
+                    results.setdefault(row.name, []).append(row_score)
+            last_table = row.similarities
         del comparison  # frees its descriptors before those of the next model come
 
     if dist.is_main:
-        record = {
+        run_info = {
             "models": args.model_path,
             "features": {"path": str(store.path), "meta": store.meta},
             "padding_size": args.padding_size,
@@ -109,20 +112,21 @@ def main(argv=None):
             "processes": dist.world_size,
             "compare_seconds": compare_seconds(results),
         }
-        report(args, evaluation_set, coverage, results, record)
+        report(args, evaluation_set, coverage, results, run_info)
         if args.save_similarities:
-            # `validate_args` made sure that there was one row.
-            save_similarities(args.save_similarities, queries, database, row.similarities)
+            # `validate_args` made sure that there was one row, so the last one is the only one.
+            save_similarities(args.save_similarities, queries, database, last_table)
     return 0
 
 
 # --- the models ---------------------------------------------------------------------------------
 
 
-class Model(NamedTuple):
+class EvaluatedModel(NamedTuple):
     """An encoder, and how it is scored.
 
-    video_metrics, frame_metrics: what is compared; of several --rerank all pairs by both
+    video_metrics, frame_metrics: what is computed; with several --rerank values, both are
+        computed for all pairs
     rerank: the sizes R of the shortlists; empty if there is one stage only
     rows: the metrics that have a row of their own, in the order in which they are printed
     """
@@ -135,7 +139,7 @@ class Model(NamedTuple):
     rows: list[str]
 
 
-def load_models(args, store, dist) -> Iterator[Model]:
+def load_models(args, store, dist) -> Iterator[EvaluatedModel]:
     """Yield the untrained features if they are scored, then each --model_path."""
     if args.baseline or not args.model_path:
         # The mean of the frame features: no weights, and frame descriptors are the features.
@@ -153,7 +157,7 @@ def load_models(args, store, dist) -> Iterator[Model]:
         yield plan_model(name, encoder, store, args.metric, args.rerank)
 
 
-def plan_model(name, encoder, store, metrics, rerank) -> Model:
+def plan_model(name, encoder, store, metrics, rerank) -> EvaluatedModel:
     """Which metrics to compute for an encoder, and which of them have rows."""
     check_feature_size(encoder, store)
     video = [metric for metric in metrics if metric in VIDEO_METRICS]
@@ -161,18 +165,24 @@ def plan_model(name, encoder, store, metrics, rerank) -> Model:
     if rerank:
         video = list(dict.fromkeys(["cosine", *video]))  # cosine makes the shortlists
         frame = frame or ["chamfer"]
-    # One R compares no more than its shortlists by frames. For several R the exhaustive table is
-    # computed anyway, and has its own row.
-    whole = video if len(rerank) == 1 else [*video, *frame]
-    rows = [metric for metric in dict.fromkeys([*metrics, *whole]) if metric in whole]
-    return Model(name, encoder, video, frame, rerank, rows)
+    # With one R only the shortlists are compared by frames. With several, all pairs are, and that
+    # table is printed too.
+    exhaustive_metrics = video if len(rerank) == 1 else [*video, *frame]
+    rows = []  # in the order of --metric
+    for metric in dict.fromkeys([*metrics, *exhaustive_metrics]):
+        if metric in exhaustive_metrics:
+            rows.append(metric)
+    return EvaluatedModel(name, encoder, video, frame, rerank, rows)
 
 
 # --- encode, compare, score ---------------------------------------------------------------------
 
 
-def encode(model, store, queries, database, comparator, args, dist) -> Comparison:
-    """Encode the queries; with --cache also the database, unless its descriptors are stored.
+def encode_queries(model, store, queries, database, comparator, args, dist) -> Comparison:
+    """Encode the queries, which stay in memory, for a comparison with the database.
+
+    The database is encoded later, in batches, by `compare`. With --cache, queries and database are
+    encoded and stored here, unless their descriptors are stored already.
 
     A video has one descriptor (D,) at video level and T of them (T, D) at frame level. One pass
     of the encoder gives both.
@@ -195,58 +205,63 @@ def encode(model, store, queries, database, comparator, args, dist) -> Compariso
     )
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A line of the printed table.
 
     similarities: (Q, N)
-    seconds: this process's time for comparing, up to this row of the model, without encoding
-    stage, short: of two-stage search, its second stage and its shortlists (Q, N) bool
+    seconds: cumulative comparison time of this model on this process, encoding excluded
+    stage: the row's point on the trade-off curve of two-stage search; None without --rerank
+    in_shortlist: (Q, N) bool, the shortlists of two-stage search; None for an exhaustive row
     """
 
     name: str
     similarities: np.ndarray
     seconds: float
-    stage: Stage | None = None
-    short: np.ndarray | None = None
+    stage: RerankStage | None = None
+    in_shortlist: np.ndarray | None = None
 
 
-def compare(comparison, model) -> Iterator[Row]:
+def compare(comparison, model) -> Iterator[TableRow]:
     """Yield a row for each metric, then one for each R of two-stage search."""
     tables = comparison.tables(model.rows)  # {metric: (Q, N)}, from one pass over the database
     for metric in model.rows:
         stage = None
         if model.rerank and metric == "cosine":
-            stage = Stage(metric=None, R=0, cost=0.0)  # where the trade-off begins
+            # No re-ranking: the first point of the trade-off curve.
+            stage = RerankStage(metric=None, R=0, cost=0.0)
         elif model.rerank and metric in model.frame_metrics:
-            stage = Stage(metric, R=len(comparison.database), cost=1.0)  # and where it ends
-        yield Row(row_name(model.name, metric), tables[metric], comparison.seconds, stage)
+            # All pairs by frames: the last point.
+            stage = RerankStage(metric, R=len(comparison.database), cost=1.0)
+        yield TableRow(row_name(model.name, metric), tables[metric], comparison.seconds, stage)
 
     for R in model.rerank:
-        short = shortlist(tables["cosine"], R)  # (Q, N) bool, R true in each row
+        in_shortlist = shortlist(tables["cosine"], R)  # (Q, N) bool, R true in each row
         if len(model.rerank) == 1:
-            by_frames = comparison.tables(model.frame_metrics, short)  # only those pairs
+            by_frames = comparison.tables(model.frame_metrics, in_shortlist)  # only those pairs
         else:
             by_frames = tables  # all pairs are compared already
         for metric in model.frame_metrics:
             first, second = row_name(model.name, "cosine"), row_name(model.name, metric)
-            yield Row(
+            yield TableRow(
                 f"{first}, first {R} by {second}",
-                two_stage(tables["cosine"], by_frames[metric], short),  # ranks, as similarities
+                # Ranks, in the place of similarities.
+                two_stage(tables["cosine"], by_frames[metric], in_shortlist),
                 comparison.seconds,
-                Stage(metric, R, comparison.cost(short)),  # cost: of all pairs of frames
-                short,
+                # Cost: the share of all pairs of frames
+                RerankStage(metric, R, comparison.cost(in_shortlist)),
+                in_shortlist,
             )
 
 
-def score(row, evaluation_set, queries, database) -> Result:
-    """The metrics, curves and first ranks of a row; what its shortlists can reach."""
+def score(row, evaluation_set, queries, database) -> RowScore:
+    """The metrics, curves and first ranks of a row; the recall of its shortlists."""
     rankings = evaluation_set.rankings(queries, database, row.similarities)  # query by query
     summary = summarise(evaluation_set, rankings)
     stage = row.stage
-    if row.short is not None:
+    if row.in_shortlist is not None:
         # Re-ranking cannot find what is not in the shortlists.
-        stage = stage._replace(recall=summary.recall(queries, database, row.short))
-    return Result(summary, row.seconds, stage)
+        stage = stage._replace(recall=summary.recall(queries, database, row.in_shortlist))
+    return RowScore(summary, row.seconds, stage)
 
 
 def row_name(encoder, metric):
@@ -266,35 +281,35 @@ def score_similarity_file(args):
     similarities = read_similarities(args.similarities)
     videos = set().union(*similarities.values())
     available = videos.union(similarities)  # an id in the table counts as one with features
-    evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, known=available)
+    evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, available)
     coverage = evaluation_set.coverage(available)
     print(coverage_line(args.dataset, evaluation_set, coverage))
-    unknown = evaluation_set.unknown(similarities, available - set(similarities))
+    unknown = evaluation_set.count_unknown_ids(similarities, available - set(similarities))
     if any(unknown.values()):
         print(
             f"ignored: {unknown['queries']} queries and {unknown['videos']} videos that the set"
-            " does not know"
+            " does not contain"
         )
     summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities))
-    results = {Path(args.similarities).stem: [Result(summary)]}
-    record = {"similarities": args.similarities, "unknown": unknown}
-    report(args, evaluation_set, coverage, results, record)
+    results = {Path(args.similarities).stem: [RowScore(summary)]}
+    run_info = {"similarities": args.similarities, "unknown": unknown}
+    report(args, evaluation_set, coverage, results, run_info)
     return 0
 
 
 def compare_seconds(results):
     """{row: [seconds, one for each model]}"""
     seconds = {}
-    for name, of_models in results.items():
-        seconds[name] = [round(result.seconds, 6) for result in of_models]
+    for name, per_model in results.items():
+        seconds[name] = [round(result.seconds, 6) for result in per_model]
     return seconds
 
 
-def report(args, evaluation_set, coverage, results, record):
-    """Print the tables; write the files that the flags name. `record`: further facts for JSON."""
+def report(args, evaluation_set, coverage, results, run_info):
+    """Print the tables; write the files that the flags name. `run_info`: further facts for JSON."""
     metrics = {}  # {row: [{name: value}, one for each model]}
-    for name, of_models in results.items():
-        metrics[name] = [result.summary.metrics for result in of_models]
+    for name, per_model in results.items():
+        metrics[name] = [result.summary.metrics for result in per_model]
     curves = trade_off(results)
     notes = coverage_notes(coverage)
 
@@ -311,7 +326,7 @@ def report(args, evaluation_set, coverage, results, record):
         "annotation": evaluation_set.source,
         "figures": metrics,
         "coverage": coverage,
-        **record,
+        **run_info,
         **({"trade_off": curves} if curves else {}),
         **provenance(),
     }
@@ -341,7 +356,7 @@ def add_input_arguments(group):
     add("-d", "--dataset", required=True, choices=EVALUATION_SETS, metavar="SET", help=sets)
     add(
         *("-fp", "--feature_path", "--features"),
-        help="HDF5 file with the features of the set's videos: ours, or with one dataset a video"
+        help="HDF5 file with the features of the set's videos: ours, or with one dataset per video"
         " as other groups have them, region features (T, R, C) too",
     )
     add(
@@ -361,7 +376,7 @@ def add_input_arguments(group):
         type=int,
         default=300,
         help="frames of a longer video that are used, from its middle; 0 takes all (default 300,"
-        " the paper's)",
+        " the released code's)",
     )
     add(
         "--similarities",
@@ -423,7 +438,7 @@ def add_run_arguments(group):
         "--cache",
         metavar="DIR",
         help="store descriptors here, and read those of the same weights and features; takes 4"
-        " bytes a value of every frame; all processes must see the folder",
+        " bytes per value of every frame; all processes must see the folder",
     )
     add(
         "--amp",

@@ -195,12 +195,12 @@ def metrics_and_speed(record):
     """
     row = list(record["figures"])[-1]
     queries = record["coverage"]["queries"]
-    of_models = []
+    per_model = []
     for metrics, seconds in zip(
         record["figures"][row], record["compare_seconds"][row], strict=True
     ):
-        of_models.append(metrics | {SPEED: 1000 * seconds / queries})
-    return of_models
+        per_model.append(metrics | {SPEED: 1000 * seconds / queries})
+    return per_model
 
 
 # --- how long it will take ----------------------------------------------------------------------

@@ -129,7 +129,7 @@ def timed(function, *arguments, **options):
 
 
 def measure_rate(dtype, seconds=3.0):
-    """This machine's best rate, in operations a second, of products of the encoder's shapes."""
+    """This machine's best rate, in operations per second, of products of the encoder's shapes."""
     a, b = torch.randn(4096, C).to(dtype), torch.randn(C, 2 * C).to(dtype)
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py --output train_step.json
 
-Plain: one HDF5 dataset a video in float32, every video padded to 300 frames, all negatives of all
+Plain: one HDF5 dataset per video in float32, every video padded to 300 frames, all negatives of all
 anchors in one batch, the bank copied, Adam as it comes. Ours: train.py run as users run it, on a
 packed half-precision store, in float32 and with --amp bfloat16.
 
@@ -83,7 +83,7 @@ def make_videos(folder, args):
 
 
 class PlainStore(dict):
-    """Video id -> (T, C), from one HDF5 dataset a video. Each process opens the file for itself."""
+    """Video id -> (T, C), from one HDF5 dataset per video. Each process opens the file for itself."""
 
     def __init__(self, path):
         self.path, self.file = path, None

@@ -1,12 +1,13 @@
 """What every evaluation set shares: ranking, average precision, coverage, similarity files.
 
-A set has queries, a database and a protocol. It knows nothing of models: it scores similarities
+A set has queries, a database and a protocol. It does not use models: it scores similarities
 of any source, either a table (Q, N) with the ids of its rows and columns, or a dictionary
-{query: {video: similarity}}. From the result to its parts, the dictionary's method in brackets:
+{query: {video: similarity}}. Each level of detail has methods for a table and for a
+dictionary:
 
-    evaluate_table (evaluate)   {name: value}, the metrics that papers print
-    per_query                   {task: {query: AP}}
-    rankings (rankings_of)      query by query, which ranks hold a relevant video
+    evaluate_table, evaluate   {name: value}, the metrics that papers print
+    per_query                  {task: {query: AP}}; only for a table
+    rankings, rankings_of      query by query, which ranks hold a relevant video
 """
 
 import contextlib
@@ -164,9 +165,9 @@ class EvaluationSet:
 
         Args:
             similarities: {query: {video: similarity}}
-            available: the ids that have features; by default every id in `similarities`. Of a
-                system that returns its best few only, pass all ids that it searched (for example
-                `queries + database`), or videos it never returned are not counted as missed.
+            available: the ids that have features; by default every id in `similarities`. If the
+                system returns only its top results, pass every id it searched (for example
+                `queries + database`); otherwise missed videos are not counted.
         Returns:
             {name: value}
         Raises:
@@ -265,11 +266,11 @@ class EvaluationSet:
                 num_relevant = _count_relevant(judgement, has_features)
                 if not num_relevant:
                     continue
-                of_task = ranked
+                task_ranked = ranked
                 if judgement.candidates is not None:
-                    of_task = ranked[self._mask(judgement.candidates)[ranked]]
-                hits = self._mask(judgement.relevant)[of_task]
-                tasks[task] = Ranking(hits, num_relevant, of_task)
+                    task_ranked = ranked[self._mask(judgement.candidates)[ranked]]
+                hits = self._mask(judgement.relevant)[task_ranked]
+                tasks[task] = Ranking(hits, num_relevant, task_ranked)
             yield query, tasks
 
     def _columns_in_database_order(self, ids, has_features):
@@ -316,8 +317,8 @@ class EvaluationSet:
             "queries_without_relevant": nothing_to_find,
         }
 
-    def unknown(self, queries: Iterable[str], videos: Iterable[str]) -> dict[str, int]:
-        """How many of these ids the set does not know: {"queries": count, "videos": count}."""
+    def count_unknown_ids(self, queries: Iterable[str], videos: Iterable[str]) -> dict[str, int]:
+        """How many of these ids are not in the set: {"queries": count, "videos": count}."""
         known_videos = self._position.keys() | self._query_index.keys()
         return {
             "queries": sum(query not in self._query_index for query in queries),
@@ -415,7 +416,7 @@ def annotation_errors(path: str | Path, form: str) -> Iterator[None]:
 def read_similarities(path: str | Path) -> dict[str, dict[str, float]]:
     """Read {query: {video: similarity}} from a JSON file, as any system may write it.
 
-    Ids that a set does not know are allowed (`EvaluationSet.unknown` counts them).
+    Ids that are not in a set are allowed (`EvaluationSet.count_unknown_ids` counts them).
 
     Raises:
         InputError: an id is given twice, a row is not an object, a similarity is not a number, or

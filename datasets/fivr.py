@@ -42,7 +42,7 @@ class FIVR(EvaluationSet):
 
 
 def load_fivr(directory: str | Path, labels: str, ids: str) -> FIVR:
-    """A set of two files: the labels of each query as JSON, and the database with an id a line."""
+    """A set of two files: the labels of each query as JSON, and the database, one id per line."""
     labels, ids = Path(directory) / labels, Path(directory) / ids
     annotation = _read_labels(labels)
     try:
@@ -58,7 +58,7 @@ def load_fivr(directory: str | Path, labels: str, ids: str) -> FIVR:
 def load_fivr_5k(directory: str | Path) -> FIVR:
     """FIVR-5K: the ids are in the pickle of ViSiL and DnS, the labels in the official JSON.
 
-    Without the official JSON, the labels of the pickle are used, and `source` says so.
+    Without the official JSON, the labels of the pickle are used, and `source` names it.
     """
     path = Path(directory) / "fivr.pickle"
     data = load_pickle(path)

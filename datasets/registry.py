@@ -31,14 +31,15 @@ EVALUATION_SETS: dict[str, Callable[[str | Path], EvaluationSet]] = {
 
 
 def load_evaluation_set(
-    name: str, directory: str | Path = ANNOTATION_DIR, known: Collection[str] = ()
+    name: str, directory: str | Path = ANNOTATION_DIR, available_ids: Collection[str] = ()
 ) -> EvaluationSet:
     """Read the set `name` from the annotation files in `directory`.
 
     Args:
-        known: the ids that have features; a set with two public spellings of its ids uses theirs
+        available_ids: the ids that have features; a set with two public spellings of its ids uses
+            their spelling
     """
     if name not in EVALUATION_SETS:
         raise InputError(f"dataset {name!r} is not known; choose from {', '.join(EVALUATION_SETS)}")
     read = EVALUATION_SETS[name]
-    return read(require_path(directory, "annotation folder")).with_ids_as_in(known)
+    return read(require_path(directory, "annotation folder")).with_ids_as_in(available_ids)

@@ -60,7 +60,7 @@ class Clock:
 
     Args:
         time_base: seconds of a timestamp's unit.
-        rate: frames a second, for frames whose timestamp does not tell.
+        rate: frames per second, for frames without a usable timestamp.
     """
 
     def __init__(self, time_base: Fraction, rate: Fraction) -> None:
@@ -94,8 +94,8 @@ class Clock:
 def at_timestamps(frames: Iterable[tuple], fps: Fraction, rate: Fraction) -> Iterator:
     """For k = 0, 1, ...: the first frame at or after k/fps seconds.
 
-    At 1 frame a second row k shows second k, whatever the video's own rate. A frame after a pause
-    of several seconds is kept once for each of them.
+    At 1 frame per second row k shows second k, for any frame rate. A frame after a pause of
+    several seconds is kept once for each of them.
     """
     k = 0
     for now, frame in frames:
@@ -223,9 +223,9 @@ def _decode(container, stream, rate, video, may_keep) -> Iterator[tuple[Fraction
 def _packets(container, stream, video) -> Iterator[tuple[av.Packet, deque]]:
     """(packet, nearby timestamps) in the file's order, up to where the file is cut short, if it is.
 
-    Nearby are the timestamps of the packet and of REORDER_WINDOW packets on either side. Of a
-    packet without timestamp, or whose frame is not shown (before the start of an edited MP4, say),
-    the timestamp is None.
+    Nearby are the timestamps of the packet and of REORDER_WINDOW packets on either side. The
+    timestamp is None for a packet without one, and for a packet whose frame is not shown (before
+    the start of an edited MP4, say).
     """
     nearby, waiting = deque(maxlen=2 * REORDER_WINDOW + 1), deque()
     try:

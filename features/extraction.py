@@ -38,16 +38,16 @@ FeatureFunction = Callable[[np.ndarray], np.ndarray]
 
 def extract(
     videos: Sequence[Video],
-    features: FeatureFunction,
+    compute_features: FeatureFunction,
     *,
     fps: Fraction = Fraction(1),
-    frames: str = "timestamp",
+    frame_rule: str = "timestamp",
     workers: int | None = None,
     time_limit: float = TIME_LIMIT,
     batch_sz: int = 8,
     streams: int = 1,
     threads: int = 1,
-    watch: Callable[[Video, np.ndarray], None] | None = None,
+    on_frame: Callable[[Video, np.ndarray], None] | None = None,
 ) -> Iterator[Video]:
     """Yield each video when it is finished: rows (C,) in `video.rows`, or `video.reason`.
 
@@ -55,24 +55,25 @@ def extract(
     the unfinished videos, not the length of a video.
 
     Args:
-        features: called on batches of exactly batch_sz frames, from `streams` threads.
-        fps: frames a second to keep.
-        frames: which ones, an entry of FRAME_RULES.
+        compute_features: called on batches of exactly batch_sz frames, from `streams` threads.
+        fps: frames per second to keep.
+        frame_rule: which ones, an entry of FRAME_RULES.
         workers: decoder processes; by default as many as cores.
-        time_limit: of a decoder, in seconds.
+        time_limit: seconds without a new frame; `decoding.Decoder` describes what happens to a
+            video that hangs.
         streams, threads: batches at a time, and threads of PyTorch for each; see
             `default_parallelism`.
-        watch: called with (video, frame) for every frame, a video's own in order, before its rows
-            are computed.
+        on_frame: called with (video, frame) for every frame, a video's own in order, before its
+            rows are computed.
     """
     workers = min(workers or os.cpu_count(), len(videos))
-    waiting = queue.Queue(2 * batch_sz)  # (video, frame)
+    frame_queue = queue.Queue(2 * batch_sz)  # (video, frame)
     todo = iter(videos)  # shared by the threads: a list's iterator is thread-safe
     stop = threading.Event()
-    decoders = [Decoder(fps, frames, time_limit) for _ in range(workers)]
+    decoders = [Decoder(fps, frame_rule, time_limit) for _ in range(workers)]
     feeders = []
     for decoder in decoders:
-        arguments = waiting, todo, decoder, stop
+        arguments = frame_queue, todo, decoder, stop
         feeders.append(threading.Thread(target=feed_queue, args=arguments, daemon=True))
     pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
 
@@ -91,15 +92,17 @@ def extract(
         try:
             for feeder in feeders:
                 feeder.start()
-            for batch in cut_batches(waiting, workers, batch_sz):
+            for batch in cut_batches(frame_queue, workers, batch_sz):
                 images = []
                 for i, (video, image) in enumerate(batch):
                     if image is not None:
                         images.append(image)
-                        if watch:
-                            watch(video, image)
+                        if on_frame:
+                            on_frame(video, image)
                     batch[i] = video, image is not None  # releases the pixels
-                future = pool.submit(_full_batch, features, images, batch_sz) if images else None
+                future = (
+                    pool.submit(_full_batch, compute_features, images, batch_sz) if images else None
+                )
                 pending.append((batch, future))
                 if len(pending) > streams:
                     yield from finish_oldest()
@@ -111,11 +114,11 @@ def extract(
                 decoder.kill()
             while any(feeder.is_alive() for feeder in feeders):
                 with contextlib.suppress(queue.Empty):  # a feeder may wait to put its frame
-                    waiting.get(timeout=0.05)
+                    frame_queue.get(timeout=0.05)
 
 
 def feed_queue(
-    waiting: queue.Queue, todo: Iterator[Video], decoder: Decoder, stop: threading.Event
+    frame_queue: queue.Queue, todo: Iterator[Video], decoder: Decoder, stop: threading.Event
 ) -> None:
     """A decoder's thread: put its frames into the queue until no video is left.
 
@@ -125,28 +128,28 @@ def feed_queue(
     try:
         for video in todo:
             for frame in decoder.frames(video):
-                waiting.put((video, frame))
+                frame_queue.put((video, frame))
                 if stop.is_set():
                     break
             if stop.is_set():
                 return
-            waiting.put((video, None))
-        waiting.put(None)
+            frame_queue.put((video, None))
+        frame_queue.put(None)
     except BaseException as error:
-        waiting.put(error)
+        frame_queue.put(error)
     finally:
         decoder.close()
 
 
-def cut_batches(waiting: queue.Queue, decoders: int, size: int) -> Iterator[list]:
+def cut_batches(frame_queue: queue.Queue, decoders: int, size: int) -> Iterator[list]:
     """Lists of (video, frame or None) from the queue, until all decoders have ended.
 
-    A batch has `size` frames. One of many videos' ends and few frames is cut earlier, so that
-    broken videos are reported soon. The last batch is what is left.
+    A batch has `size` frames. A batch is emitted early if it contains mostly end markers, so that
+    failures are reported soon. The last batch is what is left.
     """
     batch, count = [], 0
     while decoders:
-        item = waiting.get()
+        item = frame_queue.get()
         if isinstance(item, BaseException):
             raise item
         if item is None:
@@ -160,11 +163,11 @@ def cut_batches(waiting: queue.Queue, decoders: int, size: int) -> Iterator[list
     yield batch
 
 
-def _full_batch(features, images, size):
+def _full_batch(compute_features, images, size):
     """Rows of `images`, computed in a batch of `size`: its size may change a row's last bits."""
     batch = np.zeros((size, *images[0].shape), np.uint8)
     np.stack(images, out=batch[: len(images)])
-    return features(batch)[: len(images)]
+    return compute_features(batch)[: len(images)]
 
 
 def feature_function(
@@ -172,7 +175,7 @@ def feature_function(
 ) -> FeatureFunction:
     """The FeatureFunction of a backbone's stages, pooled, projected if given, in `dtype`."""
 
-    def features(frames):  # (B, 224, 224, 3) uint8
+    def compute_features(frames):  # (B, 224, 224, 3) uint8
         x = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (B, 3, 224, 224), channels-last memory
         with torch.inference_mode():
             pooled = [POOLINGS[pooling](stage) for stage in backbone(x)]  # (B, c) each
@@ -182,7 +185,7 @@ def feature_function(
             rows = projection(rows)
         return rows.astype(dtype)
 
-    return features
+    return compute_features
 
 
 # --- the machine's resources ---------------------------------------------------------------------
@@ -191,10 +194,10 @@ def feature_function(
 def default_parallelism(
     device: str | torch.device, cores: int, amp: str | None = None
 ) -> dict[str, int]:
-    """What `extract` should do at a time on a device: batch_sz frames, streams, threads of each.
+    """Defaults of `extract` for a device: batch_sz, streams, threads per stream.
 
-    On a CPU two threads share a batch in float32, and each has its own in bfloat16: with ResNet-50
-    on two cores 1.3 and 1.1 times as fast as the other way round. An odd core is left to decoding.
+    On a CPU, float32 uses 2 threads per batch, bfloat16 1 thread per batch: 1.3 and 1.1 times
+    faster than the opposite choice (ResNet-50, 2 cores). An odd core is left to decoding.
     """
     if torch.device(device).type != "cpu":
         return {"batch_sz": 64, "streams": 1, "threads": 1}
@@ -235,7 +238,7 @@ def update_store(
     output: Path,
     videos: Sequence[Video],
     settings: Mapping[str, str],
-    features: FeatureFunction,
+    compute_features: FeatureFunction,
     *,
     dtype: str = "float16",
     retry_failed: bool = False,
@@ -259,13 +262,14 @@ def update_store(
     sources = {video.id: file_stamp(video.path) for video in videos}
     report = ExtractionReport(output.with_suffix(".json"), settings)
     old = _open_finished(output, settings, dtype)
-    kept = set()  # whose rows stay as they are
+    unchanged = set()  # ids whose rows stay as they are
     for name in old:
         source = sources.get(name)
-        # Without a source the file is gone; a store older than its report is taken as current.
+        # Without a source the file is gone: its rows stay. If the report has no entry, assume the
+        # stored rows are up to date.
         if not source or report.stored_source(name) in (None, source):
-            kept.add(name)
-    failed = {name for name in sources if report.failed(name, sources[name])} - kept
+            unchanged.add(name)
+    failed = {name for name in sources if report.failed(name, sources[name])} - unchanged
     skipped = set() if retry_failed else failed
     if skipped:
         print(
@@ -273,19 +277,19 @@ def update_store(
             file=sys.stderr,
         )
 
-    todo = [video for video in videos if video.id not in kept | skipped]
+    todo = [video for video in videos if video.id not in unchanged | skipped]
     stored = set(old)
-    if todo or kept < stored:
+    if todo or unchanged < stored:
         present = {name: source for name, source in sources.items() if source}
         writer = StoreWriter(output, dtype, settings, present, renew=True)
-        # Kept rows are copied into the spool: the finished file stays until a new one replaces it.
-        for name in sorted(kept - writer.done):
+        # Unchanged rows are copied into the spool: the finished file stays until it is replaced.
+        for name in sorted(unchanged - writer.done):
             writer.add(name, old.read_verified(name))
         before = len(writer.done.intersection(sources))
         if before:
             print(f"resuming: {before} of {len(videos)} videos are stored", file=sys.stderr)
         todo = [video for video in todo if video.id not in writer.done]
-        stored = _extract_into(writer, todo, report, sources, features, options)
+        stored = _extract_into(writer, todo, report, sources, compute_features, options)
 
     # Stored, but not reported: by a run that was killed in between, or before reports were written.
     unreported = {name for name in stored if name not in report.rows or report.failed(name)}
@@ -312,11 +316,11 @@ def _open_finished(output, settings, dtype):
     return store
 
 
-def _extract_into(writer, videos, report, sources, features, options):
+def _extract_into(writer, videos, report, sources, compute_features, options):
     """Extract `videos` into the store and the report; returns the ids that are then stored."""
     try:
         with writer, tqdm(total=len(videos), unit="video") as bar:
-            for video in extract(videos, features, **options):
+            for video in extract(videos, compute_features, **options):
                 frames = write_video(writer, video)
                 report.add(video, sources[video.id], frames)
                 if video.reason:

@@ -1,6 +1,6 @@
 """The report of an extraction: what became of every video. Neither a kill nor a later run loses it.
 
-The report is NAME.json. While a run works, rows are appended to NAME.json.part, a line a video.
+The report is NAME.json. While a run works, one line per video is appended to NAME.json.part.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class ExtractionReport:
             ) from None
 
     def _replay(self, lines):
-        """Take over the rows that a killed run logged, [id, digest of the settings, row] a line."""
+        """Take over the rows that a killed run logged: a line [id, settings digest, row] each."""
         for line in lines:
             with contextlib.suppress(ValueError):  # cut short by the kill
                 name, settings, row = json.loads(line)

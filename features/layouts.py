@@ -1,4 +1,4 @@
-"""Other layouts of feature files: a folder of .npy, and one HDF5 dataset a video."""
+"""Other layouts of feature files: a folder of .npy, and one HDF5 dataset per video."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ class NpyFolder(FeatureStore):
         return found, {**description["meta"], "checksum": description["checksum"]}
 
     def _description(self):
-        """The content of DESCRIPTION; without that file, of one that says nothing."""
+        """The content of DESCRIPTION; without that file, an empty description."""
         file = self.path / DESCRIPTION
         try:
             description = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -71,7 +71,7 @@ def write_datasets(
     feature_size: int,
     meta: Mapping[str, Any],
 ) -> None:
-    """Write one HDF5 dataset a video, as the released code reads; arguments of `write_store`."""
+    """Write one HDF5 dataset per video, as the released code reads; arguments of `write_store`."""
     groups = set()  # the HDF5 groups that ids with slashes make: a/b/c lies in a and in a/b
     for video in lengths:
         parts = video.split("/")

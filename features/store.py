@@ -1,6 +1,7 @@
 """Feature files: `FeatureStore` reads them, `StoreWriter` and `write_store` write them.
 
-A file holds N videos, each an array (T, C): T sampled frames (one a second by default), C channels.
+A file holds N videos, each an array (T, C): T sampled frames (by default one per second), C
+channels.
 """
 
 import fcntl
@@ -27,11 +28,16 @@ class FeatureStore(Mapping):
 
     The layout is recognised by what the file holds:
 
-    - one dataset (T, C) a video, named by its id, in which slashes are groups: the layout of the
-      released code. Region features (T, R, C), as other groups publish them, are averaged over R;
-      a notice on stderr says so;
-    - packed, by `write_store`: `frames` (sum of T, C), `offsets` (N+1,) and `ids` (N,). Contiguous
-      frames are memory-mapped: a slice copies nothing, and data-loading workers share the pages.
+    - one dataset (T, C) per video, named by its id, in which slashes are groups: the layout of the
+      released code. Region features (T, R, C), as other groups publish them, are averaged over R,
+      with a notice on stderr;
+    - packed, by `write_store`: `frames` (sum of T, C), `offsets` (N+1,), `ids` (N,) and
+      `checksums` (N,). Contiguous frames are memory-mapped: a slice copies nothing, and
+      data-loading workers share the pages.
+
+    The attributes of the file are the settings that made the features (`meta`), each under its own
+    name, and `checksum`. Checksums are optional: each dataset of the first layout may have its own
+    in an attribute `checksum`.
 
     Args:
         path: the HDF5 file.
@@ -60,17 +66,17 @@ class FeatureStore(Mapping):
         self._handle = (None, None)  # id of the process that opened it, the open HDF5 file
         self._frames = None  # of the packed layout: all rows, memory-mapped where contiguous
         self._sums = None  # {id: checksum}, read on first use
-        found, self.meta = self._scan()
+        shapes, self.meta = self._scan()
         self.checksum = self.meta.pop("checksum", None)
-        if not found:
+        if not shapes:
             raise InputError(
                 f"feature file {str(path)!r} holds no video; extract features into it first"
             )
-        widths = Counter(shape[-1] for shape, _ in found.values() if shape)
+        widths = Counter(shape[-1] for shape, _ in shapes.values() if shape)
         self.feature_size = feature_size or max(widths, key=widths.get, default=0)
         self.lengths, self.bad = {}, {}
         dtypes, regions = set(), set()
-        for video, (shape, dtype) in found.items():
+        for video, (shape, dtype) in shapes.items():
             if reason := self._reason_to_skip(shape, dtype):
                 self.bad[video] = reason
                 continue
@@ -104,19 +110,19 @@ class FeatureStore(Mapping):
         return f"has shape {shape} of {dtype}, expected numbers {wanted} with T >= 1"
 
     def _scan(self):
-        """({id: (shape, dtype)}, attributes); of a video that cannot be read ((), reason)."""
-        file, found = self._file(), {}
+        """({id: (shape, dtype)}, attributes); ((), reason) for a video that cannot be read."""
+        file, shapes = self._file(), {}
         packed = [file.get(name) for name in ("frames", "offsets", "ids")]
 
         def visit(name, item):
             if isinstance(item, h5py.Dataset):
-                found[name] = item.shape or (), item.dtype  # h5py.Empty has no shape
+                shapes[name] = item.shape or (), item.dtype  # h5py.Empty has no shape
 
         if all(isinstance(item, h5py.Dataset) for item in packed):
-            found = self._scan_packed(*packed)
+            shapes = self._scan_packed(*packed)
         else:
             file.visititems(visit)
-        return found, {name: _json_like(value) for name, value in file.attrs.items()}
+        return shapes, {name: _json_like(value) for name, value in file.attrs.items()}
 
     def _file(self):
         """The HDF5 file, opened once in each process: its handles do not survive a fork."""
@@ -148,14 +154,14 @@ class FeatureStore(Mapping):
         if frames.chunks is None and (start := frames.id.get_offset()) is not None:  # contiguous
             frames = np.memmap(self.path, frames.dtype, "r", start, frames.shape)
         self._frames = frames
-        self._bounds, found = {}, {}
+        self._bounds, shapes = {}, {}
         offsets = offsets.tolist()
         for video, begin, end in zip(ids, offsets[:-1], offsets[1:], strict=True):
             self._bounds[video] = begin, end
-            found[video] = (end - begin, frames.shape[1]), frames.dtype
-        if len(found) < len(ids):
+            shapes[video] = (end - begin, frames.shape[1]), frames.dtype
+        if len(shapes) < len(ids):
             raise InputError(f"feature file {str(self.path)!r} names a video twice; write it again")
-        return found
+        return shapes
 
     def _read(self, video):
         """The array of `video` as it is stored: (T, C) or (T, R, C)."""
@@ -331,7 +337,7 @@ class StoreWriter:
         with StoreWriter("features.hdf5", meta={"backbone": "resnet50"}) as writer:
             writer.add("video id", rows)  # (T, C)
 
-    Rows are appended to PATH.part, the spool, and a line for each video to PATH.part.jsonl, the
+    Rows are appended to PATH.part, the spool, and one line per video to PATH.part.jsonl, the
     journal. When the `with` block ends without an error they are packed into PATH, atomically. A
     later writer of the same path, dtype and meta resumes.
 
@@ -340,8 +346,8 @@ class StoreWriter:
         meta: the file's attributes: what makes the features.
         sources: {id: text} that describes what each video's rows are made from, such as the size
             and time of its file, to detect changes between two runs.
-        renew: of a spooled video whose source has changed, drop the rows, so that it can be added
-            again; keep spooled videos that `sources` does not name.
+        renew: If a video's source has changed since it was spooled, drop its rows so it can be
+            added again. Spooled videos missing from `sources` stay.
 
     Attributes:
         done: the ids whose rows are stored.
@@ -381,13 +387,13 @@ class StoreWriter:
         log = open(self._journal, "a", encoding="utf-8")
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # No link left: between open and flock its writer finished and removed the journal.
-            taken = not os.fstat(log.fileno()).st_nlink
+            # Link count 0: the previous writer deleted the journal between our open and our lock.
+            locked_by_other = not os.fstat(log.fileno()).st_nlink
         except BlockingIOError:
-            taken = True
+            locked_by_other = True
         except OSError:
-            taken = False  # this file system does not support locks
-        if taken:
+            locked_by_other = False  # this file system does not support locks
+        if locked_by_other:
             log.close()
             raise InputError(
                 f"another run is writing {str(self.path)!r}; wait for its end, "
@@ -398,7 +404,7 @@ class StoreWriter:
     def _read_journal(self):
         """The entries whose rows the spool holds in full; both files restart if there are none."""
         header = {"dtype": self.dtype.name, "meta": self.meta}
-        unread = self._spool.stat().st_size if self._spool.exists() else 0  # bytes of the spool
+        spool_bytes_left = self._spool.stat().st_size if self._spool.exists() else 0
         lines, size = [], 0
         for raw in self._journal.read_bytes().splitlines(keepends=True):
             try:
@@ -408,9 +414,11 @@ class StoreWriter:
             if line is None:
                 break  # the run was killed while it wrote this line
             if lines:
-                # Measured in the spool's own type, not ours: if refused below, it stays whole.
-                unread -= line["T"] * line["C"] * np.dtype(lines[0]["dtype"]).itemsize
-            if unread < 0:
+                # Row size comes from the journal's own dtype: if that is refused below, the spool
+                # must stay complete.
+                itemsize = np.dtype(lines[0]["dtype"]).itemsize
+                spool_bytes_left -= line["T"] * line["C"] * itemsize
+            if spool_bytes_left < 0:
                 break  # after a power cut the journal can be ahead of the spool
             lines.append(line)
             size += len(raw)
@@ -435,7 +443,7 @@ class StoreWriter:
 
     def _up_to_date(self, sources, renew):
         """The ids whose spooled rows are made from their current source."""
-        # Of a video that was renewed the last entry counts.
+        # A re-added video has several entries; the last one counts.
         spooled = {entry["id"]: entry["source"] for entry in self._entries}
         if sources is None:
             current = spooled
@@ -495,7 +503,7 @@ class StoreWriter:
     def _pack(self):
         """Write PATH from the spool."""
         width, start = self._entries[0]["C"], 0
-        parts = {}  # {id: its slice of the spool}; of a renewed video the last one
+        parts = {}  # {id: its slice of the spool}; the last one of a re-added video
         for entry in self._entries:
             end = start + entry["T"]
             if entry["id"] in self.done:

@@ -3,7 +3,7 @@
     C=pre-processing/convert.py
     python $C to features.hdf5 FOLDER                           # the packed layout -> ID.npy
     python $C to FOLDER features.hdf5                           # and back
-    python $C to features.hdf5 theirs.hdf5 --layout datasets    # one dataset a video
+    python $C to features.hdf5 theirs.hdf5 --layout datasets    # one dataset per video
     python $C merge features.*of4.hdf5 --output features.hdf5   # the shards of an extraction
     python $C split features.hdf5 --ids train.txt train.hdf5 --rest test.hdf5
     python $C info features.hdf5
@@ -12,7 +12,7 @@
 
 A source is an HDF5 file of either layout or a folder of .npy; which one is recognised. Videos are
 (T, C), or (T, R, C), of which the regions are averaged. In a folder of .npy an id with slashes is
-a path. Videos are read one at a time, whatever the size of the file.
+a path. Videos are read one at a time, for a file of any size.
 
 Values stay the same to the bit unless --dtype changes their type. So does the checksum, which is
 of the content, not of the layout. Outputs are written whole or not at all.

@@ -1,4 +1,4 @@
-"""Frame features of a collection of videos, one row a second, into one HDF5 file.
+"""Frame features of a collection of videos, one row per second, into one HDF5 file.
 
     P=pre-processing/extract_features.py
     python $P VIDEOS --output features.hdf5                    # a folder and those below it
@@ -46,7 +46,7 @@ from features.pooling import POOLINGS
 from utils import InputError, Parser
 
 # Options that go to `features.extraction.extract` and `update_store` as they are.
-EXTRACT_OPTIONS = ("fps", "frames", "workers", "time_limit", "batch_sz", "streams", "threads")
+EXTRACT_OPTIONS = ("fps", "workers", "time_limit", "batch_sz", "streams", "threads")
 STORE_OPTIONS = ("dtype", "retry_failed")
 
 
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--fps",
         type=parse_fps,
         default=Fraction(1),
-        help="frames a second (default 1, the paper's)",
+        help="frames per second (default 1, the paper's)",
     )
     add(
         "--frames",
@@ -121,7 +121,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--batch_sz",
         type=int,
-        help="frames a batch (default: 8 on a CPU, where more is not faster; 64 on a GPU)",
+        help="frames per batch (default: 8 on a CPU, where more is not faster; 64 on a GPU)",
     )
     options = parser.parse_args(argv)
     validate(options)
@@ -186,9 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             projection.check(sum(backbone.channels), what)
 
     settings = extraction_settings(options, backbone, projection)
-    features = feature_function(backbone, options.pooling, projection, options.dtype)
+    compute_features = feature_function(backbone, options.pooling, projection, options.dtype)
     passed_on = {name: getattr(options, name) for name in STORE_OPTIONS + EXTRACT_OPTIONS}
-    rows = update_store(output, videos, settings, features, **passed_on)
+    passed_on["frame_rule"] = options.frames
+    rows = update_store(output, videos, settings, compute_features, **passed_on)
 
     failed = sum(row["status"] == "failed" for row in rows.values())
     written = f"{len(rows) - failed} in {output}" if failed < len(rows) else f"no {output} written"

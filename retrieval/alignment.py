@@ -111,8 +111,8 @@ def tn(
     equal to the last of them), if their similarity is at least `min_similarity`. Edges go forwards
     by 1 to `step` frames in both videos. The similarity is the weight of the heaviest path, the sum
     of its nodes' similarities, divided by Tq: 1 for a copy, 0 without a node. The division is our
-    choice; the paper was not at hand. Its rule against edges that pass over a node is not needed: a
-    heaviest path of positive weights takes that node.
+    choice; the paper was not available. Its rule against edges that pass over a node is not needed:
+    a heaviest path of positive weights takes that node.
 
     top and step are those of VCSL (He et al., CVPR 2022) and of the TCA release, min_similarity
     that of VCSL. The release has .8, which copies do not reach in whitened features.
@@ -164,9 +164,9 @@ def align(
     both videos, while a part of the query may recur in the target.
 
     At the defaults 1 in 100 unrelated pairs of the demo has a segment under its TCA (1 in 200
-    untrained), and 70 % of the graded copies of 3 s and more (54 %). Their ends are off by .4 s in
-    the median, at 1 frame a second. The defaults were chosen among 12 on these very pairs. Features
-    that are not whitened need a higher min_similarity (.6: no false segment, 20 %).
+    untrained), and 70 % of the edited copies of 3 s and more (54 %). Their ends are off by .4 s in
+    the median, at 1 frame per second. The defaults were chosen among 12 on these very pairs.
+    Features that are not whitened need a higher min_similarity (.6: no false segment, 20 %).
 
     Args:
         min_score: the least score of a segment.

@@ -1,4 +1,6 @@
-"""Queries against a database under a memory bound: queries are held, the database streams past.
+"""Compare queries with a database in bounded memory.
+
+Query descriptors stay in memory, database videos are encoded in batches.
 
 `compare_collections` gives whole tables of similarities (Q, N). `Comparison` also compares chosen
 pairs only. Two-stage search needs that: rank by video descriptors, take the first R of each query
@@ -40,16 +42,16 @@ MIN_CHUNK_BYTES = 16 << 20
 class Comparison:
     """Compares queries with a database, both lists of ids, by several metrics.
 
-    Each call of `tables` encodes every video of the database once. Processes take turns at the
-    batches, so tables are the same to the last bit for any number of processes. The exception is
-    cosine by FAISS, which multiplies in groups: there the last bits may differ.
+    Each call of `tables` encodes every video of the database once. Batches are assigned
+    round-robin and do not depend on the number of processes, so the tables are bit-identical.
+    The exception is cosine by FAISS, which multiplies in groups: there the last bits may differ.
 
     Args:
         video_encoder: its batches are made smaller where the memory bound requires it.
-        memory: GiB that this process may hold, including what it holds already.
-        cache: folder in which descriptors are kept (`cache_descriptors`).
+        memory: GiB that this process may hold, including what it has allocated already.
+        cache: folder in which descriptors are stored (`cache_descriptors`).
         use_faiss: compute cosine by FAISS over all of this process's video descriptors at once,
-            which are then held.
+            which then stay in memory.
         comparator: the network of the metric of that name.
         dtype: type in which frame descriptors are multiplied.
 
@@ -121,14 +123,14 @@ class Comparison:
     def _plan(self, memory, metrics, dtype):
         """(frames of a batch, bytes of a chunk of similarities) for a total of `memory` bytes."""
         Q, N, D = len(self.queries), len(self.database), self.video_encoder.encoder.descriptor_size
-        held = 4 * Q * D  # the queries' video descriptors
+        needed_bytes = 4 * Q * D  # the queries' video descriptors
         if "frame" in self.levels:
-            held += dtype.itemsize * D * sum(self.lengths[query] for query in self.queries)
+            needed_bytes += dtype.itemsize * D * sum(self.lengths[query] for query in self.queries)
         # Tables: this process's columns, then all columns in order.
-        held += 4 * Q * N * (2 * len(metrics) + 1)
+        needed_bytes += 4 * Q * N * (2 * len(metrics) + 1)
         if self.use_faiss:  # vectors, values and their positions
-            held += (4 * N * D + 12 * Q * N) // self.dist.world_size
-        left = memory - resident_bytes() - held
+            needed_bytes += (4 * N * D + 12 * Q * N) // self.dist.world_size
+        left = memory - resident_bytes() - needed_bytes
 
         # First smaller batches, then smaller chunks.
         longest, frames = max(self.lengths.values()), self.video_encoder.batch_frames
@@ -137,10 +139,10 @@ class Comparison:
             frames //= 2
         left -= batch_bytes(longest, frames)
         if left < MIN_CHUNK_BYTES:
-            needed = (memory + MIN_CHUNK_BYTES - left) / 2**30 + 0.005  # to round up
+            required = (memory + MIN_CHUNK_BYTES - left) / 2**30 + 0.005  # to round up
             raise InputError(
                 f"--memory {memory / 2**30:.3g} GiB does not hold the queries, the tables and"
-                f" a batch of {max(frames, longest)} frames; give {needed:.2f} or more,"
+                f" a batch of {max(frames, longest)} frames; give {required:.2f} or more,"
                 " or a smaller --padding_size"
             )
         if left >= CHUNK_BYTES:
@@ -176,7 +178,6 @@ class Comparison:
         if pair_mask is not None:
             videos = [self.database[i] for i in np.flatnonzero(pair_mask.any(0))]
         batches = list(self.video_encoder.batches(videos))
-        # Processes take turns at the batches.
         shares = [batches[rank :: self.dist.world_size] for rank in range(self.dist.world_size)]
         with self.dist.exit_together_on_error():
             own = self._compare(shares[self.dist.rank], metrics, pair_mask)
@@ -215,8 +216,8 @@ class Comparison:
                 if pair_mask is not None:
                     pairs = pair_mask[:, [self.column[video] for video in batch]]
                 for level in levels:
-                    of_level = [metric for metric in metrics if level_of(metric) == level]
-                    blocks = self._similarities(level, targets[level], of_level, pairs)
+                    level_metrics = [metric for metric in metrics if level_of(metric) == level]
+                    blocks = self._similarities(level, targets[level], level_metrics, pairs)
                     for metric, block in blocks.items():
                         out[metric][start:end] = block.T
                 self.seconds += time.perf_counter() - began
@@ -243,8 +244,8 @@ class Comparison:
             query = PackedDescriptors(query_rows[i], [len(query_rows[i])])
             chosen = np.flatnonzero(pairs[i])
             rows = [target_rows[j] for j in chosen]
-            some = PackedDescriptors(torch.cat(rows), [len(part) for part in rows])
-            tables = similarity_tables(query, some, metrics, **self.options)
+            chosen_targets = PackedDescriptors(torch.cat(rows), [len(part) for part in rows])
+            tables = similarity_tables(query, chosen_targets, metrics, **self.options)
             for metric, table in tables.items():  # (1, len(chosen))
                 blocks[metric][i, chosen] = table[0]
         return blocks
@@ -318,24 +319,24 @@ def shortlist(table: np.ndarray, R: int) -> np.ndarray:
 
     Ties are in column order.
     """
-    short = np.zeros(np.shape(table), bool)
-    for row, values in zip(short, table, strict=True):
+    in_shortlist = np.zeros(np.shape(table), bool)
+    for row, values in zip(in_shortlist, table, strict=True):
         row[np.argsort(-values, kind="stable")[:R]] = True
-    return short
+    return in_shortlist
 
 
-def two_stage(first: np.ndarray, second: np.ndarray, short: np.ndarray) -> np.ndarray:
+def two_stage(first: np.ndarray, second: np.ndarray, in_shortlist: np.ndarray) -> np.ndarray:
     """Rank the shortlisted videos first, by `second`, then the others, by `first`.
 
     The values are ranks counted from the end, because similarities of two metrics have no common
     scale. Ties are in column order.
 
     Args:
-        first, second: similarities (Q, N); `second` may be NaN where `short` is false.
-        short: (Q, N) bool, the shortlists.
+        first, second: similarities (Q, N); `second` may be NaN where `in_shortlist` is false.
+        in_shortlist: (Q, N) bool, the shortlists.
     """
     ranks, N = np.empty(np.shape(first), np.float32), len(first[0])
-    for row, by_first, by_second, listed in zip(ranks, first, second, short, strict=True):
+    for row, by_first, by_second, listed in zip(ranks, first, second, in_shortlist, strict=True):
         values = np.where(listed, by_second, by_first)
         order = np.lexsort((-values, ~listed))  # by ~listed, then by -values
         row[order] = np.arange(N, 0, -1)

@@ -1,7 +1,7 @@
-"""Descriptors of a collection of videos: encoded in batches of like length, or read from a cache.
+"""Descriptors of a collection of videos, encoded in batches of similar length or read from a cache.
 
 A video has one descriptor at level "video" and T at level "frame", all L2-normalised. Those of
-several videos come as one `PackedDescriptors` a level.
+several videos come as one `PackedDescriptors` per level.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ LEVELS = ("video", "frame")
 # Frames of a batch, padding included: enough for the full rate of matrix products.
 BATCH_FRAMES = 8192
 
-# Videos of like length are looked for among neighbours in the file, so that reading stays
-# sequential. So many batches' worth of neighbours are a window.
+# Sort by length only within windows of 16 batches of consecutive videos, so that reading stays
+# sequential.
 WINDOW_BATCHES = 16
 
 
@@ -92,7 +92,7 @@ class VideoEncoder:
         return min(length, self.padding_size or length)
 
     def batches(self, videos: Iterable[str]) -> Iterator[list[str]]:
-        """Split videos into batches: neighbours in the file, of like length, each video once.
+        """Split videos into batches: neighbours in the file, of similar length, each video once.
 
         The batches depend on the videos alone. Any number of processes can share them without
         changing a bit of a descriptor.
@@ -181,7 +181,7 @@ class VideoEncoder:
             stat = self.store.path.stat()
             file = [stat.st_size, stat.st_mtime_ns]
         features = [self.store.fingerprint(), file]
-        # Caches are named by it: another list would leave those of earlier revisions unused.
+        # This digest names the cache files: changing the list invalidates existing caches.
         return digest([weights.hexdigest(), settings, *features, self.padding_size, str(self.amp)])
 
 
@@ -195,7 +195,7 @@ def encode_collection(
     dist: Distributed,
     progress: bool = False,
 ) -> Iterator[tuple[list[str], dict[str, PackedDescriptors]]]:
-    """Encode batches of videos on all processes, in rounds of one batch a process.
+    """Encode batches of videos on all processes, in rounds of one batch per process.
 
     Yields, on every process alike, the videos of a round and {level: their descriptors} on the CPU.
     Every process must consume all rounds.
@@ -280,7 +280,8 @@ def cache_descriptors(
 ) -> CachedDescriptors:
     """The descriptors of `videos` in `folder`; those that are missing are encoded first.
 
-    Each level is one packed store: KEY-video.hdf5, (1, D) a video, and KEY-frame.hdf5, (T, D).
+    Each level is one packed store: KEY-video.hdf5 with (1, D) per video, and KEY-frame.hdf5
+    with (T, D).
     KEY is a digest of weights, settings, features and videos, so nothing stale is read. Values are
     float32: results are those of a run without a cache. A run that was killed resumes. All
     processes must see the folder; the main process writes.
@@ -288,7 +289,7 @@ def cache_descriptors(
     dist = dist or Distributed()
     key = digest([video_encoder.identity(), sorted(videos)])
     files = {level: Path(folder) / f"{key}-{level}.hdf5" for level in levels}
-    # The main process's view: all take part in writing, or none.
+    # Decided by the main process, so that all processes take the same branch.
     absent = dist.broadcast([level for level, file in files.items() if not file.exists()])
     if absent:
         absent = {level: files[level] for level in absent}
@@ -325,7 +326,7 @@ def _write_cache(files, video_encoder, videos, dist, progress):
 
 
 def resident_bytes() -> int:
-    """Bytes of memory that this process holds, or its peak where the system does not say."""
+    """Bytes of this process's resident memory, or its peak where the system lacks /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):

@@ -1,6 +1,6 @@
 """The results of an evaluation as text, as JSON, and as one self-contained HTML page.
 
-Results are {row: [Result, one for each model]}. A row is an encoder with a measure, and has
+Results are {row: [RowScore, one for each model]}. A row is an encoder with a measure, and has
 several models if the seeds of one setting are scored together.
 
 Jinja2 and matplotlib are imported by the functions that need them.
@@ -42,26 +42,31 @@ class Summary(NamedTuple):
     first_ranks: dict
     relevant: dict
 
-    def recall(self, queries: Sequence[str], database: Sequence[str], short: np.ndarray) -> float:
+    def recall(
+        self, queries: Sequence[str], database: Sequence[str], in_shortlist: np.ndarray
+    ) -> float:
         """The share of a query's relevant videos in its shortlist, mean over queries.
 
         Args:
-            queries, database: the ids of the rows and columns of `short`
-            short: (Q, N) bool
+            queries, database: the ids of the rows and columns of `in_shortlist`
+            in_shortlist: (Q, N) bool
         """
         row = {query: i for i, query in enumerate(queries)}
         column = {video: j for j, video in enumerate(database)}
         shares = []
         for query, (videos, count) in self.relevant.items():
             columns = [column[video] for video in videos]
-            shares.append(short[row[query], columns].sum() / count)
+            shares.append(in_shortlist[row[query], columns].sum() / count)
         return float(np.mean(shares))
 
 
-class Stage(NamedTuple):
+class RerankStage(NamedTuple):
     """The second stage of a row of two-stage search.
 
-    metric: the frame-level metric; None if there is no second stage (R = 0)
+    The ranking by video descriptors alone is the first point of the trade-off curve: metric None,
+    R = 0, cost 0.
+
+    metric: the frame-level metric; None without a second stage
     R: how many videos of each query are compared by frames
     cost: the share of all pairs of frames that this takes
     recall: the share of a query's relevant videos among its first R, mean over queries, which
@@ -74,12 +79,12 @@ class Stage(NamedTuple):
     recall: float | None = None
 
 
-class Result(NamedTuple):
+class RowScore(NamedTuple):
     """What one model scored in one row. seconds: time spent comparing, without encoding."""
 
     summary: Summary
     seconds: float | None = None
-    stage: Stage | None = None
+    stage: RerankStage | None = None
 
 
 def summarise(evaluation_set: EvaluationSet, rankings: Iterable) -> Summary:
@@ -89,7 +94,7 @@ def summarise(evaluation_set: EvaluationSet, rankings: Iterable) -> Summary:
     first_ranks, relevant = {}, {}
 
     def observed():
-        """The same rankings. They are too large to keep, so what is shown is taken in passing."""
+        """The same rankings. They are too large to keep, so the shown part is copied here."""
         for query, tasks in rankings:
             for task, (hits, num_relevant, positions) in tasks.items():
                 curves[task].append(precision_recall(hits, num_relevant))
@@ -103,28 +108,28 @@ def summarise(evaluation_set: EvaluationSet, rankings: Iterable) -> Summary:
             yield query, tasks
 
     aps = evaluation_set.average_precisions(observed())
-    means = {task: np.mean(of_queries, 0) for task, of_queries in curves.items() if of_queries}
+    means = {task: np.mean(per_query, 0) for task, per_query in curves.items() if per_query}
     return Summary(evaluation_set.metrics(aps), aps, means, first_ranks, relevant)
 
 
-def trade_off(results: Mapping[str, Sequence[Result]]) -> dict[str, list[dict]]:
-    """What two-stage search costs and reaches, for each frame-level metric.
+def trade_off(results: Mapping[str, Sequence[RowScore]]) -> dict[str, list[dict]]:
+    """The cost and the metrics of two-stage search, for each frame-level metric.
 
     Returns:
-        {metric: lines by ascending cost}. A line has the mean over models of cost, recall (see
-        `Stage`) and figures {name: value}, besides row, R, and share: its first figure divided by
-        that of the exhaustive row, None if that row was not computed.
+        {metric: lines by ascending cost}. A line has row, R, and the means over models of cost,
+        recall (see `RerankStage`) and figures {name: value}. Its share is its first figure divided
+        by that of the exhaustive row, None if that row was not computed.
     """
-    staged = {row: of_models for row, of_models in results.items() if of_models[0].stage}
-    metrics = dict.fromkeys(of_models[0].stage.metric for of_models in staged.values())
+    staged = {row: per_model for row, per_model in results.items() if per_model[0].stage}
+    metrics = dict.fromkeys(per_model[0].stage.metric for per_model in staged.values())
     curves = {}
     for metric in metrics:
         if metric is None:
             continue
         lines = []
-        for row, of_models in staged.items():
-            if of_models[0].stage.metric in (metric, None):
-                lines.append(_trade_off_line(row, of_models))
+        for row, per_model in staged.items():
+            if per_model[0].stage.metric in (metric, None):
+                lines.append(_trade_off_line(row, per_model))
         lines.sort(key=lambda line: (line["cost"], line["R"]))
         name = next(iter(lines[0]["figures"]))
         exhaustive = lines[-1]["figures"][name] if lines[-1]["cost"] == 1 else None
@@ -134,14 +139,14 @@ def trade_off(results: Mapping[str, Sequence[Result]]) -> dict[str, list[dict]]:
     return curves
 
 
-def _trade_off_line(row, of_models):
-    stages = [result.stage for result in of_models]
+def _trade_off_line(row, per_model):
+    stages = [result.stage for result in per_model]
     recall = None
     if stages[0].recall is not None:
         recall = float(np.mean([stage.recall for stage in stages]))
     figures = {}
-    for name in of_models[0].summary.metrics:
-        figures[name] = float(np.mean([result.summary.metrics[name] for result in of_models]))
+    for name in per_model[0].summary.metrics:
+        figures[name] = float(np.mean([result.summary.metrics[name] for result in per_model]))
     return {
         "row": row,
         "R": stages[0].R,
@@ -181,8 +186,8 @@ def table_lines(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> list[st
     """
     names = list(next(iter(metrics.values()))[0])
     cells = [["", *names]]
-    for row, of_models in metrics.items():
-        values = [format_mean_std([one[name] for one in of_models]) for name in names]
+    for row, per_model in metrics.items():
+        values = [format_mean_std([one[name] for one in per_model]) for name in names]
         cells.append([row, *values])
     if len(names) > MAX_COLUMNS:
         cells = list(zip(*cells, strict=True))
@@ -226,7 +231,7 @@ def format_mean_std(values: Sequence[float]) -> str:
 def save_similarities(
     path: str | Path, queries: Sequence[str], database: Sequence[str], table: np.ndarray
 ) -> None:
-    """Write {query: {video: similarity}} as JSON, a query at a time."""
+    """Write {query: {video: similarity}} as JSON, one query at a time."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i, (query, row) in enumerate(zip(queries, table, strict=True)):
             rounded = (float(f"{value:.6g}") for value in row)
@@ -239,7 +244,7 @@ def save_similarities(
 def write_report(
     folder: str | Path,
     record: Mapping,
-    results: Mapping[str, Sequence[Result]],
+    results: Mapping[str, Sequence[RowScore]],
     notes: Sequence[str],
 ) -> None:
     """Write FOLDER/index.html, one file that needs no network.
@@ -289,13 +294,13 @@ def _best_row(results):
     return max(results, key=first_metric)
 
 
-def _mean_aps(of_models):
+def _mean_aps(per_model):
     """{task: {query: AP}}, the mean over the models of a row."""
     means = {}
-    for task, queries in of_models[0].summary.aps.items():
+    for task, queries in per_model[0].summary.aps.items():
         means[task] = {}
         for query in queries:
-            values = [result.summary.aps[task][query] for result in of_models]
+            values = [result.summary.aps[task][query] for result in per_model]
             means[task][query] = float(np.mean(values))
     return means
 
@@ -303,11 +308,11 @@ def _mean_aps(of_models):
 def _mean_curves(results, skip):
     """{task: {row: precision (21,)}}, the mean over the models of each row."""
     means = {}
-    for row, of_models in results.items():
+    for row, per_model in results.items():
         if row in skip:
             continue
-        for task in of_models[0].summary.curves:
-            curves = [result.summary.curves[task] for result in of_models]
+        for task in per_model[0].summary.curves:
+            curves = [result.summary.curves[task] for result in per_model]
             means.setdefault(task, {})[row] = np.mean(curves, 0)
     return means
 
@@ -324,10 +329,10 @@ def _between_the_stages(curves):
 def _means_and_deviations(figures):
     """{row: {name: (mean, sample standard deviation or None)}}."""
     cells = {}
-    for row, of_models in figures.items():
+    for row, per_model in figures.items():
         cells[row] = {}
-        for name in of_models[0]:
-            values = [one[name] for one in of_models]
+        for name in per_model[0]:
+            values = [one[name] for one in per_model]
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
             cells[row][name] = float(np.mean(values)), deviation
     return cells

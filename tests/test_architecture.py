@@ -1,4 +1,4 @@
-"""The rules of the layout, checked on the source: who imports whom, scripts, lengths.
+"""The rules of the layout, checked on the source: who imports whom, scripts, line length.
 
 A rule is a generator: {module: File} -> offences, each "path:line: what is wrong". Every rule is
 tested twice: on this repository, and on small trees that break it.
@@ -31,7 +31,6 @@ TOP = len(LAYERS)  # scripts, and hubconf.py, which PyTorch Hub loads
 # Modules that also run as a process of their own, by `python -m`.
 RUNNABLE_MODULES = {"features.decoding", "videoindex.calibrate"}
 
-MAX_LINES = 600
 MAX_COLUMNS = 100
 TEXT = (".py", ".md", ".toml", ".txt", ".sh", ".yml", ".html", ".cff", ".patch", "")
 
@@ -268,13 +267,6 @@ def scripts_have_main_with_argv(files):
             yield f"{file.path}:{file.main_block.lineno}: does not end with `run_main(main)`"
 
 
-def files_are_short(files):
-    for file in files.values():
-        count = len(file.text.splitlines())
-        if count > MAX_LINES and not file.is_test:
-            yield f"{file.path}:{count}: more than {MAX_LINES} lines"
-
-
 def lines_are_short(files):
     for file in files.values():
         for number, line in enumerate(file.text.splitlines(), 1):
@@ -290,7 +282,6 @@ RULES = [
     names_come_from_their_own_module,
     sys_path_is_set_by_one_line_of_a_script,
     scripts_have_main_with_argv,
-    files_are_short,
     lines_are_short,
 ]
 
@@ -415,8 +406,7 @@ BROKEN = [
     (scripts_have_main_with_argv, {"train.py": SCRIPT.replace("argv=None", "argv")}),
     (scripts_have_main_with_argv, {"train.py": SCRIPT.replace("run_main(main)", "main()")}),
     (scripts_have_main_with_argv, {"train.py": "if __name__ == '__main__':\n    print()"}),
-    # Lengths
-    (files_are_short, {"data.py": "x = 1\n" * (MAX_LINES + 1)}),
+    # Line length
     (lines_are_short, {"data.py": "#" * (MAX_COLUMNS + 1)}),
     # Package indexes
     (no_package_index_is_named, {"Makefile": "pip install --index-" + "url https://example.org"}),

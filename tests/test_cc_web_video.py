@@ -62,7 +62,7 @@ def test_ids_in_either_spelling_are_scored_alike(tmp_path, form):
     similarities = as_dict(cc_web.queries, cc_web.database, table)
     expected = cc_web_by_loop(data, similarities, cc_web.database)
     for ids in (list(dns["index"]), list(as_tca(dns)["vid2index"])):
-        respelled = load_evaluation_set("CC_WEB_VIDEO", tmp_path, known=ids[3:])
+        respelled = load_evaluation_set("CC_WEB_VIDEO", tmp_path, available_ids=ids[3:])
         assert respelled.database == ids and set(respelled.queries) < set(ids)
         metrics = respelled.evaluate_table(respelled.queries, ids, table)
         assert metrics == pytest.approx(expected, abs=1e-12)

@@ -363,7 +363,7 @@ def test_similarity_file_is_scored_without_model_and_features(results, annotatio
     next(iter(table.values()))["unknown video"] = 0.5
     (tmp_path / "more.json").write_text(json.dumps(table))
     result = call(main, *annotation, "--similarities", tmp_path / "more.json")
-    assert "ignored: 1 queries and 1 videos that the set does not know" in result.stdout
+    assert "ignored: 1 queries and 1 videos that the set does not contain" in result.stdout
     assert list(printed_rows(result.stdout).values()) == expected
 
 

@@ -206,7 +206,7 @@ def test_order_and_unknown_ids_change_nothing(name):
     assert by_table == pytest.approx(expected, abs=1e-12)
     by_dict = evaluation_set.evaluate(as_dict(more_queries, more_videos, more))
     assert by_dict == pytest.approx(expected, abs=1e-12)
-    unknown = evaluation_set.unknown(more_queries, [*more_videos, queries[0]])
+    unknown = evaluation_set.count_unknown_ids(more_queries, [*more_videos, queries[0]])
     assert unknown == {"queries": 1, "videos": 2}
 
     similarities = as_dict(queries, videos, table)

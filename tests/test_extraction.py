@@ -590,7 +590,7 @@ def test_frames_in_memory_follow_the_batch_and_not_the_video(tmp_path, monkeypat
 
     monkeypatch.setattr(Decoder, "frames", counted)
     watched, size, streams = [], 2, 2
-    options = {"fps": Fraction(10), "batch_sz": size, "streams": streams, "watch": watch}
+    options = {"fps": Fraction(10), "batch_sz": size, "streams": streams, "on_frame": watch}
     (video,) = extract([Video("v", path)], features, **options)
     assert np.concatenate(video.rows).tolist() == watched == list(range(300))
     queued, in_work, being_cut, at_the_decoder = 2 * size, streams * size, 2 * size, 1

@@ -16,7 +16,7 @@ from videoindex.pipeline import EncodedVideo
 
 EVALUATION_SETS = {"val": "DEMO-VAL", "test": "DEMO"}
 ANNOTATIONS = {"val": "demo_val.json", "test": "demo.json"}
-# A kind of edit that users know, and the edits of the demo that belong to it.
+# A kind of edit in the words of users, and the edits of the demo that belong to it.
 EDIT_KINDS = {
     "mirrored": ("mirror",),
     "bordered": ("letterbox", "pillarbox", "inset"),

@@ -107,7 +107,7 @@ class VideoIndex:
     def calibration(self) -> dict[str, Any]:
         """What calibrate.py measured for this model: threshold, radius, metric, align; or {}.
 
-        Read from beside the model's files, or as it was there when the index was made.
+        Read from the model's folder; if it is missing there, the copy stored in the index is used.
         """
         if self.store is None:
             return {}
@@ -117,7 +117,7 @@ class VideoIndex:
 
     @property
     def fps(self) -> Fraction:
-        """Frame descriptors a second."""
+        """Frame descriptors per second."""
         return Fraction(self.store.settings["identity"]["fps"])
 
     @property
@@ -159,25 +159,25 @@ class VideoIndex:
                 else "nothing to index: no video in these folders"
             )
         self._open_store()
-        outcome = _Outcome(on_file)
+        counter = _AddCounter(on_file)
         for path, reason in failed:
-            outcome.failed(path, reason)
+            counter.failed(path, reason)
         with self.store.writing():
             self._nearest = None
-            known = outcome.known = self.store.known_files()
+            known = counter.known = self.store.known_files()
             changed = []
             for file in found:
                 if file.path in known and known[file.path].unchanged(file.size, file.mtime):
-                    outcome.update.unchanged += 1
+                    counter.update.unchanged += 1
                 else:
                     changed.append(file)
             for start in range(0, len(changed), CHUNK):
-                self._add_files(changed[start : start + CHUNK], outcome)
+                self._add_files(changed[start : start + CHUNK], counter)
             if prune:
                 vanished = vanished_files(known, sources, found, failed)
-                outcome.update.removed = self.store.remove(vanished)
+                counter.update.removed = self.store.remove(vanished)
             self._compact_if_sparse()
-        return outcome.update
+        return counter.update
 
     def _open_store(self):
         """Create the store of a new index, or store a new index type."""
@@ -195,17 +195,17 @@ class VideoIndex:
             with self.store.writing():
                 self.store.update_settings(index_type=self.index_type)
 
-    def _add_files(self, files, outcome):
+    def _add_files(self, files, counter):
         """Link the files whose content is stored already; encode and store the others."""
         by_digest = {}  # of new content: {sha256: [FileEntry]}
         for file in files:
             try:
                 digest = file_sha256(file.path)
             except OSError as error:
-                outcome.failed(file.path, error.strerror)
+                counter.failed(file.path, error.strerror)
                 continue
             if self.store.link_files(digest, [file]):
-                outcome.stored([file], linked=True)
+                counter.stored([file], linked=True)
             else:
                 by_digest.setdefault(digest, []).append(file)
         if not by_digest:
@@ -216,16 +216,16 @@ class VideoIndex:
             digest = digests[str(video.path)]
             if video.reason:
                 for file in by_digest[digest]:
-                    outcome.failed(file.path, video.reason)
+                    counter.failed(file.path, video.reason)
             else:
                 self.store.add_content(digest, video, by_digest[digest])
-                outcome.stored(by_digest[digest])
+                counter.stored(by_digest[digest])
 
     def remove(self, paths: Iterable[str | os.PathLike]) -> tuple[int, list[str]]:
         """Forget files, and all files in folders; they need not exist any more.
 
         Returns:
-            the number of files, and those of `paths` that the index does not know.
+            the number of files, and those of `paths` that are not in the index.
         """
         known = list(self.store.known_files())
         chosen, unknown_paths = set(), []
@@ -301,17 +301,17 @@ class VideoIndex:
         if threshold is None:
             threshold = self.calibration.get("threshold", NO_THRESHOLD)
 
-        nearest = self.nearest.search(video.window_descriptors, max(shortlist, top))
-        nearest = sorted(nearest)  # by number, which is the order of adding
-        if not nearest:
+        candidates = self.nearest.search(video.window_descriptors, max(shortlist, top))
+        candidates = sorted(candidates)  # by number, which is the order of adding
+        if not candidates:
             return []
-        contents = [self.store.content(number) for number, _ in nearest]
+        contents = [self.store.content(number) for number, _ in candidates]
         scores = self._scores(video.frame_descriptors, contents, metric)  # (N,)
         matches = []
         for i in np.argsort(-scores, kind="stable")[:top]:
             if scores[i] < threshold:
                 break
-            content, similarity = contents[i], nearest[i][1]
+            content, similarity = contents[i], candidates[i][1]
             segments = []
             if with_segments:
                 segments = self.find_segments(video.frame_descriptors, video.seconds, content)
@@ -443,7 +443,7 @@ class VideoIndex:
 
 
 @dataclass
-class _Outcome:
+class _AddCounter:
     """Counts what became of each file of one `add`, and calls `on_file`."""
 
     on_file: Callable[[str, str], None]

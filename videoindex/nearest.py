@@ -124,7 +124,7 @@ def trained_index(index_type: str, descriptors: np.ndarray) -> faiss.Index:
     """An empty FAISS index, trained on a sample of `descriptors` (n, D) if its type needs that.
 
     Raises:
-        InputError: if FAISS does not know the type, or there is too little to train it on.
+        InputError: if FAISS has no such type, or there is too little to train it on.
     """
     try:
         size = descriptors.shape[1]

@@ -158,7 +158,7 @@ class Pipeline:
             feature_function(self.backbone, self.options["pooling"], None, np.float16),
             fps=Fraction(self.options["fps"]),
             workers=self.workers,
-            watch=keep_thumbnail,
+            on_frame=keep_thumbnail,
             **default_parallelism(self.device, self.workers),
         )
         for video in finished:
@@ -255,7 +255,7 @@ def check_options(options: dict[str, Any]) -> None:
         options["fps"] = str(Fraction(options["fps"]))  # "1.0" becomes "1"
     except (ValueError, ZeroDivisionError):
         raise InputError(
-            f"--fps {options['fps']!r} is not a number of frames a second;"
+            f"--fps {options['fps']!r} is not a number of frames per second;"
             " give 1, 0.5, 24000/1001, ..."
         ) from None
     if Fraction(options["fps"]) <= 0 or options["window"] < 1:

@@ -218,7 +218,7 @@ def _data_uri(data, kind="jpeg"):
 def _matrix_picture(matrix):
     """Frame similarities (Tq, Tt) as a PNG: the more similar, the darker.
 
-    Of a long video, a cell of the picture shows the highest of several similarities.
+    For a long video, each cell of the picture shows the highest of several similarities.
     """
     for axis in (0, 1):
         starts = np.linspace(0, matrix.shape[axis], MAX_CELLS, endpoint=False).astype(int)

@@ -18,7 +18,7 @@ def find_files(
 
     A named file is taken with any suffix. Folders are searched as extract_features.py does: no
     hidden files, no suffix that is certainly not a video's, links followed. Each folder is entered
-    once, by whatever paths it is reached; the index's own folder is not entered.
+    once, even if several paths lead to it; the index's own folder is not entered.
     """
     found: dict[str, FileEntry] = {}
     failed: Failures = []

@@ -82,7 +82,7 @@ class FileEntry(NamedTuple):
 
 
 class KnownFile(NamedTuple):
-    """What the index knows about a path."""
+    """What the index stores about a path."""
 
     size: int
     mtime: int
@@ -326,7 +326,7 @@ class IndexStore:
     def add_content(self, sha256: str, video: Any, files: Sequence[FileEntry]) -> None:
         """Add a video and the files that have it.
 
-        A path that the index knows already is moved to the new content.
+        A path that is in the index already is moved to the new content.
 
         Args:
             video: an EncodedVideo.
@@ -388,7 +388,7 @@ class IndexStore:
         self._drop_orphans(before)
 
     def _contents_of(self, paths):
-        """The contents of those paths that the index knows."""
+        """The contents of those paths that are in the index."""
         numbers = []
         for path in paths:
             query = "SELECT content FROM files WHERE path = ?"

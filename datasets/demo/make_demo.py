@@ -1,4 +1,4 @@
-"""The demo benchmark: cut the embedded film into clips, make graded copies, write annotations.
+"""The demo benchmark: cut the embedded film into clips, make copies, write annotations.
 
     python datasets/demo/make_demo.py build --output demo        # two minutes on two cores
     python datasets/demo/make_demo.py film big_buck_bunny.mp4    # how film.mp4 was made
