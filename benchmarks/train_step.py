@@ -83,7 +83,7 @@ def make_videos(folder, args):
 
 
 class PlainStore(dict):
-    """Video id -> (T, C), from one HDF5 dataset per video. Each process opens the file for itself."""
+    """Video id -> (T, C), from one HDF5 dataset per video; each process opens the file itself."""
 
     def __init__(self, path):
         self.path, self.file = path, None
