@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import training
-from helpers.commands import ROOT, cli, clis, error_after_progress, one_error, refused, start
+from helpers.commands import cli, clis, error_after_progress, one_error, refused, start
 from helpers.files import read_log, write_packed, write_pickle
 from helpers.training import (
     assert_same_run,
@@ -166,38 +166,6 @@ def test_finished_run_is_left_alone_and_other_settings_are_refused(world, unbrok
         message = refused(training.main, *same, flag, value)
         assert flag in message and repr(value) in message and str(folder) in message
     assert {name: (folder / name).read_bytes() for name in names} == before
-
-
-def test_run_of_an_earlier_revision_resumes_to_its_own_end(world, tmp_path):
-    """Revision 5aa4c1c stopped a run after 13 of 18 steps, and made the same run unbroken.
-
-    tests/data has the stopped run's folder, and the log of the unbroken one. The weights are
-    compared to the last bit where this machine computes the same floats as the one of then.
-    """
-    kept = ROOT / "tests" / "data" / "run-5aa4c1c"
-    shutil.copytree(kept, tmp_path / "resumed")
-    more = ["--dim_feedforward", 8, "--moco_k", 48, "--epochs", 2, "--hard_negatives", 6]
-    more += ["--mask_shared", "--dropout", 0.2, "--learning_rate", 1e-3]
-    more += ["--init", "near_identity", *val_flags(world)]
-    assert "resuming at step 13" in run(world, tmp_path / "resumed", *more)
-    run(world, tmp_path / "whole", *more)
-    (tmp_path / "old").mkdir()
-    shutil.copy(kept / "unbroken.jsonl", tmp_path / "old" / "log.jsonl")
-    resumed, whole, old = (
-        log_without_times(tmp_path / name) for name in ("resumed", "whole", "old")
-    )
-    for line, expected in zip(resumed, old, strict=True):
-        assert line.keys() == expected.keys()
-        for name, value in line.items():
-            if expected[name] is None:
-                assert value is None, name
-            else:
-                assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
-    if whole == old:
-        assert_same_run(tmp_path / "resumed", tmp_path / "whole")
-    else:
-        found, expected = weights(tmp_path / "resumed"), weights(tmp_path / "whole")
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_resume_refuses_features_of_other_content(world, tmp_path):
