@@ -1,19 +1,17 @@
 """PCA: equal to scikit-learn's and to the released formula, in bounded memory for any size."""
 
-import subprocess
-import sys
-
 import extract_features
 import h5py
 import numpy as np
 import pca as pca_script
 import pytest
 from helpers.clips import textured, write_video
-from helpers.commands import ROOT, cli, environment, one_error
+from helpers.commands import cli, one_error, python, refused
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from features import pca
+from features.pca import fit_pca, load_projection
 from features.store import FeatureStore, StoreWriter
 from retrieval.encode import resident_bytes
 from utils import InputError
@@ -21,357 +19,315 @@ from utils import InputError
 SCRIPT = "pre-processing/pca.py"
 
 
-def write_store(path, *videos):
+def run(*words):
+    pca_script.main([str(word) for word in words])
+
+
+def write_rows(path, *videos):
+    """A store of videos v0, v1, ..."""
     with StoreWriter(path, "float32", {"kind": "test"}) as writer:
         for i, rows in enumerate(videos):
             writer.add(f"v{i}", rows)
     return path
 
 
-@pytest.fixture
-def features(tmp_path):
-    """300 rows of 12 correlated channels in a store of three videos: its path, and the rows."""
-    generator = np.random.default_rng(5)
-    x = (generator.normal(size=(300, 12)) @ generator.normal(size=(12, 12)) + 3).astype(np.float32)
-    return write_store(tmp_path / "x.hdf5", x[:100], x[100:130], x[130:]), x
-
-
 def rows_of(path):
+    """The rows of all videos of a store, one after another."""
     store = FeatureStore(path)
     return np.concatenate([store[video] for video in store])
+
+
+@pytest.fixture
+def x():
+    """300 rows of 12 correlated channels."""
+    rng = np.random.default_rng(5)
+    return (rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 3).astype(np.float32)
+
+
+@pytest.fixture
+def path(tmp_path, x):
+    """A store of three videos that holds the rows `x`."""
+    return write_rows(tmp_path / "x.hdf5", x[:100], x[100:130], x[130:])
 
 
 def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-# --- fit ---
+# --- fit -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("whiten", [True, False])
-def test_fit_and_apply_equal_scikit_learn(tmp_path, features, whiten):
-    path, x = features
-    fit = [
-        "fit",
-        str(path),
-        "--components",
-        "5",
-        "--frames_per_video",
-        "1000",
-        "--output",
-        str(tmp_path / "p.npz"),
-    ]
-    pca_script.main(fit if whiten else [*fit, "--no_whiten"])
-    pca_script.main(
-        [
-            "apply",
-            str(path),
-            "--pca",
-            str(tmp_path / "p.npz"),
-            "--output",
-            str(tmp_path / "y.hdf5"),
-            "--dtype",
-            "float32",
-        ]
-    )
-    expected = unit(PCA(5, whiten=whiten, svd_solver="full").fit_transform(x.astype(np.float64)))
-    assert np.abs(rows_of(tmp_path / "y.hdf5") - expected).max() < 1e-4
-    meta = FeatureStore(tmp_path / "y.hdf5").meta
+def test_fit_and_apply_equal_scikit_learn(tmp_path, path, x, whiten):
+    parameters, output = tmp_path / "p.npz", tmp_path / "y.hdf5"
+    more = [] if whiten else ["--no_whiten"]
+    fit = ["fit", path, "--components", 5, "--frames_per_video", 1000, "--output", parameters]
+    run(*fit, *more)
+    run("apply", path, "--pca", parameters, "--output", output, "--dtype", "float32")
+    exact = PCA(5, whiten=whiten, svd_solver="full")
+    expected = unit(exact.fit_transform(x.astype(np.float64)))
+    assert np.abs(rows_of(output) - expected).max() < 1e-4
+    meta = FeatureStore(output).meta
     assert meta["kind"] == "test" and meta["pca"].startswith("p.npz")
 
 
 @pytest.mark.parametrize("size", [1, 7, 299, 300])
-def test_fit_in_chunks_equals_scikit_learn(features, monkeypatch, size):
-    _, x = features
-    x = (
-        x.astype(np.float64) * 0.9 ** np.arange(12) + 100
-    )  # far from zero, where sums of squares cancel
-    monkeypatch.setattr(
-        pca, "_sample_frames", lambda *_: (x[i : i + size].copy() for i in range(0, 300, size))
-    )
-    found = pca.fit_pca([], 6)
+def test_fit_in_chunks_equals_scikit_learn_on_the_whole(x, monkeypatch, size):
+    # Far from zero, where sums of squares cancel.
+    x = x.astype(np.float64) * 0.9 ** np.arange(12) + 100
+
+    def chunks(*_):
+        for i in range(0, 300, size):
+            yield x[i : i + size].copy()
+
+    monkeypatch.setattr(pca, "_sample_frames", chunks)
+    fit = fit_pca([], 6)
     exact = PCA(6, svd_solver="full").fit(x)
-    assert found.frames == 300 and np.allclose(found.mean, exact.mean_)
-    assert np.allclose(found.variance, exact.explained_variance_)
-    assert np.allclose(found.components, exact.components_, atol=1e-6)
-    assert np.allclose(found.explained()[:6], np.cumsum(exact.explained_variance_ratio_))
+    assert fit.frames == 300 and np.allclose(fit.mean, exact.mean_)
+    assert np.allclose(fit.variance, exact.explained_variance_)
+    assert np.allclose(fit.components, exact.components_, atol=1e-6)
+    assert np.allclose(fit.explained()[:6], np.cumsum(exact.explained_variance_ratio_))
 
 
-def test_fit_of_frames_far_from_zero_keeps_its_digits(tmp_path):
-    """Variance 1e-4 around a mean of 1000: squares summed from zero would lose most digits."""
-    x = 1000 + 0.01 * np.random.default_rng(0).normal(size=(5000, 6)) * [1, 0.9, 0.8, 0.7, 0.6, 0.5]
-    found = pca.fit_pca([{i: x[i : i + 10] for i in range(0, 5000, 10)}], 6)
+def test_fit_far_from_zero_loses_nothing_to_cancellation():
+    """Variance 1e-4 around a mean of 1000.
+
+    Squares summed from zero in float64 would leave 4 of the 1e-16 / 1e-10 digits.
+    """
+    deviations = [1, 0.9, 0.8, 0.7, 0.6, 0.5]
+    x = 1000 + 0.01 * np.random.default_rng(0).normal(size=(5000, 6)) * deviations
+    fit = fit_pca([{i: x[i : i + 10] for i in range(0, 5000, 10)}], 6)
     exact = PCA(6, svd_solver="full").fit(x)
-    assert np.allclose(found.variance, exact.explained_variance_, rtol=1e-9)
-    assert np.allclose(found.components, exact.components_, atol=1e-6)
+    assert np.allclose(fit.variance, exact.explained_variance_, rtol=1e-9)
+    assert np.allclose(fit.components, exact.components_, atol=1e-6)
 
 
-MEMORY = """
+# The growth of peak memory, in KiB, while chunks of 8 MiB are fitted.
+FIT_CHUNKS = """
 import resource, sys
 import numpy as np
-sys.path.insert(0, {root!r})
 from features import pca
-pool = np.random.default_rng(0).normal(size=(4096, 256))
-def draw(*_):
-    for _ in range({chunks}):
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def chunks(*_):
+    for _ in range(int(sys.argv[1])):
         yield pool.copy()
-pca._sample_frames = draw
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+pool = np.random.default_rng(0).normal(size=(4096, 256))
+pca._sample_frames = chunks
+before = peak()
 pca.fit_pca([], 64)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
-def test_fit_memory_does_not_grow_with_frames():
-    """60 chunks hold 503 MB; the fit may take the chunk at hand and a few matrices of 256 x 256."""
-    code = MEMORY.format(root=str(ROOT), chunks=60)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) * 1024 < 60e6
+def test_fit_memory_does_not_follow_the_number_of_frames():
+    """60 chunks hold 503 MB; the fit may take one chunk and a few matrices of 256 x 256."""
+    done = python(FIT_CHUNKS, 60)
+    assert int(done.stdout) * 1024 < 60e6, done.stderr
 
 
-def test_fit_memory_does_not_grow_with_the_file(tmp_path):
-    """64 MiB of features, read through a memory map: fitting holds a few chunks at a time."""
-    store = FeatureStore(
-        write_store(tmp_path / "x.hdf5", *(np.ones((1024, 1024), np.float32) for _ in range(16)))
-    )
+def test_fit_memory_does_not_follow_the_size_of_the_file(tmp_path):
+    """64 MiB of features, memory-mapped, of which a few chunks at a time may be resident."""
+    videos = [np.ones((1024, 1024), np.float32) for _ in range(16)]
+    store = FeatureStore(write_rows(tmp_path / "x.hdf5", *videos))
     before = resident_bytes()
-    held = [
-        resident_bytes() - before
-        for _ in pca._sample_frames([store], 10, np.random.default_rng(0), chunk=20)
-    ]
-    assert len(held) == 8 and max(held) < 24 * 2**20
+    growth = []
+    for _ in pca._sample_frames([store], 10, np.random.default_rng(0), chunk=20):
+        growth.append(resident_bytes() - before)
+    assert len(growth) == 8 and max(growth) < 24 * 2**20
 
 
-def test_frames_per_video_are_drawn_by_the_seed(features):
-    store = FeatureStore(features[0])
-    first, again, other = (pca.fit_pca([store], 3, 10, seed) for seed in (0, 0, 1))
+def test_fit_draws_frames_of_each_video_by_the_seed(path):
+    store = FeatureStore(path)
+    first, again, other = (fit_pca([store], 3, 10, seed) for seed in (0, 0, 1))
     assert first.frames == 30
-    assert np.array_equal(first.components, again.components) and not np.array_equal(
-        first.components, other.components
-    )
+    np.testing.assert_array_equal(first.components, again.components)
+    assert not np.array_equal(first.components, other.components)
 
 
-def test_drawn_frames_are_the_videos_own_without_repetition():
+def test_drawn_frames_are_each_videos_own_without_repetition():
     store = {"a": np.arange(50.0)[:, None], "b": 100 + np.arange(7.0)[:, None]}
     drawn = np.concatenate(list(pca._sample_frames([store], 10, np.random.default_rng(0))))[:, 0]
-    assert len(drawn) == len(set(drawn)) == 17 and (drawn < 50).sum() == 10
-    assert sorted(drawn[10:]) == list(store["b"][:, 0])
+    assert len(drawn) == len(set(drawn)) == 17
+    assert (drawn < 50).sum() == 10  # of a
+    assert sorted(drawn[10:]) == list(store["b"][:, 0])  # all of b
 
 
-def test_fit_on_several_files_equals_fit_on_one_and_draws_the_curve(tmp_path, features):
-    path, x = features
-    halves = [
-        write_store(tmp_path / f"{i}.hdf5", half) for i, half in enumerate((x[:150], x[150:]))
-    ]
-    common = ["--components", 4, "--frames_per_video", 1000, "--output"]
-    call = cli(SCRIPT, "fit", *halves, *common, tmp_path / "two.npz")
-    kept = PCA(4, svd_solver="full").fit(x.astype(np.float64)).explained_variance_ratio_.sum()
-    assert (
-        call.returncode == 0
-        and f"fitted on 300 frames; {kept:.1%} of the variance kept" in call.stdout
-    )
-    pca_script.main(["fit", str(path), *map(str, common), str(tmp_path / "one.npz")])
-    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+def test_fit_on_two_files_equals_fit_on_one_of_all(tmp_path, path, x, capsys):
+    """And it says how much of the variance is kept, and draws the curve."""
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    halves = []
+    for i, half in enumerate((x[:150], x[150:])):
+        halves.append(write_rows(tmp_path / f"{i}.hdf5", half))
+    options = ["--components", 4, "--frames_per_video", 1000, "--output"]
+    run("fit", *halves, *options, two)
+    exact = PCA(4, svd_solver="full").fit(x.astype(np.float64))
+    kept = f"{exact.explained_variance_ratio_.sum():.1%} of the variance kept"
+    assert f"fitted on 300 frames; {kept}" in capsys.readouterr().out
+    run("fit", path, *options, one)
+    one, two = np.load(one), np.load(two)
     assert all(np.allclose(one[name], two[name]) for name in one.files)
-    with Image.open(tmp_path / "one.png") as curve:
+    with Image.open(tmp_path / "two.png") as curve:
         assert min(curve.size) > 300 and len(curve.convert("L").getcolors()) > 2
 
 
 def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
     for i in range(4):
-        (tmp_path / "clips").mkdir(exist_ok=True)
-        write_video(tmp_path / "clips" / f"{i}.mkv", textured(i, 10 * (1 + i)))
+        write_video(clips / f"{i}.mkv", textured(i, 10 * (1 + i)))
 
     def extract(name, *options):
-        words = [
-            tmp_path / "clips",
-            "--output",
-            tmp_path / name,
-            "--stages",
-            "_blocks.4",
-            "--weights",
-            "random",
-            *options,
-        ]
+        words = [clips, "--output", tmp_path / name, "--stages", "_blocks.4", *options]
+        words += ["--weights", "random"]
         assert extract_features.main([str(word) for word in words]) == 0
         return tmp_path / name
 
+    parameters = tmp_path / "p.npz"
     plain = extract("plain.hdf5", "--dtype", "float32")
-    pca_script.main(
-        ["fit", str(plain), "--components", "8", "--output", str(tmp_path / "p.npz"), "--no_whiten"]
-    )
-    words = ["--pca", str(tmp_path / "p.npz"), "--components", "4"]
-    pca_script.main(["apply", str(plain), *words, "--output", str(tmp_path / "after.hdf5")])
-    within = FeatureStore(extract("within.hdf5", *words))
+    run("fit", plain, "--components", 8, "--output", parameters, "--no_whiten")
+    projected = ["--pca", parameters, "--components", 4]
+    run("apply", plain, *projected, "--output", tmp_path / "after.hdf5")
+    within = FeatureStore(extract("within.hdf5", *projected))
     after = FeatureStore(tmp_path / "after.hdf5")
     assert within.feature_size == 4 and within.lengths == after.lengths
-    assert all(
-        np.abs(np.float32(after[video]) - np.float32(within[video])).max() < 2e-3 for video in after
-    )
+    for video, rows in after.items():
+        assert np.abs(np.float32(rows) - np.float32(within[video])).max() < 2e-3
 
 
-# --- load ---
+# --- parameter files -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "transposed, ascending", [(False, False), (True, False), (False, True), (True, True)]
-)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ascending", [False, True])
 @pytest.mark.parametrize("width", [12, 8])
-def test_released_parameters_load_either_way_round(
-    tmp_path, features, transposed, ascending, width
-):
-    _, x = features
+def test_released_parameters_load_either_way_round(tmp_path, x, transposed, ascending, width):
     mu = x.mean(0).astype(np.float64)
     lams, vectors = np.linalg.eigh(np.cov(x.astype(np.float64).T))
     lams, u = lams[::-1][:width], vectors.T[::-1][:width]
     expected = unit(((x @ u.T - u @ mu) / np.sqrt(lams))[:, :6])
-    order = slice(None, None, -1) if ascending else slice(None)
-    lams, u = lams[order], u[order]
-    np.savez(tmp_path / "r.npz", U=u.T if transposed else u, lams=lams, mu=mu, Utmu=u @ mu)
-    assert np.abs(pca.load_projection(tmp_path / "r.npz", 6)(x) - expected).max() < 1e-4
+    if ascending:
+        lams, u = lams[::-1], u[::-1]
+    U = u.T if transposed else u
+    np.savez(tmp_path / "r.npz", U=U, lams=lams, mu=mu, Utmu=u @ mu)
+    assert np.abs(load_projection(tmp_path / "r.npz", 6)(x) - expected).max() < 1e-4
 
 
-def test_our_file_gives_the_same_rows_by_the_released_formula(tmp_path, features):
-    path, x = features
-    pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
-    ours = np.load(tmp_path / "p.npz")
-    expected = unit(
-        (x @ ours["components"].T - ours["components"] @ ours["mean"]) / np.sqrt(ours["variance"])
-    )
-    assert np.abs(pca.load_projection(tmp_path / "p.npz")(x) - expected).max() < 1e-4
+def test_our_parameters_in_the_released_formula_give_the_same_rows(tmp_path, path, x):
+    parameters = tmp_path / "p.npz"
+    run("fit", path, "--components", 5, "--output", parameters)
+    ours = np.load(parameters)
+    U, mu, lams = ours["components"], ours["mean"], ours["variance"]
+    expected = unit((x @ U.T - U @ mu) / np.sqrt(lams))
+    assert np.abs(load_projection(parameters)(x) - expected).max() < 1e-4
 
 
-# --- bad input ---
+# --- refusals ------------------------------------------------------------------------------------
 
-BAD = [
-    (["apply", "small.hdf5", "--pca", "narrow.npz", "--output", "f.hdf5"], "width 6", "width 4"),
-    (["apply", "small.hdf5", "--pca", "small.hdf5", "--output", "f.hdf5"], "not a .npz"),
-    (
-        ["apply", "small.hdf5", "--pca", "wide.npz", "--components", "3", "--output", "f.hdf5"],
-        "holds 2 components, not 3",
-    ),
-    (["apply", "small.hdf5", "--pca", "wide.npz", "--output", "small.hdf5"], "is the input"),
-    (["fit", "small.hdf5", "--components", "7", "--output", "f.npz"], "in 6 directions only"),
-    (["fit", "small.hdf5", "--components", "0", "--output", "f.npz"], "--components"),
-    (["fit", "small.hdf5", "--components", "2", "--output", "f.png"], "suffix .npz"),
-    (
-        ["fit", "small.hdf5", "narrow.hdf5", "--components", "2", "--output", "f.npz"],
-        "narrow.hdf5",
-        "width 4",
-    ),
+
+def apply_to(features, parameters, output="f.hdf5"):
+    return ["apply", features, "--pca", parameters, "--output", output]
+
+
+def fit_to(components, output="f.npz", *features):
+    features = features or ["small.hdf5"]
+    return ["fit", *features, "--components", components, "--output", output]
+
+
+REFUSALS = [
+    (apply_to("small.hdf5", "narrow.npz"), "width 6", "width 4"),
+    (apply_to("small.hdf5", "small.hdf5"), "not a .npz"),
+    ([*apply_to("small.hdf5", "wide.npz"), "--components", 3], "holds 2 components, not 3"),
+    (apply_to("small.hdf5", "wide.npz", "small.hdf5"), "is the input"),
+    (fit_to(7), "in 6 directions only"),
+    (fit_to(0), "--components"),
+    (fit_to(2, "f.png"), "suffix .npz"),
+    (fit_to(2, "f.npz", "small.hdf5", "narrow.hdf5"), "narrow.hdf5", "width 4"),
 ]
 
 
-def test_bad_input_is_refused_in_one_line_and_leaves_nothing(tmp_path):
-    draw = np.random.default_rng(0)
-    write_store(tmp_path / "small.hdf5", draw.normal(size=(40, 6)))
-    write_store(tmp_path / "narrow.hdf5", draw.normal(size=(40, 4)))
+@pytest.fixture
+def refusal_folder(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    write_rows(tmp_path / "small.hdf5", rng.normal(size=(40, 6)))
+    write_rows(tmp_path / "narrow.hdf5", rng.normal(size=(40, 4)))
     for name, width in (("narrow", 4), ("wide", 6)):
-        arrays = dict(
-            mean=np.zeros(width), components=np.eye(width)[:2], variance=np.ones(2), whiten=True
-        )
+        mean, components = np.zeros(width), np.eye(width)[:2]
+        arrays = {"mean": mean, "components": components, "variance": np.ones(2), "whiten": True}
         np.savez(tmp_path / f"{name}.npz", **arrays)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for words, *mentions in BAD:
-        with pytest.raises(InputError) as error:
-            pca_script.main([str(tmp_path / word) if "." in word else word for word in words])
-        assert all(mention in str(error.value) for mention in mentions), error.value
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    one_error(
-        cli(
-            SCRIPT,
-            "fit",
-            tmp_path / "small.hdf5",
-            "--components",
-            7,
-            "--output",
-            tmp_path / "f.npz",
-        )
-    )
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_apply_resumes_after_a_kill_with_the_same_features_only(tmp_path, features):
-    path, x = features
-    pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
-    store, projection = FeatureStore(path), pca.load_projection(tmp_path / "p.npz")
-    meta = {**store.meta, "pca": projection.label}
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("words, mentions", [(words, mentions) for words, *mentions in REFUSALS])
+def test_bad_input_is_refused_and_leaves_nothing(refusal_folder, words, mentions):
+    before = contents(refusal_folder)
+    message = refused(pca_script.main, *words)
+    assert all(mention in message for mention in mentions), message
+    assert contents(refusal_folder) == before
+
+
+def test_refusal_of_the_command_is_one_line_with_status_2(refusal_folder):
+    before = contents(refusal_folder)
+    features, output = refusal_folder / "small.hdf5", refusal_folder / "f.npz"
+    line = one_error(cli(SCRIPT, "fit", features, "--components", 7, "--output", output))
+    assert "in 6 directions only" in line
+    assert contents(refusal_folder) == before
+
+
+# --- apply, stopped and resumed ------------------------------------------------------------------
+
+
+def stop_after_one(output, meta, store, rows):
+    """Leave the spool of an `apply` that was stopped after video v0."""
+    sources = {"v0": store.fingerprint()}
     with (
         pytest.raises(ZeroDivisionError),
-        StoreWriter(tmp_path / "y.hdf5", "float16", meta, {"v0": store.fingerprint()}) as part,
+        StoreWriter(output, "float16", meta, sources) as writer,
     ):
-        part.add("v0", projection(store["v0"]))
+        writer.add("v0", rows)
         raise ZeroDivisionError
-    apply = [
-        "apply",
-        str(path),
-        "--pca",
-        str(tmp_path / "p.npz"),
-        "--output",
-        str(tmp_path / "y.hdf5"),
-    ]
-    write_store(path, x[:100] + 1, x[100:130], x[130:])
+
+
+def test_stopped_apply_resumes_only_with_the_same_features(tmp_path, path, x):
+    parameters, output = tmp_path / "p.npz", tmp_path / "y.hdf5"
+    run("fit", path, "--components", 5, "--output", parameters)
+    store, projection = FeatureStore(path), load_projection(parameters)
+    meta = {**store.meta, "pca": projection.label}
+    stop_after_one(output, meta, store, projection(store["v0"]))
+    write_rows(path, x[:100] + 1, x[100:130], x[130:])
     with pytest.raises(InputError, match="the input has changed"):
-        pca_script.main(apply)
-    write_store(path, x[:100], x[100:130], x[130:])
-    pca_script.main(apply)
-    assert np.array_equal(rows_of(tmp_path / "y.hdf5"), projection(x).astype(np.float16))
+        run(*apply_to(path, parameters, output))
+    write_rows(path, x[:100], x[100:130], x[130:])
+    run(*apply_to(path, parameters, output))
+    np.testing.assert_array_equal(rows_of(output), projection(x).astype(np.float16))
 
 
-def test_apply_refuses_rows_that_changed_since_they_were_written(tmp_path, features):
-    path, _ = features
-    pca_script.main(["fit", str(path), "--components", "5", "--output", str(tmp_path / "p.npz")])
+def test_stopped_apply_of_another_pca_is_refused_and_stays(tmp_path, path):
+    for components in (5, 4):
+        run("fit", path, "--components", components, "--output", tmp_path / f"{components}.npz")
+    store, output = FeatureStore(path), tmp_path / "y.hdf5"
+    meta = {**store.meta, "pca": load_projection(tmp_path / "5.npz").label}
+    stop_after_one(output, meta, store, np.ones((3, 5)))
+    before = (tmp_path / "y.hdf5.part").read_bytes()
+    message = "1 videos of pca 5.npz.*not 4.npz.*remove '.*y.hdf5.part.jsonl'"
+    with pytest.raises(InputError, match=message):
+        run(*apply_to(path, tmp_path / "4.npz", output))
+    assert before and (tmp_path / "y.hdf5.part").read_bytes() == before
+
+
+def test_apply_refuses_rows_that_changed_since_they_were_written(tmp_path, path):
+    parameters, output = tmp_path / "p.npz", tmp_path / "y.hdf5"
+    run("fit", path, "--components", 5, "--output", parameters)
     with h5py.File(path, "r+") as file:
         file["frames"][110, 3] += 1
     with pytest.raises(InputError, match="'v1' are not those that were written"):
-        pca_script.main(
-            [
-                "apply",
-                str(path),
-                "--pca",
-                str(tmp_path / "p.npz"),
-                "--output",
-                str(tmp_path / "y.hdf5"),
-            ]
-        )
-    assert not (tmp_path / "y.hdf5").exists()
-
-
-def test_apply_refuses_and_keeps_an_unfinished_one_of_another_pca(tmp_path, features):
-    path, _ = features
-    for components in (5, 4):
-        pca_script.main(
-            [
-                "fit",
-                str(path),
-                "--components",
-                str(components),
-                "--output",
-                str(tmp_path / f"{components}.npz"),
-            ]
-        )
-    meta = {**FeatureStore(path).meta, "pca": pca.load_projection(tmp_path / "5.npz").label}
-    sources = {"v0": FeatureStore(path).fingerprint()}
-    with (
-        pytest.raises(ZeroDivisionError),
-        StoreWriter(tmp_path / "y.hdf5", "float16", meta, sources) as part,
-    ):
-        part.add("v0", np.ones((3, 5)))
-        raise ZeroDivisionError
-    before = (tmp_path / "y.hdf5.part").read_bytes()
-    with pytest.raises(
-        InputError, match="1 videos of pca 5.npz.*not 4.npz.*remove '.*y.hdf5.part.jsonl'"
-    ):
-        pca_script.main(
-            [
-                "apply",
-                str(path),
-                "--pca",
-                str(tmp_path / "4.npz"),
-                "--output",
-                str(tmp_path / "y.hdf5"),
-            ]
-        )
-    assert before and (tmp_path / "y.hdf5.part").read_bytes() == before
+        run(*apply_to(path, parameters, output))
+    assert not output.exists()
