@@ -16,6 +16,8 @@ from helpers.commands import ROOT, cli, clis
 
 from features.store import FeatureStore, StoreWriter
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).resolve().parent / "data" / "5aa4c1c"
 MADE_WITH = json.loads((DATA / "made_with.json").read_text())
 TIMING = ("videos_per_s", "data_wait")
