@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import ROOT
+from helpers.extraction import ONE_THREAD_PER_BATCH
 from helpers.files import write_packed, write_pickle, write_released
 from helpers.worlds import make_pairs, make_set, write_set
 
@@ -115,3 +116,11 @@ def index_copy(library, tmp_path):
 
     shutil.copytree(library.index, tmp_path / "index")
     return VideoIndex(tmp_path / "index", pipeline=library.pipeline)
+
+
+@pytest.fixture
+def one_thread_per_batch(monkeypatch):
+    """Extraction in this process takes ONE_THREAD_PER_BATCH."""
+    from features import extraction
+
+    monkeypatch.setattr(extraction, "default_parallelism", lambda *_: ONE_THREAD_PER_BATCH)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.clips import index_of, numbered, textured, write_video
 from helpers.commands import ROOT, cli, one_error, refused, start
+from helpers.extraction import EXTRACT
 from helpers.pooling_loops import l3_imac_by_loop
 
 from features import decoding, extraction, listing
@@ -47,27 +48,6 @@ def report_rows(path):
 
 def names_in(folder):
     return {path.name for path in folder.iterdir()}
-
-
-# Two batches at a time with a thread each, whatever the machine. The default, two threads a batch,
-# takes twenty times as long where cores are busy: they wait for each other at every layer.
-ONE_THREAD_A_BATCH = {"batch_sz": 8, "streams": 2, "threads": 1}
-
-
-@pytest.fixture
-def one_thread_a_batch(monkeypatch):
-    monkeypatch.setattr(extraction, "default_parallelism", lambda *_: ONE_THREAD_A_BATCH)
-
-
-# The script in a process of its own, with the same.
-IN_A_PROCESS = f"""
-import sys
-sys.path.insert(0, "pre-processing")
-import extract_features
-from features import extraction
-extraction.default_parallelism = lambda *_: {ONE_THREAD_A_BATCH}
-extract_features.run_main(extract_features.main)
-"""
 
 
 # --- which videos --------------------------------------------------------------------------------
@@ -141,7 +121,7 @@ def clips(tmp_path_factory):
     return folder
 
 
-@pytest.mark.usefixtures("one_thread_a_batch")
+@pytest.mark.usefixtures("one_thread_per_batch")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-3)])
 def test_batches_across_videos_equal_one_frame_at_a_time(tmp_path, clips, dtype, tolerance):
@@ -158,7 +138,7 @@ def test_batches_across_videos_equal_one_frame_at_a_time(tmp_path, clips, dtype,
     assert np.abs(rows[0] - rows[1]).max() > 10 * tolerance  # other frames have other rows
 
 
-@pytest.mark.usefixtures("one_thread_a_batch")
+@pytest.mark.usefixtures("one_thread_per_batch")
 def test_rows_are_the_pooled_stages_of_the_frames(tmp_path):
     images = textured(3, 25)
     write_video(tmp_path / "v.mkv", images)
@@ -179,7 +159,7 @@ def test_rows_are_the_pooled_stages_of_the_frames(tmp_path):
         assert np.allclose(row, np.concatenate(expected), atol=1e-4)
 
 
-@pytest.mark.usefixtures("one_thread_a_batch")
+@pytest.mark.usefixtures("one_thread_per_batch")
 @pytest.mark.slow
 def test_papers_features_with_random_weights_and_with_a_file(tmp_path, clips):
     (tmp_path / "list.tsv").write_text(f"v\t{clips}/sub/clip1.mkv\n")
@@ -236,7 +216,7 @@ def kill_when(process, reached):
     process.communicate()
 
 
-@pytest.mark.usefixtures("one_thread_a_batch")
+@pytest.mark.usefixtures("one_thread_per_batch")
 @pytest.mark.slow
 def test_killed_shards_resume_to_the_bytes_of_unbroken_ones(tmp_path, many, capsys):
     unbroken = tmp_path / "unbroken"
@@ -245,7 +225,7 @@ def test_killed_shards_resume_to_the_bytes_of_unbroken_ones(tmp_path, many, caps
     store, journal = tmp_path / "f.1of2.hdf5", tmp_path / "f.1of2.hdf5.part.jsonl"
     for more in (1, 2):  # killed twice
         lines = count_lines(journal) + more
-        process = start("-c", IN_A_PROCESS, many, *fast_options(tmp_path, "1/2"))
+        process = start("-c", EXTRACT, many, *fast_options(tmp_path, "1/2"))
         kill_when(process, lambda lines=lines: count_lines(journal) > lines)
         assert not store.exists() and count_lines(journal) > lines
     with open(journal, "ab") as file:  # as if killed in the middle of a line
@@ -273,7 +253,7 @@ def test_killed_shards_resume_to_the_bytes_of_unbroken_ones(tmp_path, many, caps
     assert sorted(videos) == [f"clip{i:02}" for i in range(16)]
 
 
-@pytest.mark.usefixtures("one_thread_a_batch")
+@pytest.mark.usefixtures("one_thread_per_batch")
 @pytest.mark.slow
 def test_killed_extension_leaves_the_finished_store_and_resumes(tmp_path, many):
     folder, output = tmp_path / "videos", tmp_path / "f.hdf5"
@@ -287,7 +267,7 @@ def test_killed_extension_leaves_the_finished_store_and_resumes(tmp_path, many):
     for path in paths[2:]:
         (folder / path.name).symlink_to(path)
     journal = tmp_path / "f.hdf5.part.jsonl"
-    kill_when(start("-c", IN_A_PROCESS, *words), lambda: count_lines(journal) > 4)
+    kill_when(start("-c", EXTRACT, *words), lambda: count_lines(journal) > 4)
     assert output.read_bytes() == small and count_lines(journal) > 4
     assert run(*words) == 0 and not journal.exists()
     assert run(folder, *fast_options(tmp_path / "whole", "0/1")) == 0
@@ -319,7 +299,7 @@ def test_launcher_gives_every_process_a_shard_and_failures_wait_for_the_others(t
 
 
 @pytest.fixture
-def decoded(monkeypatch, one_thread_a_batch):
+def decoded(monkeypatch, one_thread_per_batch):
     """Which videos are decoded: `ids` as they come. An id in `interrupt` raises Ctrl-C instead."""
     ids, interrupt = [], set()
 

@@ -174,6 +174,7 @@ def test_fit_on_two_files_equals_fit_on_one_of_all(tmp_path, path, x, capsys):
         assert min(curve.size) > 300 and len(curve.convert("L").getcolors()) > 2
 
 
+@pytest.mark.usefixtures("one_thread_per_batch")
 def test_extraction_with_a_pca_equals_extraction_then_pca(tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
