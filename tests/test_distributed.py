@@ -13,8 +13,15 @@ from helpers import training
 from helpers.commands import ROOT, refused
 from helpers.files import read_log, write_packed
 from helpers.launchers import ENGINES, finish, launch, needs_horovod, run_two
-from helpers.training import checkpoint_of, logged, run, train_flags, val_flags, wait_for_step
-from helpers.worlds import C
+from helpers.training import (
+    RELEASED,
+    checkpoint_of,
+    logged,
+    run,
+    train_flags,
+    val_flags,
+    wait_for_step,
+)
 
 from data import VCDBPairDataset
 from features.store import FeatureStore
@@ -79,12 +86,7 @@ def test_two_processes_learn_what_one_learns_of_twice_the_batch(world, engine, l
 @needs_horovod
 def test_released_command_runs_under_horovodrun(world, tmp_path):
     released = ["train.py", *world.train_flags, "--model_path", tmp_path, "--device", "cpu"]
-    released += ["--num_clusters", 256, "--num_layers", 1, "--output_dim", 1024]
-    released += ["--normalize_input", "--neg_num", 4, "--epochs", 2, "--batch_sz", 8]
-    released += ["--learning_rate", 1e-5, "--momentum", 0.9, "--weight_decay", 1e-4]
-    released += ["--pca_components", C, "--padding_size", 300, "--num_readers", 2]
-    released += ["--num_workers", 1, "--moco_k", 32, "--moco_m", "0.", "--moco_t", 1.0]
-    released += ["--print-freq", 1, "--use-adasum", "--fp16-allreduce"]
+    released += [*RELEASED, "--epochs", 2, "--batch_sz", 8]
     result = run_two("horovodrun", *released)
     assert "8 optimiser steps of 2 x 8 pairs, learning rate 1e-05 x 1 = 1e-05" in result.stdout
     assert "--use-adasum changes nothing" not in result.stdout

@@ -1,14 +1,10 @@
 """The Distributed object in real runs: python, torchrun, horovodrun with MPI and with Gloo."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import ROOT, environment
+from helpers.commands import ROOT
 from helpers.distributed_worker import (
     DTYPES,
     LEARNING_RATES,
@@ -17,32 +13,25 @@ from helpers.distributed_worker import (
     rows,
     start_values,
 )
+from helpers.launchers import HOROVOD, finish, launch
 
-BIN = Path(sys.executable).parent
-HOROVOD = (BIN / "horovodrun").exists()
-LAUNCHERS = {  # name -> (number of processes, command)
-    "python": (1, ["python"]),
-    "torchrun": (2, ["torchrun", "--standalone", "--nproc_per_node", "2"]),
-    "horovodrun --mpi": (2, ["horovodrun", "-np", "2", "python"]),
-    "horovodrun --gloo": (2, ["horovodrun", "--gloo", "-np", "2", "python"]),
-    "horovodrun --mpi, 4": (4, ["horovodrun", "-np", "4", "python"]),
+PROCESSES = {  # launcher -> how many it starts
+    "python": 1,
+    "torchrun": 2,
+    "horovodrun": 2,
+    "horovodrun --gloo": 2,
+    "horovodrun, 4 processes": 4,
 }
-WORKER = str(ROOT / "tests" / "helpers" / "distributed_worker.py")
+WORKER = ROOT / "tests" / "helpers" / "distributed_worker.py"
 
 pytestmark = pytest.mark.distributed
 
 
-def launch(launcher, *arguments):
-    """Run the worker under a launcher; PATH is that of an activated environment."""
+def run_worker(launcher, *arguments):
+    """Run the worker under a launcher and give its result."""
     if launcher.startswith("horovodrun") and not HOROVOD:
         pytest.skip("Horovod is not built; `make horovod` builds it")
-    command = [*LAUNCHERS[launcher][1], WORKER, *map(str, arguments)]
-    env = environment(
-        PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        # MPI waits in a busy loop by default: slow with more processes than cores.
-        OMPI_MCA_mpi_yield_when_idle="1",
-    )
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return finish(launch(launcher, WORKER, *arguments), timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +42,16 @@ def results(tmp_path_factory):
     def of(launcher):
         if launcher not in saved:
             folder = tmp_path_factory.mktemp("processes")
-            finished = launch(launcher, folder)
+            finished = run_worker(launcher, folder)
             assert finished.returncode == 0, finished.stdout + finished.stderr
-            size, _ = LAUNCHERS[launcher]
-            saved[launcher] = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+            ranks = range(PROCESSES[launcher])
+            saved[launcher] = [torch.load(folder / f"{rank}.pt") for rank in ranks]
         return saved[launcher]
 
     return of
 
 
-@pytest.fixture(params=LAUNCHERS)
+@pytest.fixture(params=PROCESSES)
 def run(request, results):
     """What the processes of a launcher saved, by rank."""
     return results(request.param)
@@ -85,7 +74,7 @@ def test_ranks_and_world_sizes(run):
     [
         ("python", "one process"),
         ("torchrun", "torch.distributed"),
-        ("horovodrun --mpi", "Horovod"),
+        ("horovodrun", "Horovod"),
         ("horovodrun --gloo", "Horovod"),
     ],
 )
@@ -141,12 +130,11 @@ def test_local_device_is_a_gpu_of_its_own(run):
         assert result["local_device"] == ["cpu", cuda, "cuda:3"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", PROCESSES)
 def test_lr_scale_is_the_number_of_averaged_gradients(results, launcher):
-    size, _ = LAUNCHERS[launcher]
     for result in results(launcher):
         average, adasum = result["lr_scale"]
-        assert average == size
+        assert average == PROCESSES[launcher]
         if launcher.startswith("horovodrun"):
             assert adasum == 1
 
@@ -223,7 +211,7 @@ def test_wrapped_optimizer_steps_as_one_process_would(run, name, how, resume):
 
 
 def test_adasum_adds_orthogonal_and_averages_equal_gradients(results):
-    for result in results("horovodrun --mpi"):
+    for result in results("horovodrun"):
         torch.testing.assert_close(result["adasum"]["orthogonal"], torch.tensor([2.0, 3.0, 0.0]))
         torch.testing.assert_close(result["adasum"]["equal"], torch.tensor([1.0, 2.0, -3.0]))
 
@@ -253,13 +241,13 @@ def test_adasum_in_one_process_is_accepted(results):
     [
         ("torchrun", 0),
         ("torchrun", 1),
-        ("horovodrun --mpi", 0),
-        ("horovodrun --mpi", 1),
+        ("horovodrun", 0),
+        ("horovodrun", 1),
         ("horovodrun --gloo", 1),
     ],
 )
 def test_run_main_failing_process_ends_all_with_one_line(launcher, rank, tmp_path):
-    finished = launch(launcher, tmp_path, "fail", rank)  # times out if the others go on
+    finished = run_worker(launcher, tmp_path, "fail", rank)  # times out if the others go on
     assert finished.returncode != 0
     output = finished.stdout + finished.stderr
     process = "process 1 of 2: " if rank else ""

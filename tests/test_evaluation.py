@@ -19,7 +19,7 @@ from helpers.commands import (
 from helpers.encoders import encode_one_by_one, untrained_tca
 from helpers.files import folder_contents, write_packed, write_released
 from helpers.launchers import finish, launch, run_two
-from helpers.oracles import TASKS, by_loop
+from helpers.oracles import TASKS, fivr_by_loop
 from helpers.worlds import C, make_set, write_set
 
 from datasets.registry import load_evaluation_set
@@ -156,7 +156,7 @@ def metrics_by_loop(encoder, part, metric, padding_size=300):
     table = {}
     for query in part.labels:
         table[query] = {video: similarity(query, video) for video in part.database}
-    return by_loop(table, part.labels, part.database, set(part.features))
+    return fivr_by_loop(table, part.labels, part.database, set(part.features))
 
 
 # --- metrics ------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_missing_videos_are_counted_and_left_out(world, base, tmp_path):
 
     whole = {video: unit(rows.astype(float).mean(0)) for video, rows in features.items()}
     table = {query: {v: whole[query] @ whole[v] for v in features} for query in queries}
-    expected = by_loop(table, part.labels, part.database, set(features))
+    expected = fivr_by_loop(table, part.labels, part.database, set(features))
     assert record["figures"]["mean, untrained"] == [pytest.approx(expected, abs=1e-6)]
 
 
@@ -402,7 +402,7 @@ def test_two_stage_metrics_equal_rankings_by_loops(results, world, R):
         by_frames = similarity_table([frames[query]], [frames[v] for v in head], "sym_chamfer")[0]
         head = [video for _, video in sorted(zip(-by_frames, head, strict=True))]
         ranks[query] = {video: -i for i, video in enumerate([*head, *tail])}
-    expected = by_loop(ranks, part.labels, part.database, set(part.features))
+    expected = fivr_by_loop(ranks, part.labels, part.database, set(part.features))
     figures = results.several_R.record["figures"]
     assert figures[f"TCA_c, first {R} by TCA_sym"] == [pytest.approx(expected, abs=1e-9)]
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from helpers.files import write_pickle
-from helpers.oracles import TASKS, by_loop
+from helpers.oracles import TASKS, fivr_by_loop
 from helpers.sets import as_dict, make_fivr
 from helpers.worlds import write_set
 
@@ -138,6 +138,6 @@ def test_official_fivr_200k_equals_loops_for_two_queries(annotations):
     rng = np.random.default_rng(0)
     table = np.round(rng.normal(size=(2, 225_960)), 2).astype(np.float32)  # with many ties
     similarities = as_dict(queries, database, table)
-    expected = by_loop(similarities, labels, database, {*queries, *database})
+    expected = fivr_by_loop(similarities, labels, database, {*queries, *database})
     metrics = fivr.evaluate_table(queries, database, table)
     assert metrics == pytest.approx(expected, abs=1e-12)

@@ -18,7 +18,7 @@ from helpers.library import (
     run_search,
     stored_data,
 )
-from helpers.oracles import by_loop
+from helpers.oracles import fivr_by_loop
 
 import evaluation
 import search
@@ -224,7 +224,7 @@ def test_query_ranks_as_evaluation_does(library, tmp_path):
         ranked += [index.store.paths(number)[0] for number, _ in nearest]
         order = [ids[path] for path in dict.fromkeys(ranked)]
         similarities[ids[library.path(query)]] = {video: -i for i, video in enumerate(order)}
-    found = by_loop(similarities, annotation, list(ids.values()), set(ids.values()))["DSVR"]
+    found = fivr_by_loop(similarities, annotation, list(ids.values()), set(ids.values()))["DSVR"]
     assert 0.2 < found < 1 and found == pytest.approx(expected, abs=1e-6)
 
 

@@ -15,6 +15,7 @@ from helpers import training
 from helpers.commands import cli, clis, error_after_progress, one_error, refused, start
 from helpers.files import read_log, write_packed, write_pickle
 from helpers.training import (
+    RELEASED,
     assert_same_run,
     checkpoint_of,
     command,
@@ -465,12 +466,7 @@ def test_hard_negatives_are_half_of_a_pairs_and_the_same_after_a_stop(world, tmp
 @pytest.mark.slow
 def test_released_command_runs_with_notes_on_flags_that_change_nothing(world, tmp_path):
     released = ["train.py", *world.train_flags, "--model_path", tmp_path / "released"]
-    released += ["--num_clusters", 256, "--num_layers", 1, "--output_dim", 1024]
-    released += ["--normalize_input", "--neg_num", 4, "--epochs", 1, "--batch_sz", 16]
-    released += ["--learning_rate", 1e-5, "--momentum", 0.9, "--weight_decay", 1e-4]
-    released += ["--pca_components", C, "--padding_size", 300, "--num_readers", 2]
-    released += ["--num_workers", 1, "--moco_k", 32, "--moco_m", "0.", "--moco_t", 1.0]
-    released += ["--print-freq", 1, "--use-adasum", "--fp16-allreduce"]
+    released += [*RELEASED, "--epochs", 1, "--batch_sz", 16]
     plain = ["train.py", *world.train_flags, "--model_path", tmp_path / "plain"]
     plain += ["--neg_num", 4, "--epochs", 1, "--batch_sz", 16, "--moco_k", 32, "--print-freq", 1]
     device = ["--device", "cpu"]

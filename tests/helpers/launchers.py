@@ -1,4 +1,4 @@
-"""Scripts under torchrun and horovodrun, on 2 processes."""
+"""Scripts under torchrun and horovodrun, by default on 2 processes."""
 
 import os
 import signal
@@ -17,13 +17,16 @@ needs_horovod = pytest.mark.skipif(
 )
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
-    "horovodrun": ["horovodrun", "-np", "2", "-H", "localhost:2", "python"],
+    "horovodrun": ["horovodrun", "-np", "2", "-H", "localhost:2", "python"],  # with MPI
+    "horovodrun --gloo": ["horovodrun", "--gloo", "-np", "2", "python"],
+    "horovodrun, 4 processes": ["horovodrun", "-np", "4", "python"],
+    "python": ["python"],
 }
 ENGINES = ["torchrun", pytest.param("horovodrun", marks=needs_horovod)]
 
 
 def launch(launcher, *arguments, **changes):
-    """Start a script on 2 processes, in a process group of its own; `changes` to the environment.
+    """Start a script under a launcher, in a process group of its own; `changes` to the environment.
 
     PATH is that of an activated environment.
     """

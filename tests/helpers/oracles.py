@@ -11,7 +11,7 @@ from sklearn.metrics import auc
 TASKS = {"DSVR": ["ND", "DS"], "CSVR": ["ND", "DS", "CS"], "ISVR": ["ND", "DS", "CS", "IS"]}
 
 
-def by_loop(similarities, annotation, database, available):
+def fivr_by_loop(similarities, annotation, database, available):
     """FIVR's protocol, one video after another.
 
     Args:
@@ -33,17 +33,11 @@ def by_loop(similarities, annotation, database, available):
                 relevant.update(annotation[query].get(label, []))
             relevant &= set(available)
             if relevant:
-                candidates = [video for video in database if video in available and video != query]
-                values.append(average_precision(row, relevant, candidates))
+                ranked = rank_by_loop(row, database, available)
+                hits = [video in relevant for video in ranked if video != query]
+                values.append(ap_of_hits(hits, len(relevant)))
         metrics[task] = mean(values)
     return metrics
-
-
-def average_precision(row, relevant, candidates):
-    """The mean, over the relevant videos, of the precision at the rank where each is found."""
-    ranked = [video for video in candidates if video in row]
-    ranked.sort(key=lambda video: -row[video])  # stable: ties keep the order of the database
-    return ap_of_hits([video in relevant for video in ranked], len(relevant))
 
 
 def cc_web_by_loop(data, similarities, available):
@@ -114,7 +108,7 @@ def vcdb_by_loop(data, similarities, available):
 def rank_by_loop(row, database, available):
     """The videos of a row, best first; ties in the order of the database."""
     ranked = [video for video in database if video in row and video in available]
-    return sorted(ranked, key=lambda video: -row[video])
+    return sorted(ranked, key=lambda video: -row[video])  # a stable sort
 
 
 def ap_of_hits(hits, num_relevant):

@@ -11,7 +11,7 @@ from datasets.evaluation_set import EvaluationSet
 from datasets.evve import EVVE
 from datasets.fivr import FIVR
 from datasets.vcdb import VCDB
-from helpers.oracles import by_loop, cc_web_by_loop, evve_by_loop, vcdb_by_loop
+from helpers.oracles import cc_web_by_loop, evve_by_loop, fivr_by_loop, vcdb_by_loop
 from helpers.worlds import make_cc_web, make_evve, make_vcdb
 
 
@@ -52,7 +52,7 @@ def fivr_case(rng):
     ranks = {"ND": 4, "DS": 4, "CS": 3, "IS": 2}
 
     def loop(similarities, available):
-        return by_loop(similarities, annotation, database, available)
+        return fivr_by_loop(similarities, annotation, database, available)
 
     def worth(query, video):
         labels = [label for label in ranks if video in annotation[query].get(label, [])]

@@ -12,10 +12,18 @@ import torch
 
 import train
 from helpers.files import read_log
+from helpers.worlds import C
 from model import MoCo
 
 SMALL = ["--nhead", 4, "--dim_feedforward", 64, "--batch_sz", 8, "--neg_num", 4, "--moco_k", 64]
 SMALL += ["--print-freq", 1, "--device", "cpu"]
+
+# The flags of the released README's command, but for a small bank, few negatives and few channels.
+RELEASED = ["--num_clusters", 256, "--num_layers", 1, "--output_dim", 1024, "--normalize_input"]
+RELEASED += ["--learning_rate", 1e-5, "--momentum", 0.9, "--weight_decay", 1e-4, "--neg_num", 4]
+RELEASED += ["--pca_components", C, "--padding_size", 300, "--num_readers", 2, "--num_workers", 1]
+RELEASED += ["--moco_k", 32, "--moco_m", "0.", "--moco_t", 1.0, "--print-freq", 1]
+RELEASED += ["--use-adasum", "--fp16-allreduce"]
 
 
 def train_flags(world, folder, *more):
