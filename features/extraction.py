@@ -67,54 +67,61 @@ def extract(
             rows are computed.
     """
     workers = min(workers or os.cpu_count(), len(videos))
-    frame_queue = queue.Queue(2 * batch_sz)  # (video, frame)
+    decoders = [Decoder(fps, frame_rule, time_limit) for _ in range(workers)]
+    frame_queue = queue.Queue(2 * batch_sz)  # two batches: one in the making, one to come
+    pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
+    pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
+    with pool, decoding_threads(videos, decoders, frame_queue):
+        for batch in cut_batches(frame_queue, workers, batch_sz):
+            images = []
+            for i, (video, image) in enumerate(batch):
+                if image is not None:
+                    images.append(image)
+                    if on_frame:
+                        on_frame(video, image)
+                batch[i] = video, image is not None  # releases the pixels
+            future = None
+            if images:  # else only videos' ends
+                future = pool.submit(_full_batch, compute_features, images, batch_sz)
+            pending.append((batch, future))
+            if len(pending) > streams:  # the pool has enough to do
+                yield from _finish_batch(*pending.popleft())
+        while pending:
+            yield from _finish_batch(*pending.popleft())
+
+
+def _finish_batch(batch, future):
+    """Hand the rows of a batch, [(video, has_frame)], to their videos; yield videos that end."""
+    rows = iter(future.result() if future else ())  # waits
+    for video, has_frame in batch:
+        if has_frame:
+            video.rows.append(next(rows))
+        else:
+            yield video
+
+
+@contextlib.contextmanager
+def decoding_threads(
+    videos: Sequence[Video], decoders: Sequence[Decoder], frame_queue: queue.Queue
+) -> Iterator[None]:
+    """While the block runs, a thread for each decoder puts the videos' frames into the queue."""
     todo = iter(videos)  # shared by the threads: a list's iterator is thread-safe
     stop = threading.Event()
-    decoders = [Decoder(fps, frame_rule, time_limit) for _ in range(workers)]
     feeders = []
     for decoder in decoders:
         arguments = frame_queue, todo, decoder, stop
         feeders.append(threading.Thread(target=feed_queue, args=arguments, daemon=True))
-    pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
-
-    def finish_oldest():
-        batch, future = pending.popleft()
-        rows = iter(future.result() if future else ())
-        for video, has_frame in batch:
-            if has_frame:
-                video.rows.append(next(rows))
-            else:
-                yield video
-
-    with ThreadPoolExecutor(
-        streams, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        try:
-            for feeder in feeders:
-                feeder.start()
-            for batch in cut_batches(frame_queue, workers, batch_sz):
-                images = []
-                for i, (video, image) in enumerate(batch):
-                    if image is not None:
-                        images.append(image)
-                        if on_frame:
-                            on_frame(video, image)
-                    batch[i] = video, image is not None  # releases the pixels
-                future = (
-                    pool.submit(_full_batch, compute_features, images, batch_sz) if images else None
-                )
-                pending.append((batch, future))
-                if len(pending) > streams:
-                    yield from finish_oldest()
-            while pending:
-                yield from finish_oldest()
-        finally:  # also if the caller breaks off
-            stop.set()
-            for decoder in decoders:
-                decoder.kill()
-            while any(feeder.is_alive() for feeder in feeders):
-                with contextlib.suppress(queue.Empty):  # a feeder may wait to put its frame
-                    frame_queue.get(timeout=0.05)
+    try:
+        for feeder in feeders:
+            feeder.start()
+        yield
+    finally:  # also if the block breaks off
+        stop.set()
+        for decoder in decoders:
+            decoder.kill()
+        while any(feeder.is_alive() for feeder in feeders):
+            with contextlib.suppress(queue.Empty):  # a feeder may wait for room in the queue
+                frame_queue.get(timeout=0.05)
 
 
 def feed_queue(

@@ -56,7 +56,7 @@ def write(
     dtype: str | None = None,
 ) -> None:
     """Write `videos`, {id: its store}, into `path`; all stores have one width and one meta."""
-    stores = list({id(store): store for store in videos.values()}.values())
+    stores = list({id(store): store for store in videos.values()}.values())  # each one once
     layout = layout_of(path, layout)
     dtype = np.dtype(dtype or np.result_type(*(store.dtype for store in stores)))
     if any(Path(path).resolve() == store.path.resolve() for store in stores):
@@ -67,7 +67,7 @@ def write(
                 f"id {video!r} cannot be the name of a dataset or file; "
                 "only the packed layout can store it"
             )
-    remove_leftovers(path)
+    remove_leftovers(path)  # of killed runs
     lengths = {video: store.lengths[video] for video, store in videos.items()}
     feature_size, meta = stores[0].feature_size, stores[0].meta
     with tqdm(total=len(videos), unit="video", disable=len(videos) < 1000) as bar:

@@ -55,77 +55,47 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("input", help="folder, list file of `id <tab> path`, or pattern with {id}")
     add("--output", required=True, help="the feature file to write, NAME.hdf5")
-    add(
-        "--shard",
-        type=parse_shard,
-        default=(0, 1),
-        metavar="I/N",
-        help="extract part I of N (0 to N-1), into NAME.IofN.hdf5",
-    )
+    shard = "extract part I of N (0 to N-1), into NAME.IofN.hdf5"
+    add("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help=shard)
     add("--retry_failed", action="store_true", help="try again what failed in an earlier run")
+    add_frame_arguments(parser.add_argument_group("frames").add_argument)
+    add_feature_arguments(parser.add_argument_group("features").add_argument)
+    add_machine_arguments(parser.add_argument_group("machine").add_argument)
+    options = parser.parse_args(argv)
+    validate(options)
+    return options
 
-    frames = parser.add_argument_group("frames")
-    add = frames.add_argument
-    add(
-        "--fps",
-        type=parse_fps,
-        default=Fraction(1),
-        help="frames per second (default 1, the paper's)",
-    )
-    add(
-        "--frames",
-        choices=FRAME_RULES,
-        default="timestamp",
-        help="which ones: by time (default), or by the released code's rule",
-    )
-    add(
-        "--time_limit",
-        type=float,
-        default=TIME_LIMIT,
-        help="give a video up after so many seconds without a new frame (default %(default)s)",
-    )
 
-    features = parser.add_argument_group("features")
-    add = features.add_argument
-    add(
-        "--backbone",
-        default="efficientnet_lite0",
-        help=f"{', '.join(BACKBONES)} (the paper's: resnet50), "
-        "or a torchvision classifier with --stages",
-    )
-    add(
-        "--stages",
-        type=lambda names: names.split(","),
-        help="modules of the backbone whose outputs to pool, e.g. layer2,layer3",
-    )
+def add_frame_arguments(add) -> None:
+    fps = "frames per second (default 1, the paper's)"
+    add("--fps", type=parse_fps, default=Fraction(1), help=fps)
+    rule = "which ones: by time (default), or by the released code's rule"
+    add("--frames", choices=FRAME_RULES, default="timestamp", help=rule)
+    limit = "give a video up after so many seconds without a new frame (default %(default)s)"
+    add("--time_limit", type=float, default=TIME_LIMIT, help=limit)
+
+
+def add_feature_arguments(add) -> None:
+    names = ", ".join(BACKBONES)
+    backbone = f"{names} (the paper's: resnet50), or a torchvision classifier with --stages"
+    add("--backbone", default="efficientnet_lite0", help=backbone)
+    stages = "modules of the backbone whose outputs to pool, e.g. layer2,layer3"
+    add("--stages", type=lambda text: text.split(","), help=stages)
     add("--weights", help="a state dict's file instead of the usual weights; `random` for tests")
-    add(
-        "--pooling",
-        choices=POOLINGS,
-        default="imac",
-        help="default imac; the paper's final rows use l3_imac",
-    )
+    pooling = "default imac; the paper's final rows use l3_imac"
+    add("--pooling", choices=POOLINGS, default="imac", help=pooling)
     add("--pca", help="project by this file of pca.py, or a .npz of the released code")
     add("--components", type=int, help="keep only so many of --pca's components")
     add("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
 
-    machine = parser.add_argument_group("machine")
-    add = machine.add_argument
+
+def add_machine_arguments(add) -> None:
     add("--device", default=default_device(), help="default: a GPU if there is one (%(default)s)")
-    add(
-        "--amp",
-        choices=("bfloat16",),
-        help="type of the backbone; faster on GPUs, and on CPUs that have it",
-    )
+    amp = "type of the backbone; faster on GPUs, and on CPUs that have it"
+    add("--amp", choices=("bfloat16",), help=amp)
     add("--workers", type=int, help="decoder processes (default: this process's share of cores)")
-    add(
-        "--batch_sz",
-        type=int,
-        help="frames per batch (default: 8 on a CPU, where more is not faster; 64 on a GPU)",
-    )
-    options = parser.parse_args(argv)
-    validate(options)
-    return options
+    size = "frames per batch (default: 8 on a CPU, where more is not faster; 64 on a GPU)"
+    add("--batch_sz", type=int, help=size)
 
 
 def parse_fps(text: str) -> Fraction:

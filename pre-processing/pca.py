@@ -38,7 +38,7 @@ def run_fit(options: argparse.Namespace) -> None:
             )
     fit = fit_pca(stores, options.components, options.frames_per_video, options.seed)
     with atomic(options.output) as temporary, open(temporary, "wb") as file:
-        np.savez(
+        np.savez(  # into an open file: to a path it might append a suffix
             file,
             mean=fit.mean,
             components=fit.components,
@@ -82,7 +82,7 @@ def run_apply(options: argparse.Namespace) -> None:
     sources = dict.fromkeys(store, store.fingerprint())  # a resumed run needs the same features
     with StoreWriter(options.output, options.dtype, meta, sources) as writer:
         for video in tqdm(store, unit="video", disable=len(store) < 1000):
-            if video not in writer.done:
+            if video not in writer.done:  # by a run that was stopped
                 writer.add(video, projection(store.read_verified(video)))
     size = projection.matrix.shape[1]
     print(f"{options.output}: {len(store)} videos, {store.feature_size} -> {size}")
