@@ -247,11 +247,14 @@ class HorovodDistributed(Distributed):
         gathered = self._hvd.allgather(tensor.detach().contiguous().view(sent_as))
         return gathered.view(tensor.dtype)
 
+    # Horovod pairs the calls of processes by name. Its default name of an object is the type, which
+    # differs between rank 0, which has a checkpoint, and the others, which wait for it with None.
+
     def all_gather_objects(self, value: Any) -> list:
-        return self._hvd.allgather_object(value)
+        return self._hvd.allgather_object(value, name="objects")
 
     def broadcast(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0)
+        return self._hvd.broadcast_object(value, root_rank=0, name="object")
 
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         hvd = self._hvd

@@ -1,5 +1,6 @@
 """Training in several processes: what one would learn, alike in all, stopped and resumed as one."""
 
+import contextlib
 import json
 import math
 import os
@@ -157,6 +158,29 @@ def worker_pids(launcher):
     return pids
 
 
+def training_pids(launcher):
+    """Process ids of train.py below a launcher, at any depth."""
+    pids, pending = [], [launcher]
+    while pending:
+        for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
+            for child in map(int, task.read_text().split()):
+                pending.append(child)
+                words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+                if b"python" in words[0] and b"train.py" in words[1:4]:
+                    pids.append(child)
+    return pids
+
+
+def kill_run(process):
+    """Kill a launcher and what it started, which MPI puts into process groups of its own."""
+    pids = training_pids(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
 @pytest.mark.slow
 def test_sigterm_on_one_rank_stops_all_and_one_process_finishes_as_two_would(world, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
@@ -182,6 +206,20 @@ def test_sigterm_on_one_rank_stops_all_and_one_process_finishes_as_two_would(wor
     assert "made by 2 x 9 pairs per step" in printed and "takes 1 x 18" in printed
     run(world, whole, *one)
     assert_alike(folder, whole, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ENGINES)
+def test_killed_run_resumes_under_its_own_launcher(world, launcher, tmp_path, kill_rng):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    more = [*LONG, "--epochs", 12, "--batch_sz", 9, "--moco_m", 0.5, "--hard_negatives", 5]
+    run_two(launcher, *command(world, whole, *more))
+    process = launch(launcher, *command(world, folder, *more))
+    wait_for_step(process, folder, kill_rng.randrange(3, 20))
+    kill_run(process)
+    result = run_two(launcher, *command(world, folder, *more))
+    assert "resuming at step" in result.stdout
+    assert_alike(folder, whole, 1e-6)
 
 
 # --- errors ---
