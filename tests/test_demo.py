@@ -368,3 +368,10 @@ def test_make_demo_process_reports_bad_input_in_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     result = cli("datasets/demo/make_demo.py", "build", "--output", tmp_path / "file")
     assert "is a file" in one_error(result)
+
+
+def test_bit_rate_is_rounded_as_in_the_first_build_of_the_demo():
+    """.286 * 300 * 170 * 25 = 364650 from left to right; the whole numbers first give 364649."""
+    encoding = {"bits": 0.286, "rate": 25}
+    assert edits.bit_rate(encoding, 300, 170) == 364650
+    assert edits.bit_rate(encoding, 302, 170) == 367081

@@ -486,6 +486,12 @@ def _joined_pieces(pieces, film):
         ticks += round((piece.end - piece.start) * FPS) * (TICKS // FPS)
 
 
+def bit_rate(encoding: dict, width: int, height: int) -> int:
+    """Bits per second of a planned encoding, from its bits per pixel and frame."""
+    # Multiplied from left to right: another order rounds differently, to other pixels.
+    return int(encoding["bits"] * width * height * encoding["rate"])
+
+
 def render(clip: Any, film: str | Path, path: str | Path) -> None:
     """Write a plan.Clip to `path` in the codec, size and frame rate of its plan."""
     encoding = clip.encoding
@@ -503,8 +509,7 @@ def render(clip: Any, film: str | Path, path: str | Path) -> None:
             if stream is None:
                 stream = output.add_stream(encoder, rate=encoding["rate"], options=options)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
-                pixels_a_second = frame.width * frame.height * encoding["rate"]
-                stream.bit_rate = int(encoding["bits"] * pixels_a_second)
+                stream.bit_rate = bit_rate(encoding, frame.width, frame.height)
                 stream.codec_context.thread_count = 1
             frame.pict_type = 0  # the encoder chooses
             output.mux(stream.encode(frame))
