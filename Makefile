@@ -1,6 +1,6 @@
 # Every target first installs .venv, if requirements.txt changed since. Commands:
 #
-#   make demo          film -> videos -> features -> trained encoders -> table of mAP; six minutes on two cores
+#   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
 #   make test          style, and all tests; with Horovod if there is a C++ compiler to build it
 #   make test-fast     style, and the tests that are quick and need one process; about a minute
 #   make lint          style alone
