@@ -18,14 +18,8 @@ from torch import nn
 
 from data import PairDataset
 from distributed import Distributed
-from utils import (
-    InputError,
-    load_torch,
-    provenance,
-    remove_leftovers,
-    save_torch,
-    write_json,
-)
+from files import remove_leftovers, save_torch, write_json
+from utils import InputError, load_torch, provenance
 
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.

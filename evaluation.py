@@ -43,6 +43,7 @@ from datasets.evaluation_set import read_similarities, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import check_device, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
+from files import write_json
 from model import ENCODERS, load_encoder
 from retrieval.charts import draw_trade_off
 from retrieval.comparator import load_comparator
@@ -61,7 +62,7 @@ from retrieval.report import (
     write_report,
 )
 from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
-from utils import InputError, Parser, check_ranges, provenance, write_json
+from utils import InputError, Parser, check_ranges, provenance
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
 AMP = {None: None, "bfloat16": torch.bfloat16}

@@ -42,12 +42,13 @@ from datasets.paper_tables import TABLES, Need, Row, plan, read_tables, select_t
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import run_main
 from features.store import FeatureStore
+from files import atomic, write_json
 from model import ENCODERS, load_encoder
 from retrieval.comparator import load_comparator
 from retrieval.compare import Comparison
 from retrieval.encode import VideoEncoder
 from retrieval.report import format_mean_std
-from utils import InputError, Parser, atomic, check_ranges, provenance, write_json
+from utils import InputError, Parser, check_ranges, provenance
 
 ROOT = Path(__file__).resolve().parent
 SPEED = "ms_per_query"  # time for comparing, without encoding

@@ -31,7 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from distributed import Distributed
-from utils import InputError, atomic, nan_to_none, require_path
+from files import atomic, nan_to_none
+from utils import InputError, require_path
 
 # --- definitions ---
 

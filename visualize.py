@@ -29,11 +29,12 @@ from distributed import run_main
 from features.decoding import Video, read_frames
 from features.listing import find_videos
 from features.store import FeatureStore, warn_if_features_differ
+from files import atomic
 from model import load_encoder
 from padding import pad
 from retrieval.encode import check_feature_size
 from training_log import draw_curves, read_log, series
-from utils import InputError, Parser, atomic
+from utils import InputError, Parser
 
 DPI = 120
 SIDE = 3.6  # inches, of a matrix

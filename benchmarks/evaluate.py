@@ -31,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets.fivr import FIVR
 from distributed import run_main
 from features.store import FeatureStore, write_store
+from files import write_json
 from model import TCA, Mean
 from retrieval.compare import MEMORY, compare_collections
 from retrieval.encode import VideoEncoder, crop
 from retrieval.similarity import pack_descriptors, similarity_tables
-from utils import Parser, check_ranges, provenance, write_json
+from utils import Parser, check_ranges, provenance
 
 C = 1024
 PADDING_SIZE = 300

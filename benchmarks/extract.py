@@ -45,7 +45,8 @@ from features.extraction import (
     write_video,
 )
 from features.store import StoreWriter
-from utils import Parser, check_ranges, provenance, require_path, write_json
+from files import write_json
+from utils import Parser, check_ranges, provenance, require_path
 
 RATE = 25  # frames a second of the clips
 POOLING = {"resnet50": "l3_imac"}  # the paper's; imac for others

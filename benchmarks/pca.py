@@ -26,7 +26,8 @@ from sklearn.decomposition import PCA, IncrementalPCA
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
 from features.pca import fit_pca
-from utils import Parser, check_ranges, provenance, seeded_rng, write_json
+from files import write_json
+from utils import Parser, check_ranges, provenance, seeded_rng
 
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # mean (C,), components (D, C), variance (D,)
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
 from distributed import run_main
+from files import write_json
 from retrieval.similarity import similarity_table
 from videoindex.index import METRIC, l2_normalise
 from videoindex.nearest import trained_index
@@ -64,7 +65,7 @@ def main(argv=None):
             "frames": args.frames,
             "threads": threads,
         }
-        utils.write_json(args.output, results | utils.provenance())
+        write_json(args.output, results | utils.provenance())
 
 
 def parse_args(argv=None):

@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 from distributed import run_main
 from features.layouts import LAYOUTS
 from features.store import FeatureStore
-from utils import Parser, check_ranges, provenance, seeded_rng, write_json
+from files import write_json
+from utils import Parser, check_ranges, provenance, seeded_rng
 
 FRAMES, SEED = 300, 0
 

@@ -37,18 +37,11 @@ sys.path.insert(0, str(ROOT))
 from data import VCDBPairDataset
 from distributed import run_main
 from features.store import StoreWriter
+from files import write_json
 from losses import circle
 from model import TCA, MoCo
 from training_log import read_log
-from utils import (
-    InputError,
-    Parser,
-    check_ranges,
-    provenance,
-    seed_torch,
-    seeded_rng,
-    write_json,
-)
+from utils import InputError, Parser, check_ranges, provenance, seed_torch, seeded_rng
 
 SIDES = {"plain": None, "ours": [], "ours, bfloat16": ["--amp", "bfloat16"]}  # flags of train.py
 MEDIAN, LONG, LONG_SHARE = 60, 300, 0.05  # seconds, seconds, share of videos longer than that

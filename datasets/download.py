@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from distributed import run_main
-from utils import InputError, Parser, atomic, file_sha256, remove_leftovers, require_path
+from files import atomic, remove_leftovers
+from utils import InputError, Parser, file_sha256, require_path
 
 PUBLIC = "https://raw.githubusercontent.com"
 TIMEOUT = 30  # seconds without a byte

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from features.decoding import Video
-from utils import InputError, digest, provenance, write_json
+from files import write_json
+from utils import InputError, digest, provenance
 
 
 def file_stamp(path: str | Path) -> str:

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 
 from features.store import FeatureStore, rows_checksum, store_checksum, write_store
-from utils import InputError, atomic, write_json
+from files import atomic, write_json
+from utils import InputError
 
 DESCRIPTION = "store.json"  # of a folder of .npy: what an HDF5 file holds as attributes
 

@@ -18,7 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from utils import InputError, atomic, digest, remove_leftovers, require_path
+from files import atomic, remove_leftovers
+from utils import InputError, digest, require_path
 
 # --- reading -------------------------------------------------------------------------------------
 

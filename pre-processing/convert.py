@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
 from features.layouts import LAYOUTS, open_source
 from features.store import FeatureStore, cast_rows, rows_checksum, store_checksum
-from utils import InputError, Parser, remove_leftovers, require_path
+from files import remove_leftovers
+from utils import InputError, Parser, require_path
 
 
 def layout_of(path: str | Path, layout: str | None = None) -> str:

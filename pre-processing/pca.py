@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
 from features.pca import PCAFit, fit_pca, load_projection
 from features.store import FeatureStore, StoreWriter
-from utils import InputError, Parser, atomic, check_ranges
+from files import atomic
+from utils import InputError, Parser, check_ranges
 
 
 def run_fit(options: argparse.Namespace) -> None:

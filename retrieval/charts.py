@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import atomic
+from files import atomic
 
 COLOURS = [  # easy to tell apart on white
     "#1f5fa8",

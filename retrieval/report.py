@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.evaluation_set import EvaluationSet, missing_note, precision_recall
+from files import atomic
 from retrieval.charts import SIZE, bar_charts, recall_charts, trade_off_charts
-from utils import atomic
 
 TEMPLATES = Path(__file__).resolve().parent
 MAX_COLUMNS = 8  # a set with more metrics than this is printed with a line for each

@@ -19,6 +19,7 @@ from helpers.commands import ROOT
 METHOD = {"model", "losses", "data", "checkpoint", "training_log", "padding"}
 LAYERS = [
     {"utils"},
+    {"files"},
     {"distributed"},
     METHOD,
     {"features", "datasets"},  # neither imports the other: features know no protocol

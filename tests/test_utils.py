@@ -1,9 +1,6 @@
 """Arguments, atomic files, untrusted files, seeds, provenance."""
 
-import json
 import os
-import signal
-import stat
 import subprocess
 
 import numpy as np
@@ -12,6 +9,7 @@ import torch
 from helpers.commands import ROOT, python
 
 import utils
+from files import save_torch
 from utils import InputError
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -33,77 +31,6 @@ def test_check_ranges_includes_both_ends():
         args = parser.parse_args(["--batch-sz", str(size)])
         with pytest.raises(InputError, match=f"--batch-sz {size} is out of range.* 1 to 8"):
             utils.check_ranges(args, {"batch-sz": (1, 8)})
-
-
-# --- atomic files -------------------------------------------------------------------------------
-
-
-def test_atomic_replaces_the_file_only_if_the_block_succeeds(tmp_path):
-    path = tmp_path / "deep" / "er" / "x.txt"
-    with utils.atomic(path) as temporary:
-        assert temporary.parent == path.parent
-        assert not path.exists()
-        temporary.write_text("old")
-    assert path.read_text() == "old"
-    assert os.listdir(path.parent) == ["x.txt"]
-
-    with utils.atomic(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert os.listdir(path.parent) == ["x.txt"]
-
-
-@pytest.mark.parametrize("error", [ValueError, InputError, KeyboardInterrupt, SystemExit])
-def test_atomic_keeps_the_old_file_if_the_block_raises(error, tmp_path):
-    path = tmp_path / "x.txt"
-    with pytest.raises(error), utils.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise error
-    assert not list(tmp_path.iterdir())
-
-    path.write_text("old")
-    with pytest.raises(error), utils.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise error
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_file_has_the_mode_of_any_new_file(tmp_path):
-    utils.write_json(tmp_path / "ours.json", {})
-    (tmp_path / "plain.json").write_text("{}")
-    ours, plain = ((tmp_path / name).stat().st_mode for name in ("ours.json", "plain.json"))
-    assert stat.S_IMODE(ours) == stat.S_IMODE(plain)
-
-
-def test_remove_leftovers_of_a_killed_run_and_nothing_else(tmp_path):
-    path = tmp_path / "a[1].pth"
-    code = (
-        "import os, signal, sys, utils\n"
-        "with utils.atomic(sys.argv[1]) as temporary:\n"
-        "    temporary.write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert python(code, path).returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 1  # SIGKILL leaves it no time to clean up
-
-    others = ["a[1].pth", ".a[1].pth.short.pth", ".a1.pth.12345678.pth", ".a[1].pth.12345678.txt"]
-    for name in others:
-        (tmp_path / name).touch()
-    utils.remove_leftovers(path)
-    assert sorted(os.listdir(tmp_path)) == sorted(others)
-
-
-def test_write_json_round_trip(tmp_path):
-    value = {"b": [1, 2.5, None], "a": {"ü": "x"}}
-    utils.write_json(tmp_path / "x.json", value)
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
-
-
-def test_write_json_nan_becomes_null(tmp_path):
-    utils.write_json(tmp_path / "x.json", {"mAP": [float("nan"), (1.0, float("nan"))]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"mAP": [None, [1.0, None]]}
 
 
 # --- files that others wrote --------------------------------------------------------------------
@@ -133,7 +60,7 @@ def test_load_torch_does_not_run_code(tmp_path):
 
 def test_load_torch_reports_a_broken_or_missing_file(tmp_path):
     path = tmp_path / "x.pth"
-    utils.save_torch(path, {"x": torch.randn(1000)})
+    save_torch(path, {"x": torch.randn(1000)})
     whole = path.read_bytes()
     for content in (b"", b"text", whole[:100], whole[:-100]):
         path.write_bytes(content)
@@ -153,7 +80,7 @@ def test_save_torch_round_trip(tmp_path):
         "none": None,
         "names": ["a", {"b": 1.5}],
     }
-    utils.save_torch(tmp_path / "x.pth", value)
+    save_torch(tmp_path / "x.pth", value)
     loaded = utils.load_torch(tmp_path / "x.pth")
     assert torch.equal(loaded.pop("x"), value.pop("x"))
     assert loaded == value

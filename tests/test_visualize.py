@@ -11,8 +11,9 @@ from helpers.worlds import C
 from PIL import Image
 
 import visualize
+from files import save_torch
 from model import TCA, Mean
-from utils import InputError, save_torch
+from utils import InputError
 
 ARGUMENTS = dict(feature_size=C, nhead=4, nlayers=2, dim_feedforward=16)
 

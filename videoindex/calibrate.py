@@ -38,6 +38,7 @@ import torch
 
 import utils
 from distributed import run_main
+from files import atomic, save_torch, write_json
 from model import model_file
 from retrieval.alignment import align
 from retrieval.similarity import similarity_table
@@ -91,7 +92,7 @@ def pack(args):
             # Mean and variances span orders of magnitude, so they stay in float32.
             dtype = np.float16 if name == "components" else np.float32
             arrays[name] = array.astype(dtype)
-    with utils.atomic(output / "pca.npz") as temporary, open(temporary, "wb") as file:
+    with atomic(output / "pca.npz") as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
     path = model_file(args.model_path)
@@ -101,7 +102,7 @@ def pack(args):
     halves = {}
     for name, value in saved["state_dict"].items():
         halves[name] = value.half() if value.is_floating_point() else value
-    utils.save_torch(output / "model.pth", {**saved, "state_dict": halves})
+    save_torch(output / "model.pth", {**saved, "state_dict": halves})
 
     for name in ("pca.npz", "model.pth"):
         megabytes = (output / name).stat().st_size / 1e6
@@ -124,7 +125,7 @@ def measure(args):
     entries = {}
     for name, options in encoders.items():
         entries[name] = calibrate(demo, name, Pipeline(**options), work)
-    utils.write_json(model / CALIBRATION, entries)
+    write_json(model / CALIBRATION, entries)
     for name, entry in entries.items():
         print_entry(name, entry)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
 from datasets.demo import edits, plan
 from datasets.registry import load_evaluation_set
+from files import atomic
 from retrieval.similarity import similarity_table
 from videoindex.index import METRIC, VideoIndex, l2_normalise
 from videoindex.pipeline import EncodedVideo
@@ -178,7 +178,7 @@ class SingleEditCopies:
                 self.copies.append((kind, query, clip))
                 path = folder / f"{clip.id}.mp4"
                 if not path.exists():
-                    with utils.atomic(path) as temporary:
+                    with atomic(path) as temporary:
                         edits.render(clip, edits.FILM, temporary)
         index.add([folder])
         indexed = contents_by_stem(index)

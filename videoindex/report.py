@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-import utils
+from files import atomic
 from videoindex.index import VideoIndex
 from videoindex.pipeline import EncodedVideo
 from videoindex.results import Group, Match, TimeSegment
@@ -89,7 +89,7 @@ def _write_page(path, index, threshold, **values):
     page = environment.get_template("report.html").render(
         index=printable(index.folder), videos=len(index), threshold=threshold, **values
     )
-    with utils.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

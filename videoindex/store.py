@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import utils
+from files import atomic
 from utils import InputError
 
 VERSION = 1  # of the format
@@ -148,7 +149,7 @@ class IndexStore:
         with database_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # The database appears complete, or not at all.
-            with utils.atomic(folder / "index.db") as temporary:
+            with atomic(folder / "index.db") as temporary:
                 db = sqlite3.connect(temporary)
                 db.executescript(SCHEMA)
                 rows = [(name, json.dumps(value)) for name, value in initial.items()]
@@ -320,7 +321,7 @@ class IndexStore:
         for path in self.folder.glob("ann-*.faiss"):
             if not path.name.startswith(f"ann-{generation}-"):
                 path.unlink()
-        for path in self.folder.glob(".ann-*.faiss"):  # temporary files of `utils.atomic`
+        for path in self.folder.glob(".ann-*.faiss"):  # temporary files of `atomic`
             path.unlink()
 
     def add_content(self, sha256: str, video: Any, files: Sequence[FileEntry]) -> None:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import utils
 from datasets.demo import edits, plan
 from distributed import run_main
+from files import atomic, write_json
 
 FILM_SECONDS = 490.0  # then the credits begin
 CREDIT = {  # stored inside film.mp4, so that a copy of it alone still says whose it is
@@ -114,7 +115,7 @@ def encode_film(source: Path, output: str | Path, crf: int) -> None:
     options = {"crf": str(crf), "preset": "slower", "g": str(2 * edits.FPS)}
     with (
         av.open(str(source)) as film,
-        utils.atomic(output) as path,
+        atomic(output) as path,
         av.open(str(path), "w", format="mp4") as target,
     ):
         film.streams.video[0].thread_type = "AUTO"
@@ -155,13 +156,13 @@ def build(
         remove_other_build(output, manifest, clips)
         files = [clip.file for clip in clips] + [f"annotations/{name}" for name in ANNOTATIONS]
         manifest = {"stamp": stamp, "seed": seed, "complete": False, "files": files}
-        utils.write_json(record, manifest)
+        write_json(record, manifest)
     if manifest["complete"] and all((output / name).exists() for name in manifest["files"]):
         print(f"{output} holds this build already")
         return clips
     render_all(clips, output, workers)
     write_annotations(output / "annotations", clips, shots)
-    utils.write_json(record, {**manifest, "complete": True})
+    write_json(record, {**manifest, "complete": True})
     return clips
 
 
@@ -236,7 +237,7 @@ def render_all(clips: Sequence[plan.Clip], output: Path, workers: int) -> None:
 
 
 def remove_half_written(output: Path, clips: Sequence[plan.Clip]) -> None:
-    """Remove the temporary files of a killed run; `utils.atomic` calls them .NAME.RANDOM.SUFFIX."""
+    """Remove the temporary files of a killed run; `atomic` calls them .NAME.RANDOM.SUFFIX."""
     names = {Path(clip.file).name for clip in clips}
     for path in (output / "videos").glob("*/.*"):
         if path.name[1:].rsplit(".", 2)[0] in names:
@@ -246,7 +247,7 @@ def remove_half_written(output: Path, clips: Sequence[plan.Clip]) -> None:
 def render_one(clip: plan.Clip, output: Path) -> None:
     """Render one clip to its file; runs in a worker."""
     try:
-        with utils.atomic(output / clip.file) as path:
+        with atomic(output / clip.file) as path:
             edits.render(clip, edits.FILM, path)
     except (av.FFmpegError, OSError) as error:
         raise utils.InputError(
@@ -258,8 +259,8 @@ def write_annotations(folder: Path, clips: Sequence[plan.Clip], shots: Sequence[
     """Write the annotation files of a plan."""
     by_part = clips_by_part(clips)
     for part, name in (("test", "demo"), ("val", "demo_val")):
-        utils.write_json(folder / f"{name}.json", plan.annotation(by_part[part], shots))
-        with utils.atomic(folder / f"{name}_ids.txt") as path:
+        write_json(folder / f"{name}.json", plan.annotation(by_part[part], shots))
+        with atomic(folder / f"{name}_ids.txt") as path:
             lines = [f"{clip.id}\n" for clip in by_part[part]]
             path.write_text("".join(lines), encoding="utf-8")
 
@@ -273,11 +274,11 @@ def write_annotations(folder: Path, clips: Sequence[plan.Clip], shots: Sequence[
         "negs": list(ids),
         "segments": segments,
     }
-    with utils.atomic(folder / "demo_train.pickle") as path:
+    with atomic(folder / "demo_train.pickle") as path:
         path.write_bytes(pickle.dumps(training, protocol=2))
 
     truth = {clip.id: plan.ground_truth(clip) for clip in clips}
-    utils.write_json(folder / "demo_segments.json", truth)
+    write_json(folder / "demo_segments.json", truth)
 
 
 if __name__ == "__main__":
