@@ -22,8 +22,10 @@
     torchrun --nproc_per_node 4 evaluation.py --dataset FIVR-200K --feature_path fivr.hdf5 \\
         --model_path runs/tca --metric cosine chamfer --cache descriptors --report report
 
-    # a table {query: {video: similarity}} of any other system
+    # a table {query: {video: similarity}} of any other system, which searched the whole set
     python evaluation.py --dataset FIVR-5K --similarities theirs.json
+    # ... which searched only these ids
+    python evaluation.py --dataset FIVR-5K --similarities theirs.json --searched ids.txt
 
 Annotations are read from datasets/annotations, from --annotation_dir, or from the folder that the
 environment variable TCA_ANNOTATIONS names. The queries are kept in memory and the database is read
@@ -39,8 +41,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.evaluation_set import read_similarities, videos_with_features
+from datasets.evaluation_set import videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
+from datasets.similarity_files import read_ids, read_similarities
 from distributed import check_device, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
 from files import write_json
@@ -59,6 +62,7 @@ from retrieval.report import (
     table_lines,
     trade_off,
     trade_off_lines,
+    unlisted_notes,
     write_report,
 )
 from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
@@ -117,6 +121,12 @@ def main(argv=None):
         if args.save_similarities:
             # `validate_args` made sure that there was one row, so the last one is the only one.
             save_similarities(args.save_similarities, queries, database, last_table)
+            if coverage["queries_missing"] or coverage["videos_missing"]:
+                print(
+                    f"note: {args.save_similarities!r} has the ids with features only; to score it,"
+                    " name them by --searched",
+                    file=sys.stderr,
+                )
     return 0
 
 
@@ -278,24 +288,52 @@ def row_name(encoder, metric):
 
 
 def score_similarity_file(args):
-    """Score --similarities: a table of any system, with the ids it has."""
+    """Score --similarities: what any system found, in the whole set or in --searched."""
     similarities = read_similarities(args.similarities)
-    videos = set().union(*similarities.values())
-    available = videos.union(similarities)  # an id in the table counts as one with features
-    evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, available)
-    coverage = evaluation_set.coverage(available)
+    ids = set(similarities).union(*similarities.values())  # in the spelling of the system
+    if args.searched:
+        ids.update(read_ids(args.searched, "--searched list"))
+    evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, ids)
+    searched = searched_ids(evaluation_set, similarities, args.searched)
+    coverage = evaluation_set.coverage(searched)
     print(coverage_line(args.dataset, evaluation_set, coverage))
-    unknown = evaluation_set.count_unknown_ids(similarities, available - set(similarities))
+    unknown = evaluation_set.count_unknown_ids(similarities, ids - set(similarities))
     if any(unknown.values()):
         print(
             f"ignored: {unknown['queries']} queries and {unknown['videos']} videos that the set"
             " does not contain"
         )
-    summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities))
+    summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities, searched))
     results = {Path(args.similarities).stem: [RowScore(summary)]}
-    run_info = {"similarities": args.similarities, "unknown": unknown}
-    report(args, evaluation_set, coverage, results, run_info)
+    unlisted = evaluation_set.count_unlisted_ids(similarities, searched)
+    run_info = {
+        "similarities": args.similarities,
+        "searched": args.searched or "the whole set",
+        "unknown": unknown,
+        "unlisted": unlisted,
+    }
+    report(args, evaluation_set, coverage, results, run_info, unlisted_notes(unlisted))
     return 0
+
+
+def searched_ids(evaluation_set, similarities, path):
+    """The ids that a system searched: all of the set, or those of the file --searched.
+
+    The file names queries and videos. One that has similarities must be in it.
+    """
+    if not path:
+        return {*evaluation_set.queries, *evaluation_set.database}
+    searched = set(read_ids(path, "--searched list"))
+    for query in evaluation_set.queries:
+        row = similarities.get(query, {})
+        named = [query, *evaluation_set.database_ids(row)] if query in similarities else []
+        for name in named:
+            if name not in searched:
+                raise InputError(
+                    f"--searched {path!r} does not name {name!r}, which is in the row of query"
+                    f" {query!r}; name every query and video that was searched"
+                )
+    return searched
 
 
 def compare_seconds(results):
@@ -306,13 +344,13 @@ def compare_seconds(results):
     return seconds
 
 
-def report(args, evaluation_set, coverage, results, run_info):
+def report(args, evaluation_set, coverage, results, run_info, further_notes=()):
     """Print the tables; write the files that the flags name. `run_info`: further facts for JSON."""
     metrics = {}  # {row: [{name: value}, one for each model]}
     for name, per_model in results.items():
         metrics[name] = [result.summary.metrics for result in per_model]
     curves = trade_off(results)
-    notes = coverage_notes(coverage)
+    notes = [*coverage_notes(coverage), *further_notes]
 
     # Text, for the terminal.
     print("\n".join(table_lines(metrics)))
@@ -383,7 +421,13 @@ def add_input_arguments(group):
         "--similarities",
         metavar="FILE",
         help="score this JSON table {query: {video: similarity}} of any system, without model and"
-        " features",
+        " features. What a row does not list counts as missed, and so does a query without a row",
+    )
+    add(
+        "--searched",
+        metavar="FILE",
+        help="the queries and videos that --similarities searched, an id a line; the others of the"
+        " set are left out and counted as missing (default: the whole set)",
     )
     add(
         "--annotation_dir",
@@ -516,6 +560,8 @@ def validate_args(args, dist):
             raise InputError(
                 f"--similarities scores a finished table; leave out --{', --'.join(given)}"
             )
+    elif args.searched:
+        raise InputError("--searched belongs to --similarities; a feature file has its own ids")
     else:
         validate_model_args(args)
 

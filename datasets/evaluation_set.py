@@ -1,4 +1,4 @@
-"""What every evaluation set shares: ranking, average precision, coverage, similarity files.
+"""What every evaluation set shares: ranking, average precision, coverage.
 
 A set has queries, a database and a protocol. It does not use models: it scores similarities
 of any source, either a table (Q, N) with the ids of its rows and columns, or a dictionary
@@ -11,14 +11,13 @@ dictionary:
 """
 
 import contextlib
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils import InputError, digest, require_path
+from utils import InputError, digest
 
 # Videos vanish from the web, so few people have whole sets, and what is missing moves the third
 # digit of a mAP. Above this share of queries or videos, the metrics are printed with a note.
@@ -112,9 +111,10 @@ class EvaluationSet:
     Videos without features are not ranked, and ids unknown to the set are ignored. The query is
     removed from its own ranking, unless RANKS_QUERY.
 
-    Counting. A query should find its relevant videos that are in the database and have features.
-    One of them without a similarity counts as never found. Queries without features are left out,
-    and so are, task by task, queries with nothing to find; `coverage` counts both.
+    Counting. A query should find its relevant videos that are in the database and have features
+    (for a dictionary of similarities: that were searched). One of them without a similarity counts
+    as never found. Queries without features are left out, and so are, task by task, queries with
+    nothing to find; `coverage` counts both.
 
     Metric. The mean AP over the queries that remain; NaN if none does.
 
@@ -164,10 +164,10 @@ class EvaluationSet:
         """The metrics of the set, from a dictionary of similarities.
 
         Args:
-            similarities: {query: {video: similarity}}
-            available: the ids that have features; by default every id in `similarities`. If the
-                system returns only its top results, pass every id it searched (for example
-                `queries + database`); otherwise missed videos are not counted.
+            similarities: {query: {video: similarity}}, what the system found; a query without a
+                row found nothing
+            available: the ids, of queries and videos, that the system searched; by default all of
+                the set. The others are neither ranked nor counted.
         Returns:
             {name: value}
         Raises:
@@ -239,10 +239,11 @@ class EvaluationSet:
     ) -> Iterator[tuple[str, dict[str, Ranking]]]:
         """The same from a dictionary; arguments of `evaluate`."""
         if available is None:
-            available = set(similarities).union(*similarities.values())
+            available = {*self.queries, *self.database}
+        without_row = [query for query in self.queries if query not in similarities]
         rows = (
             (query, list(row), np.fromiter(row.values(), float, len(row)))
-            for query, row in similarities.items()
+            for query, row in [*similarities.items(), *((query, {}) for query in without_row)]
         )
         return self._rank(set(available), rows)
 
@@ -298,6 +299,10 @@ class EvaluationSet:
         known = [self._position[video] for video in set(videos) if video in self._position]
         return np.array(known, int)
 
+    def database_ids(self, videos: Iterable[str]) -> list[str]:
+        """Those of `videos` that are in the database."""
+        return [video for video in videos if video in self._position]
+
     # --- what is missing, what is unknown ---
 
     def coverage(self, available: Iterable[str]) -> dict:
@@ -324,6 +329,15 @@ class EvaluationSet:
             "queries": sum(query not in self._query_index for query in queries),
             "videos": sum(video not in known_videos for video in videos),
         }
+
+    def count_unlisted_ids(
+        self, similarities: Mapping[str, Mapping[str, float]], available: Collection[str]
+    ) -> dict[str, int]:
+        """How many searched ids have no row and are in no row: {"queries": n, "videos": n}."""
+        listed = set().union(*similarities.values())
+        queries = (query in available and query not in similarities for query in self.queries)
+        videos = (video in available and video not in listed for video in self.database)
+        return {"queries": sum(queries), "videos": sum(videos)}
 
 
 def missing_note(coverage: Mapping) -> str:
@@ -411,52 +425,3 @@ def annotation_errors(path: str | Path, form: str) -> Iterator[None]:
             f"annotation file {str(path)!r} is not of {form}"
             f" ({type(error).__name__}: {error}); fetch it again"
         ) from None
-
-
-def read_similarities(path: str | Path) -> dict[str, dict[str, float]]:
-    """Read {query: {video: similarity}} from a JSON file, as any system may write it.
-
-    Ids that are not in a set are allowed (`EvaluationSet.count_unknown_ids` counts them).
-
-    Raises:
-        InputError: an id is given twice, a row is not an object, a similarity is not a number, or
-            there is no query; the message names the file and the query
-    """
-    path = require_path(path, "similarity file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = json.loads(text, object_pairs_hook=_without_repeated_ids, parse_int=float)
-        _check_similarities(table)
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise InputError(
-            f"similarity file {str(path)!r} is not JSON ({error}); is it complete?"
-        ) from None
-    except InputError as error:
-        raise InputError(f"similarity file {str(path)!r}: {error}") from None
-    return table
-
-
-def _without_repeated_ids(pairs):
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        positions_by_id([name for name, _ in pairs], "id")  # raises, with the id
-    return row
-
-
-def _check_similarities(table):
-    if not isinstance(table, dict):
-        raise InputError(
-            f"a {type(table).__name__} where {{query: {{video: similarity}}}} was expected"
-        )
-    if not table:
-        raise InputError("it has no query, so nothing can be scored")
-    for query, row in table.items():
-        if not isinstance(row, dict):
-            raise InputError(
-                f"query {query!r} has a {type(row).__name__}"
-                " where {video: similarity} was expected"
-            )
-        for video, value in row.items():
-            if type(value) is not float:
-                shown = json.dumps(value)[:40]
-                raise InputError(f"query {query!r}, video {video!r}: {shown} is not a number")

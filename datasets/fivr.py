@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors
-from utils import InputError, load_pickle, require_path
+from datasets.similarity_files import read_ids
+from utils import load_pickle, require_path
 
 FORM = "FIVR's form {query: {label: [ids]}}"
 
@@ -45,12 +46,7 @@ def load_fivr(directory: str | Path, labels: str, ids: str) -> FIVR:
     """A set of two files: the labels of each query as JSON, and the database, one id per line."""
     labels, ids = Path(directory) / labels, Path(directory) / ids
     annotation = _read_labels(labels)
-    try:
-        database = require_path(ids, "id list").read_text(encoding="utf-8").split()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"id list {str(ids)!r} is not UTF-8 text ({error}); fetch it again"
-        ) from None
+    database = read_ids(ids)
     with annotation_errors(labels, FORM):
         return FIVR(annotation, database, annotation, f"annotation {labels.name!r}")
 

@@ -178,6 +178,18 @@ def coverage_notes(coverage: Mapping) -> list[str]:
     return notes
 
 
+def unlisted_notes(unlisted: Mapping[str, int]) -> list[str]:
+    """A line on what a similarity file does not list, of what was searched."""
+    parts = []
+    if unlisted["queries"]:
+        parts.append(f"{unlisted['queries']} queries have no row")
+    if unlisted["videos"]:
+        parts.append(f"{unlisted['videos']} videos are in no row")
+    if not parts:
+        return []
+    return [f"not found: {' and '.join(parts)}; that counts as missed (--searched leaves ids out)"]
+
+
 def table_lines(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """The lines of a table of {row: [{name: value}, one for each model]}.
 

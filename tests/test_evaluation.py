@@ -323,7 +323,14 @@ def test_help_names_every_flag(capsys):
     printed = capsys.readouterr()
     assert not printed.err
     flags = ["--dataset", "--feature_path", "--features", "--model_path", "--encoder", "--metric"]
-    flags += ["--baseline", "--similarities", "--annotation_dir", "--comparator", "--rerank"]
+    flags += [
+        "--baseline",
+        "--similarities",
+        "--searched",
+        "--annotation_dir",
+        "--comparator",
+        "--rerank",
+    ]
     flags += ["--padding_size", "--memory", "--cache", "--amp", "--device", "--pca_components"]
     flags += ["--nhead", "--num_clusters", "--num_layers", "--output_dim", "--output", "--report"]
     flags += ["--plot", "--save_similarities"]
@@ -563,6 +570,7 @@ REFUSALS = {  # name: (flags, what the message names); {} are filled in below
         "--save_similarities",
     ),
     "model beside a table": ("--similarities x.json --metric cosine", "--similarities"),
+    "searched ids beside features": ("--searched x.txt --encoder mean", "--similarities"),
     "folder for a file": ("--output . --encoder mean", "folder"),
 }
 

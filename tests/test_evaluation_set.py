@@ -17,10 +17,10 @@ from datasets.evaluation_set import (
     average_precision,
     missing_note,
     precision_recall,
-    read_similarities,
     trapezoidal_average_precision,
 )
 from datasets.fivr import FIVR
+from datasets.similarity_files import read_ids, read_similarities
 from utils import InputError
 
 every_set = pytest.mark.parametrize("name", CASES)
@@ -94,7 +94,10 @@ def assert_agrees(expected, evaluate, *arguments):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_equal_the_protocol_worked_by_loops(name, ties, seed):
-    """All videos and a part of them; by table and by dictionary, with `available` and without."""
+    """All videos and a part of them; by table and by dictionary, with `available` and without.
+
+    A dictionary says what was found: a query without a row is as one with an empty row.
+    """
     rng = np.random.default_rng(seed)
     case = CASES[name](rng)
     for share in (1, 0.6, 0.2):
@@ -106,10 +109,13 @@ def test_metrics_equal_the_protocol_worked_by_loops(name, ties, seed):
         similarities, available = as_dict(queries, videos, table), {*queries, *videos}
         expected = case.by_loop(similarities, available)
         assert_agrees(expected, case.set.evaluate_table, queries, videos, table)
-        assert_agrees(expected, case.set.evaluate, similarities)
-        assert_agrees(expected, case.set.evaluate, similarities, available)
-        part = set(videos[::2]) | set(queries)
-        assert_agrees(case.by_loop(similarities, part), case.set.evaluate, similarities, part)
+        whole, part = {*case.set.queries, *case.set.database}, {*videos[::2], *queries}
+        rows = {query: similarities.get(query, {}) for query in case.set.queries}
+        assert_agrees(case.by_loop(rows, whole), case.set.evaluate, similarities)
+        for searched in (whole, available, part):
+            rows_of_searched = {query: row for query, row in rows.items() if query in searched}
+            expected = case.by_loop(rows_of_searched, searched)
+            assert_agrees(expected, case.set.evaluate, similarities, searched)
 
 
 @every_set
@@ -263,22 +269,32 @@ def test_database_with_an_id_twice_is_refused():
 
 def test_videos_without_features_are_neither_ranked_nor_counted():
     evaluation_set = small_set({"q": {"ND": ["a", "c"]}})
-    without_a = evaluation_set.evaluate({"q": {"b": 0.9, "c": 0.5}})
+    without_a = evaluation_set.evaluate_table(["q"], ["b", "c"], np.array([[0.9, 0.5]]))
     assert without_a["DSVR"] == pytest.approx(1 / 2)  # only c is there to find
     whole = {"q": {"a": 1.0, "b": 0.9, "c": 0.5}}
     without_a = evaluation_set.evaluate(whole, available={"q", "b", "c"})
     assert without_a["DSVR"] == pytest.approx(1 / 2)
 
 
-def test_videos_that_were_searched_and_not_returned_count_as_missed():
-    evaluation_set = small_set({"q": {"ND": ["a", "c"]}})
+def test_what_is_not_listed_counts_as_missed():
+    """In a row, in all rows, and a whole row; `available` says what was not searched."""
+    annotation = {"q": {"ND": ["a", "c"]}, "r": {"ND": ["c"]}}
+    evaluation_set = small_set(annotation)
     best = {"q": {"a": 0.9}}
-    assert evaluation_set.evaluate(best)["DSVR"] == 1  # c is in no row: taken as not searched
-    searched = [*evaluation_set.queries, *evaluation_set.database]
-    assert evaluation_set.evaluate(best, searched)["DSVR"] == 0.5
-    two = small_set({"q": {"ND": ["a", "c"]}, "r": {"ND": ["c"]}})
-    both = best | {"r": {"c": 0.5}}  # c was searched: q missed it
-    assert two.evaluate(both)["DSVR"] == (0.5 + 1) / 2
+    assert evaluation_set.evaluate(best)["DSVR"] == (1 / 2 + 0) / 2
+    assert evaluation_set.evaluate(best | {"r": {}})["DSVR"] == (1 / 2 + 0) / 2
+    assert evaluation_set.evaluate(best | {"r": {"c": 0.5}})["DSVR"] == (1 / 2 + 1) / 2
+    assert evaluation_set.evaluate(best, {"q", "a", "b", "c"})["DSVR"] == 1 / 2
+    assert evaluation_set.evaluate(best, {"q", "r", "a", "b"})["DSVR"] == 1  # nobody could find c
+    unlisted = evaluation_set.count_unlisted_ids(best, {"q", "r", "a", "b"})
+    assert unlisted == {"queries": 1, "videos": 1}  # r and b
+
+
+def test_query_in_the_database_without_a_row_is_missed():
+    """It is listed as a video by other rows, which says nothing about its own search."""
+    annotation = {"a": {"ND": ["b"]}, "b": {"ND": ["a", "c"]}}
+    row = {"a": 1.0, "b": 0.9, "c": 0.1}
+    assert small_set(annotation).evaluate({"a": row})["DSVR"] == (1 + 0) / 2
 
 
 def test_relevant_videos_outside_the_database_are_not_counted():
@@ -296,7 +312,8 @@ def test_queries_without_features_or_relevant_videos_do_not_enter_the_mean():
         "q4": {"ND": ["b"]},
     }
     row = {"a": 0.1, "b": 0.9}
-    metrics = small_set(annotation, "ab").evaluate({"q1": row, "q2": row, "q3": row})
+    similarities = {"q1": row, "q2": row, "q3": row}
+    metrics = small_set(annotation, "ab").evaluate(similarities, {*similarities, *row})
     assert metrics["DSVR"] == pytest.approx(1 / 2)  # q1 alone
     assert metrics["ISVR"] == pytest.approx((1 / 2 + 1) / 2)  # and q3
 
@@ -430,3 +447,13 @@ def test_similarity_file_with_infinite_numbers_is_refused_when_scored(tmp_path, 
     evaluation_set = small_set({"q": {"ND": ["a"]}})
     with pytest.raises(InputError, match="query 'q', video 'a'"):
         evaluation_set.evaluate(read_similarities(tmp_path / "s.json"))
+
+
+def test_id_list_is_split_at_line_ends_only(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes("\ufeffa b\r\n\n x\u2028y \n/1\n".encode())
+    assert read_ids(path) == ["a b", "x\u2028y", "/1"]
+    for content in (b"", b" \n", b"\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"ids.txt.*an id a line"):
+            read_ids(path)

@@ -23,7 +23,7 @@ def test_means_over_queries_and_over_events_differ():
 def test_event_without_scored_queries_is_nan_and_not_in_the_mean():
     annotation = {"a": ({"q1"}, {"x"}, set()), "b": ({"q2"}, {"y"}, set())}
     evve = EVVE(["q1", "q2"], ["x", "y"], annotation, "x")
-    metrics = evve.evaluate({"q1": {"x": 0.9, "y": 0.1}})
+    metrics = evve.evaluate({"q1": {"x": 0.9, "y": 0.1}}, available=["q1", "x", "y"])
     assert (metrics["mAP"], metrics["mAP_events"], metrics["a"]) == (1, 1, 1)
     assert np.isnan(metrics["b"])
 

@@ -14,7 +14,8 @@ def test_query_is_neither_ranked_nor_counted():
     pairs = [{"videos": ["a", "b"]}, {"videos": ["a", "c"]}, {"videos": ["a", "a"]}]
     vcdb = VCDB(pairs, ["a", "b", "c", "d", "d"], "x")
     assert (vcdb.queries, vcdb.database) == (["a", "b", "c"], ["a", "b", "c", "d"])
-    metrics = vcdb.evaluate({"a": {"a": 1.0, "b": 0.9, "d": 0.8, "c": 0.7}})
+    similarities = np.array([[1.0, 0.9, 0.7, 0.8]])
+    metrics = vcdb.evaluate_table(["a"], vcdb.database, similarities)  # ranks b, d, c
     assert metrics == {"mAP": pytest.approx((1 + 2 / 3) / 2)}
 
 

@@ -123,6 +123,8 @@ def ap_of_hits(hits, num_relevant):
 
 def polygon_ap_of_hits(hits, num_relevant):
     """The area under the precision-recall polygon from (0, 1), by scikit-learn's trapezoids."""
+    if not hits:
+        return 0.0
     found = np.cumsum(hits)
     precision = found / np.arange(1, len(hits) + 1)
     return auc([0, *(found / num_relevant)], [1, *precision])
