@@ -5,8 +5,8 @@
     encoder.encode(x, num_frames)  # (N, T, D)  one descriptor per frame
 
 N videos in a batch, T frames (padded), C channels of a frame feature, D descriptor size, K entries
-of MoCo's queue. A batch is `x (N, T, C)` with `num_frames (N,) int64`. Frames at or past
-`num_frames[i]` are padding and change nothing.
+of MoCo's queue. A batch is `x (N, T, C)` with `num_frames (N,) int64`, which best stays on the CPU
+(see padding.py). Frames at or past `num_frames[i]` are padding and change nothing.
 """
 
 import copy
@@ -84,14 +84,15 @@ class TCA(nn.Module):
     def frame_outputs(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """Frames after self-attention: (N, T', D), T' the longest video's; zero at padding."""
         x, mask = trim_padding(x, num_frames)  # (N, T', C), (N, T')
-        padding = None if mask.all() else ~mask  # frames that no frame attends to
+        has_padding = int(num_frames.min()) < x.shape[1]
+        padding = ~mask if has_padding else None  # frames that no frame attends to
         out = self.transformer_encoder(x, src_key_padding_mask=padding)  # (N, T', D)
         return out.masked_fill(~mask[..., None], 0.0)
 
 
 def video_descriptors(out: Tensor, num_frames: Tensor) -> Tensor:
     """Mean over each video's frames, L2-normalised: out (N, T', D), zero at padding -> (N, D)."""
-    mean = out.sum(1) / num_frames[:, None]  # (N, D)
+    mean = out.sum(1) / num_frames.to(out.device, non_blocking=True)[:, None]  # (N, D)
     return F.normalize(mean, dim=1)
 
 
