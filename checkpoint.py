@@ -19,7 +19,8 @@ from torch import nn
 from data import PairDataset
 from distributed import Distributed
 from files import remove_leftovers, save_torch, write_json
-from utils import InputError, load_torch, provenance
+from untrusted import load_torch
+from utils import InputError, provenance
 
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.

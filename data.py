@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from distributed import Distributed
 from padding import pack
-from utils import InputError, digest, load_pickle, require_path, seeded_rng
+from untrusted import load_pickle
+from utils import InputError, digest, require_path, seeded_rng
 
 # --- augmentations: frames (T, C) and a NumPy generator -> frames (T', C) ---
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from padding import encode_by_length, trim_padding
-from utils import InputError, load_torch, require_path
+from untrusted import load_torch
+from utils import InputError, require_path
 
 
 class TCA(nn.Module):

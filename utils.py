@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import json
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -57,50 +56,21 @@ def require_path(path: str | os.PathLike, what: str) -> Path:
     return path
 
 
-# --- reading files that others wrote ------------------------------------------------------------
+def printable(text: str) -> str:
+    """Text of a file's on one line of a terminal: different texts stay different.
 
-
-class _BuiltinUnpickler(pickle.Unpickler):
-    """Unpickles the containers of public annotation files, and nothing that could run code."""
-
-    ALLOWED = {"set": set, "frozenset": frozenset}
-
-    def find_class(self, module, name):
-        if module in ("builtins", "__builtin__") and name in self.ALLOWED:
-            return self.ALLOWED[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
-
-
-def load_pickle(path: str | os.PathLike, what: str = "annotation file") -> Any:
-    """Load a pickle of builtin containers, strings and numbers.
-
-    Raises:
-        InputError: the file is not a pickle, or holds any other type, which is never executed
+    Control characters, line ends, marks of direction and bytes that are not UTF-8 are shown as
+    escapes, and so are a backslash and a space at either end.
     """
-    path = require_path(path, what)
-    try:
-        with open(path, "rb") as file:
-            return _BuiltinUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a broken pickle can raise nearly anything
-        raise InputError(
-            f"{what} {str(path)!r} is not a pickle of plain containers ({error}); fetch it again"
-        ) from None
-
-
-def load_torch(path: str | os.PathLike, what: str = "model file") -> Any:
-    """Load a PyTorch file onto the CPU: tensors and plain containers only.
-
-    Raises:
-        InputError: the file cannot be read, or holds any other type, which is never executed
-    """
-    path = require_path(path, what)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # errors of zip, of pickle, of a storage
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{what} {str(path)!r} cannot be read ({reason}); is it complete, and a PyTorch file?"
-        ) from None
+    ends = {0, len(text) - 1}
+    shown = []
+    for i, c in enumerate(text):
+        if c == "\\" or not c.isprintable():
+            c = c.encode("unicode_escape").decode()
+        elif c == " " and i in ends:
+            c = "\\x20"
+        shown.append(c)
+    return "".join(shown)
 
 
 # --- hashes -------------------------------------------------------------------------------------

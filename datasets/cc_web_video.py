@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors, positions_by_id
-from utils import load_pickle
+from untrusted import load_pickle
 
 
 class CCWebVideo(EvaluationSet):

@@ -11,7 +11,7 @@ from datasets.evaluation_set import (
     mean_or_nan,
     trapezoidal_average_precision,
 )
-from utils import load_pickle
+from untrusted import load_pickle
 
 
 class EVVE(EvaluationSet):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors
 from datasets.similarity_files import read_ids
-from utils import load_pickle, require_path
+from untrusted import load_pickle
+from utils import require_path
 
 FORM = "FIVR's form {query: {label: [ids]}}"
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors
-from utils import load_pickle
+from untrusted import load_pickle
 
 
 class VCDB(EvaluationSet):

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils import InputError, file_sha256, load_torch, require_path
+from untrusted import load_torch
+from utils import InputError, file_sha256, require_path
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 

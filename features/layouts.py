@@ -1,6 +1,5 @@
 """Other layouts of feature files: a folder of .npy, and one HDF5 dataset per video."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from features.store import FeatureStore, rows_checksum, store_checksum, write_store
 from files import atomic, write_json
+from untrusted import is_object, read_json
 from utils import InputError
 
 DESCRIPTION = "store.json"  # of a folder of .npy: what an HDF5 file holds as attributes
@@ -27,11 +27,14 @@ class NpyFolder(FeatureStore):
                 raise InputError(
                     f"{str(file)!r}: its name is not UTF-8, so it cannot be an id; rename it"
                 )
+            if not file.is_file():  # to open a pipe would wait for ever
+                found[video] = (), f"lies in {file.name}, which is not a file"
+                continue
             try:
-                rows = np.load(file, mmap_mode="r", allow_pickle=False)
+                rows = self._map(video)
                 found[video] = rows.shape, rows.dtype
-            except (ValueError, EOFError) as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:  # a damaged header can raise nearly anything
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 found[video] = (
                     (),
                     f"lies in {file.name}, which was cut short or is not an array of numbers "
@@ -43,16 +46,23 @@ class NpyFolder(FeatureStore):
     def _description(self):
         """The content of DESCRIPTION; without that file, an empty description."""
         file = self.path / DESCRIPTION
-        try:
-            description = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            return {"meta": {}, "checksum": None, "checksums": {}, **description}
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{str(file)!r} is not what convert.py writes ({error}); remove it"
-            ) from None
+        expected = {"meta": {}, "checksum": None, "checksums": {}}
+        if not file.exists():
+            return expected
+        description = read_json(file, "description", "remove it")
+        if isinstance(description, dict):
+            description = {**expected, **description}
+            sums_are_texts = is_object(description["checksums"], str)
+            if sums_are_texts and is_object(description["meta"], str, int, float, list):
+                if isinstance(description["checksum"], str | None):
+                    return description
+        raise InputError(f"{str(file)!r} is not what convert.py writes; remove it")
 
-    def _read(self, video):
-        return np.load(self.path / f"{video}.npy", mmap_mode="r", allow_pickle=False)
+    def _map(self, video):
+        # Not np.load, which takes zip files too.
+        return np.lib.format.open_memmap(self.path / f"{video}.npy", mode="r")
+
+    _read = _map
 
     def checksums(self) -> dict[str, str]:
         return self._description()["checksums"]

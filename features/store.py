@@ -18,8 +18,19 @@ from typing import Any
 import h5py
 import numpy as np
 
+from features.hdf5 import (
+    find_datasets,
+    hdf5_errors,
+    open_hdf5,
+    own_dataset,
+    read_attributes,
+    read_offsets,
+    read_texts,
+)
 from files import atomic, remove_leftovers
 from utils import InputError, digest, require_path
+
+PACKED = {"frames", "offsets", "ids"}  # the datasets of the packed layout, beside the checksums
 
 # --- reading -------------------------------------------------------------------------------------
 
@@ -112,51 +123,44 @@ class FeatureStore(Mapping):
 
     def _scan(self):
         """({id: (shape, dtype)}, attributes); ((), reason) for a video that cannot be read."""
-        file, shapes = self._file(), {}
-        packed = [file.get(name) for name in ("frames", "offsets", "ids")]
-
-        def visit(name, item):
-            if isinstance(item, h5py.Dataset):
-                shapes[name] = item.shape or (), item.dtype  # h5py.Empty has no shape
-
-        if all(isinstance(item, h5py.Dataset) for item in packed):
-            shapes = self._scan_packed(*packed)
-        else:
-            file.visititems(visit)
-        return shapes, {name: _json_like(value) for name, value in file.attrs.items()}
+        with hdf5_errors(self.path):
+            file, shapes = self._file(), {}
+            for name, shape, dtype in find_datasets(file):
+                shapes[name] = shape or (), dtype  # h5py.Empty has no shape
+            if PACKED <= shapes.keys():
+                shapes = self._scan_packed(file, shapes)
+            return shapes, read_attributes(file)
 
     def _file(self):
         """The HDF5 file, opened once in each process: its handles do not survive a fork."""
         owner, file = self._handle
         if owner != os.getpid():
-            try:
-                file = h5py.File(self.path, "r")
-            except OSError as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(
-                    f"feature file {str(self.path)!r} is not HDF5 or was cut short ({reason})"
-                ) from None
+            file = open_hdf5(self.path)
             self._handle = os.getpid(), file
         return file
 
-    def _scan_packed(self, frames, offsets, ids):
-        offsets, ids = offsets[:], ids.asstr()[:]
-        ends = [*offsets[:1], *offsets[-1:]]
-        if (
-            len(offsets) != len(ids) + 1
-            or frames.ndim != 2
-            or ends != [0, len(frames)]
-            or (np.diff(offsets) < 0).any()
-        ):
+    def _scan_packed(self, file, shapes):
+        for name in PACKED:
+            if isinstance(shapes[name][1], str):  # the reason why it must not be read
+                raise InputError(f"feature file {str(self.path)!r}: {name} {shapes[name][1]}")
+        frames = file["frames"]
+        if frames.ndim != 2 or frames.dtype.kind not in "fiu":
             raise InputError(
-                f"feature file {str(self.path)!r}: offsets, ids and frames do not fit together; "
-                "write it again"
+                f"feature file {str(self.path)!r}: frames are {frames.dtype} {frames.shape}, "
+                "expected numbers (sum of T, C); write it again"
             )
+        try:
+            ids = read_texts(file["ids"], self.path.stat().st_size)
+            offsets = read_offsets(file["offsets"], len(ids), len(frames))
+        except ValueError as error:
+            raise InputError(
+                f"feature file {str(self.path)!r}: offsets, ids and frames do not fit together "
+                f"({error}); write it again"
+            ) from None
         if frames.chunks is None and (start := frames.id.get_offset()) is not None:  # contiguous
             frames = np.memmap(self.path, frames.dtype, "r", start, frames.shape)
         self._frames = frames
         self._bounds, shapes = {}, {}
-        offsets = offsets.tolist()
         for video, begin, end in zip(ids, offsets[:-1], offsets[1:], strict=True):
             self._bounds[video] = begin, end
             shapes[video] = (end - begin, frames.shape[1]), frames.dtype
@@ -166,9 +170,12 @@ class FeatureStore(Mapping):
 
     def _read(self, video):
         """The array of `video` as it is stored: (T, C) or (T, R, C)."""
-        if self._frames is None:
-            return self._file()[video][:]
-        return self._frames[slice(*self._bounds[video])]
+        if isinstance(self._frames, np.memmap):
+            return self._frames[slice(*self._bounds[video])]
+        with hdf5_errors(self.path):
+            if self._frames is None:
+                return self._file()[video][:]
+            return self._frames[slice(*self._bounds[video])]
 
     def read(self, video: str) -> np.ndarray:
         """The (T, C) rows of `video`, averaged over regions, not checked for NaN."""
@@ -211,15 +218,19 @@ class FeatureStore(Mapping):
 
     def checksums(self) -> dict[str, str]:
         """{id: checksum of its rows} as stored in the file; empty if it stores none."""
-        file = self._file()
+        with hdf5_errors(self.path):
+            return self._read_checksums(self._file())
+
+    def _read_checksums(self, file):
         if self._frames is not None:
             if "checksums" not in file:
                 return {}
-            return dict(zip(self._bounds, file["checksums"].asstr()[:], strict=True))
+            sums = read_texts(own_dataset(file, "checksums"), self.path.stat().st_size)
+            return dict(zip(self._bounds, sums, strict=True))
         sums = {}
         for video in self.lengths:
             if "checksum" in file[video].attrs:
-                sums[video] = file[video].attrs["checksum"]
+                sums[video] = str(read_attributes(file[video])["checksum"])
         return sums
 
     def fingerprint(self) -> str:
@@ -251,19 +262,6 @@ def _all_finite(rows):
         # By the exponent's bits: 20 times as fast as NumPy's isfinite, which casts float16.
         return not (rows.view(np.uint16) & 0x7C00 == 0x7C00).any()
     return bool(np.isfinite(rows).all())
-
-
-def _json_like(value):
-    """An HDF5 attribute as a value that both JSON and HDF5 can hold."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_json_like(item) for item in value]
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, h5py.Empty):
-        return ""
-    return value if isinstance(value, str | int | float) else str(value)
 
 
 # --- checksums -----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from distributed import run_main
 from features.layouts import LAYOUTS, open_source
 from features.store import FeatureStore, cast_rows, rows_checksum, store_checksum
 from files import remove_leftovers
-from utils import InputError, Parser, require_path
+from untrusted import read_text
+from utils import InputError, Parser, printable
 
 
 def layout_of(path: str | Path, layout: str | None = None) -> str:
@@ -102,21 +103,23 @@ def run_to(options: argparse.Namespace) -> None:
     write(options.target, videos, options.layout, options.dtype)
 
 
-def read_ids(path: str, known: Container[str]) -> list[str]:
+def read_ids(path: str, known: Collection[str]) -> list[str]:
     """The ids of a list that are `known`; a notice on stderr counts the others.
 
-    The list has an id a line. What follows a tab is ignored, so the output of `verify` is a list.
+    The list has an id a line, as it is or as `printable` shows it. What follows a tab is ignored,
+    so the output of `verify` is a list.
     """
-    try:
-        lines = require_path(path, "list of ids").read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(
-            f"list of ids {str(path)!r} is not text in UTF-8; give one id a line"
-        ) from None
-    ids = list(dict.fromkeys(line.partition("\t")[0].strip() for line in lines if line.strip()))
+    lines = read_text(path, "list of ids", "give one id a line").split("\n")
+    escaped = {printable(video): video for video in known}
+    ids = []
+    for line in lines:
+        if line.strip():
+            video = line.partition("\t")[0].strip()
+            ids.append(escaped.get(video, video))
+    ids = list(dict.fromkeys(ids))
     missing = [video for video in ids if video not in known]
     if missing:
-        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        examples = ", ".join(map(printable, missing[:3])) + (", ..." if len(missing) > 3 else "")
         print(
             f"notice: {len(missing)} of the {len(ids)} ids of {path} have no features: {examples}",
             file=sys.stderr,
@@ -228,7 +231,7 @@ def run_info(options: argparse.Namespace) -> None:
         facts["checksum"] = "none: made by another program, or by an older version of this one"
     meta = facts.pop("meta")
     for name, value in [*facts.items(), *meta.items()]:
-        print(f"{name:12} {value}")
+        print(f"{printable(name):12} {printable(str(value))}")
 
 
 def check_rows(rows: np.ndarray, stored: str | None) -> tuple[str, str]:
@@ -255,7 +258,7 @@ def run_verify(options: argparse.Namespace) -> int:
         if reason:
             bad[video] = reason
     for video, reason in sorted(bad.items()):
-        print(f"{video}\t{reason}")
+        print(f"{printable(video)}\t{printable(reason)}")  # what --without reads
 
     # The rows may all be good, and yet a video lost or renamed: the store's own checksum tells.
     checksum = store_checksum(store.dtype, store.feature_size, store.lengths, sums)

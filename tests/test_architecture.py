@@ -20,7 +20,7 @@ METHOD = {"model", "losses", "data", "checkpoint", "training_log", "padding"}
 LAYERS = [
     {"utils"},
     {"files"},
-    {"distributed"},
+    {"distributed", "untrusted"},
     METHOD,
     {"features", "datasets"},  # neither imports the other: features know no protocol
     {"retrieval"},

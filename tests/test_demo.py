@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.commands import ROOT, cli, one_error, refused
 
-import utils
+import untrusted
 from datasets.demo import edits, make_demo, plan
 
 DEMO = ROOT / "datasets" / "demo"
@@ -322,7 +322,7 @@ def test_build_is_complete_resumes_and_replaces_another(tmp_path, capsys):
         frames, rate = decode(tmp_path / clip.file)
         assert len(frames) / rate == pytest.approx(clip.duration, abs=0.35), clip.id
     annotations = tmp_path / "annotations"
-    training = utils.load_pickle(annotations / "demo_train.pickle")
+    training = untrusted.load_pickle(annotations / "demo_train.pickle")
     assert sorted(training) == ["index", "negs", "segments", "video_pairs"]
     assert len(training["index"]) == 3
     copies = ["test_q00_copy0", "test_q00_copy1"]

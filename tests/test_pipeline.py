@@ -6,7 +6,8 @@ import torch
 from helpers.library import CLIPS
 
 from model import build_encoder
-from utils import InputError, file_sha256, load_torch
+from untrusted import load_torch
+from utils import InputError, file_sha256
 from videoindex.pipeline import SHIPPED, Pipeline
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.commands import ROOT, python
 
+import untrusted
 import utils
 from files import save_torch
 from utils import InputError
@@ -50,7 +51,7 @@ def test_load_torch_does_not_run_code(tmp_path):
     target = tmp_path / "owned"
     torch.save({"x": Malicious(target)}, tmp_path / "x.pth")
     with pytest.raises(InputError) as error:
-        utils.load_torch(tmp_path / "x.pth")
+        untrusted.load_torch(tmp_path / "x.pth")
     assert "x.pth" in str(error.value) and "\n" not in str(error.value)
     assert not target.exists()
 
@@ -65,11 +66,11 @@ def test_load_torch_reports_a_broken_or_missing_file(tmp_path):
     for content in (b"", b"text", whole[:100], whole[:-100]):
         path.write_bytes(content)
         with pytest.raises(InputError) as error:
-            utils.load_torch(path)
+            untrusted.load_torch(path)
         assert "x.pth" in str(error.value) and "\n" not in str(error.value)
     path.unlink()
     with pytest.raises(InputError, match="x.pth.*does not exist"):
-        utils.load_torch(path)
+        untrusted.load_torch(path)
 
 
 def test_save_torch_round_trip(tmp_path):
@@ -81,7 +82,7 @@ def test_save_torch_round_trip(tmp_path):
         "names": ["a", {"b": 1.5}],
     }
     save_torch(tmp_path / "x.pth", value)
-    loaded = utils.load_torch(tmp_path / "x.pth")
+    loaded = untrusted.load_torch(tmp_path / "x.pth")
     assert torch.equal(loaded.pop("x"), value.pop("x"))
     assert loaded == value
 

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import untrusted
 import utils
 from distributed import run_main
 from files import atomic, save_torch, write_json
@@ -96,7 +97,7 @@ def pack(args):
         np.savez_compressed(file, **arrays)
 
     path = model_file(args.model_path)
-    saved = utils.load_torch(path)
+    saved = untrusted.load_torch(path)
     if "state_dict" not in saved:
         raise utils.InputError(f"{str(path)!r} is not a model.pth of train.py; give a run's folder")
     halves = {}
