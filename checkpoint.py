@@ -6,10 +6,12 @@ before it is used.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from files import remove_leftovers, save_torch, write_json
 from untrusted import load_torch
 from utils import InputError, provenance
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM, before its time limit
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.
 ATOMIC_FILES = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")
@@ -60,10 +63,14 @@ class Run:
         seen: pairs seen in the current epoch, by all processes.
         best, best_epoch, best_weights: score, number (from 0) and weights of the epoch that is best
             on the validation set.
-        interrupted: whether SIGTERM has reached any process.
+        interrupted: the number of the signal that has reached any process, or 0.
     """
 
     PROGRESS_FIELDS = ("step", "epoch", "seen", "best", "best_epoch", "best_weights")
+    STATE_FIELDS = (
+        *("encoder", "arguments", "features", "moco", "optimizers", "mined"),
+        *("inputs", "args", "processes", *PROGRESS_FIELDS),
+    )
 
     def __init__(
         self,
@@ -80,8 +87,9 @@ class Run:
         self.encoder_info, self.inputs = encoder_info, inputs
         self.step = self.epoch = self.seen = 0  # the progress; `resume` may replace it
         self.best, self.best_epoch, self.best_weights = -math.inf, -1, None
-        self.interrupted = False  # on all processes at the same step
-        self._sigterm = False  # on this process
+        self.interrupted = 0  # on all processes at the same step
+        self._signal = 0  # on this process
+        self._unchecked = deque()  # (loss, step, indices, negative ids) of the newest steps
         self.pairs_per_step = args.batch_sz * dist.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -140,32 +148,62 @@ class Run:
 
     # --- stopping ---
 
-    def stop_on_sigterm(self):
-        """From now on, SIGTERM ends the run after the current step."""
+    @contextlib.contextmanager
+    def stop_on_signals(self):
+        """In this block, SIGTERM and SIGUSR1 end the run after the current step."""
 
-        def handler(*_):
-            self._sigterm = True
+        def handler(number, _):
+            self._signal = number
 
-        signal.signal(signal.SIGTERM, handler)
+        before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def keep_in_step(self, batches: Iterator) -> Iterator:
+        """Yield the batches as long as no process has failed or received a signal.
+
+        The processes tell each other by one exchange per step. If a batch cannot be read or a loss
+        is not finite, all exit. A signal saves a checkpoint, sets `interrupted`, and ends this.
+        """
+        while True:
+            batch = error = None
+            try:
+                # A GPU may still compute the newest loss: check the one before it.
+                self._check_losses(keep=1)
+                batch = next(batches, None)
+            except InputError as caught:
+                error = caught
+            self.interrupted = self.dist.agree(error, self._signal)
+            if self.interrupted and not self.at_epoch_start:
+                self.save()
+            if batch is None or self.interrupted:
+                return
+            yield batch
 
     def save_if_due(self):
-        """After a step: save every --save_every steps and after SIGTERM, and set `interrupted`.
+        """After a step: save every --save_every steps.
 
         The end of an epoch is not saved here but after validation, so no resumed run skips a score.
         """
-        self.interrupted = self.dist.any(self._sigterm)  # launchers may signal one process alone
-        due = self.interrupted or self.step % self.args.save_every == 0
-        if due and not self.epoch_complete:
+        if self.step % self.args.save_every == 0 and not self.epoch_complete:
             self.save()
 
-    def check_loss(self, loss: torch.Tensor, indices: list[int], negative_ids: torch.Tensor):
-        """End all processes, before the weights change, if the loss of any is not finite."""
-        with self.dist.exit_together_on_error():
+    def note_loss(self, loss: torch.Tensor, indices: list[int], negative_ids: torch.Tensor):
+        """Remember this step's loss, to be checked later: no step waits for a GPU."""
+        self._unchecked.append((loss.detach(), self.step, indices, negative_ids))
+
+    def _check_losses(self, keep: int = 0):
+        """InputError if a noted loss is not finite; the newest `keep` are not checked yet."""
+        while len(self._unchecked) > keep:
+            loss, step, indices, negative_ids = self._unchecked.popleft()
             if not torch.isfinite(loss):
                 pairs = ", ".join("/".join(self.data.pairs[i]) for i in indices)
                 negatives = dict.fromkeys(self.data.negatives[i] for i in negative_ids.tolist())
                 raise InputError(
-                    f"loss is {loss.item()} at step {self.step}, pairs {pairs},"
+                    f"loss is {loss.item()} at step {step}, pairs {pairs},"
                     f" negatives {', '.join(negatives)}; {self._last_checkpoint()}; look for odd"
                     " values in those features, or start again with a lower --learning_rate, in"
                     " another --model_path"
@@ -187,7 +225,7 @@ class Run:
         """
         optimizers = [self.optimizer.state_dict()]
         if self.args.use_adasum:
-            optimizers = self.dist.all_gather_objects(optimizers[0])
+            optimizers = self.dist.gather_to_main(optimizers[0])
         return {
             **self.encoder_info,
             "moco": self.model.state_dict(),
@@ -202,6 +240,7 @@ class Run:
     def save(self):
         """Write a checkpoint. Every process calls it."""
         with self.dist.exit_together_on_error():
+            self._check_losses()
             weights = self.model.encoder_q.state_dict().values()
             if not all(value.isfinite().all() for value in weights):
                 raise InputError(
@@ -218,19 +257,24 @@ class Run:
 
         InputError if another command made it.
         """
-        expected, state = self.state().keys(), None
+        state = optimizers = None
         with self.dist.exit_together_on_error():
             if self.dist.is_main:  # other machines may not see the folder
-                state = newest_readable_checkpoint(self.folder, expected)
+                state = newest_readable_checkpoint(self.folder, self.STATE_FIELDS)
                 if state:
                     check_same_run(state, self.args, self.inputs, self.folder)
+                    self.model.load_state_dict(state.pop("moco"))  # both encoders and the bank
+                    optimizers = state.pop("optimizers")  # one, or under Adasum one per process
+                    state["optimizers"] = len(optimizers)
         state = self.dist.broadcast(state)
         if state is None:
             return
-        self.model.load_state_dict(state["moco"])  # both encoders and the bank
-        optimizers = state["optimizers"]  # one, or under Adasum one per process
-        same_processes = len(optimizers) == self.dist.world_size
-        self.optimizer.load_state_dict(optimizers[self.dist.rank if same_processes else 0])
+        self.dist.broadcast_model(self.model)
+        if state["optimizers"] == self.dist.world_size:
+            optimizer = self.dist.scatter_from_main(optimizers)
+        else:
+            optimizer = self.dist.broadcast(optimizers[0] if optimizers else None)
+        self.optimizer.load_state_dict(optimizer)
         self.data.hard_negatives = state["mined"]
         for name in self.PROGRESS_FIELDS:
             setattr(self, name, state[name])

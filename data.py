@@ -407,7 +407,6 @@ def batch_indices(
 def load_batches(
     data: PairDataset,
     batches: list[list[int]],
-    dist: Distributed,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[tuple]:
@@ -418,13 +417,9 @@ def load_batches(
         collate_fn=collate_pairs,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=ignore_signals,
     )
-    iterator = iter(loader)
-    for _ in batches:
-        with dist.exit_together_on_error():  # a video that cannot be read ends all processes
-            batch = next(iterator)
-        yield batch
+    return iter(loader)
 
 
 def collate_pairs(items: list[tuple]) -> tuple:
@@ -439,9 +434,10 @@ def collate_pairs(items: list[tuple]) -> tuple:
     return list(indices), pack(anchors), pack(positives), pack(negatives), negative_ids
 
 
-def ignore_sigterm(_):
-    """Workers ignore SIGTERM (launchers signal the whole group); the main process handles it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(_):
+    """Workers ignore what stops a run (launchers signal all); the main process handles it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- hard negatives ---

@@ -4,6 +4,7 @@ This is the only file that knows Horovod and torch.distributed. Everything else 
 that `init_distributed()` returns:
 
     dist = init_distributed()
+    device = dist.device(args.device)  # this process's own GPU, if it asks for one
     dist.broadcast_model(encoder)
     optimizer = dist.wrap(optimizer, list(encoder.named_parameters()))
     keys = dist.all_gather(keys)  # (N, D) -> (world_size * N, D)
@@ -22,7 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from utils import InputError
+from utils import InputError, available_cores
 
 # --- the interface ------------------------------------------------------------------------------
 
@@ -48,41 +49,47 @@ class Distributed:
 
     # Exchange. Every process must make these calls, in the same order.
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, same_length: bool = False) -> Tensor:
         """Concatenate a tensor of every process: (n, ...) -> (sum of n, ...), ordered by rank.
 
-        n may differ between processes and may be 0. The result carries no gradient: Horovod would
-        average it over the processes, torch.distributed would sum it.
+        n may differ between processes and may be 0; `same_length` says that it does not, which
+        saves an exchange. The result carries no gradient: Horovod would average it over the
+        processes, torch.distributed would sum it.
         """
         return tensor
 
-    def all_gather_objects(self, value: Any) -> list:
-        """The `value` of every process, as a list by rank. Any object that can be pickled."""
-        return [value]
-
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` on every process. Any object that can be pickled."""
+        """Rank 0's `value` on every process: nested dicts, lists and tuples of anything.
+
+        Tensors arrive on the CPU, sent one by one. The rest is pickled.
+        """
         return value
 
-    def broadcast_model(self, module: torch.nn.Module) -> None:
-        """Copy rank 0's weights and buffers to every process."""
-        module.load_state_dict(self.broadcast(module.state_dict()))
+    def gather_to_main(self, value: Any) -> list | None:
+        """On rank 0 the `value` of every process, as a list by rank; None on the others.
 
-    def broadcast_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy rank 0's optimiser state to every process."""
-        optimizer.load_state_dict(self.broadcast(optimizer.state_dict()))
+        Tensors travel as in `broadcast`. The other processes hold one of them at a time.
+        """
+        return [value]
+
+    def scatter_from_main(self, values: list | None) -> Any:
+        """The reverse: this process's entry of rank 0's list. Tensors travel as in `broadcast`."""
+        return values[0]
+
+    def broadcast_model(self, module: torch.nn.Module) -> None:
+        """Copy rank 0's weights and buffers to every process, in place and tensor by tensor."""
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one process."""
-        return bool(self.all_gather(torch.tensor([int(flag)])).any())
+        return bool(self.all_gather(torch.tensor([int(flag)]), same_length=True).any())
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes of a tensor whose shape is the same on all of them."""
-        return self.all_gather(value[None]).mean(0)
+        return self.all_gather(value[None], same_length=True).mean(0)
 
     def barrier(self) -> None:
         """Wait until every process has reached this call."""
-        self.all_gather(torch.zeros(1))
+        self.any(False)
 
     @contextlib.contextmanager
     def exit_together_on_error(self) -> Iterator[None]:
@@ -97,12 +104,31 @@ class Distributed:
             if self.world_size == 1:
                 raise
             error = caught
-        failed = self.all_gather(torch.tensor([int(error is not None)]))  # (world_size,)
+        failed = torch.tensor([int(error is not None)])
+        failed = self.all_gather(failed, same_length=True)  # (world_size,)
         if failed.any():
-            if self.rank == int(failed.argmax()):  # the first that failed speaks for all
-                _print_error(error)
-            self.barrier()  # a launcher kills the others when the first exits: print before that
-            raise SystemExit(2)
+            self._exit_together(error, failed)
+
+    def agree(self, error: InputError | None, number: int) -> int:
+        """Exchange, once a step, whether a process has failed: then all exit, as above.
+
+        Returns the largest `number` (a signal, or 0) of all processes.
+        """
+        if self.world_size == 1 and error:
+            raise error
+        states = self.all_gather(
+            torch.tensor([[int(error is not None), number]]), same_length=True
+        )  # (world_size, 2)
+        failed, numbers = states.T
+        if failed.any():
+            self._exit_together(error, failed)
+        return int(numbers.max())
+
+    def _exit_together(self, error, failed):
+        if self.rank == int(failed.argmax()):  # the first that failed speaks for all
+            _print_error(error)
+        self.barrier()  # a launcher kills the others when the first exits: print before that
+        raise SystemExit(2)
 
     # Training.
 
@@ -120,7 +146,7 @@ class Distributed:
 
         Under Adasum each parameter steps inside `backward`, as soon as its gradient is ready, and
         the steps are combined. Set the learning rate before `backward`. The moments differ between
-        processes: save those of every process (`all_gather_objects`).
+        processes: save those of every process (`gather_to_main`).
 
         Args:
             adasum: combine by Adasum (Maleki et al., MLSys 2021) instead of the mean
@@ -138,31 +164,119 @@ class Distributed:
         """The learning rate's factor in the released recipe: how many gradients are averaged."""
         return self.world_size
 
-    def local_device(self, name: str) -> str:
-        """The device of this process: `name`, or for "cuda" its own GPU of this machine."""
-        if name == "cuda" and self.local_world_size > 1:
-            return f"cuda:{self.local_rank}"
+    def device(self, name: str) -> str:
+        """The device of this process: `name`, where "cuda" is its own GPU of this machine.
+
+        Makes that GPU the current one, so that nothing of this process lands on another.
+
+        Raises:
+            InputError: there is no such device, or the engine cannot join tensors on it
+        """
+        if name == "cuda" and self.local_world_size > 1 and torch.cuda.is_available():
+            name = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        check_device(name)
+        if name.startswith("cuda"):
+            torch.cuda.set_device(torch.device(name).index or 0)
         return name
+
+
+class _Exchange(Distributed):
+    """What the two engines share: how nested values and models travel. An engine defines
+
+    _broadcast_object(value, root) -> value   anything that can be pickled, of the process `root`
+    _broadcast_tensor(tensor, root)           overwrite a contiguous tensor by that of `root`
+    """
+
+    def _send(self, value: Any, root: int, keep: bool) -> Any:
+        """`value` of the process `root`, on the processes that keep it; None on the others."""
+        tensors = []
+        skeleton = _take_tensors(value, tensors) if self.rank == root else None
+        skeleton, shapes = self._broadcast_object(
+            (skeleton, [(tensor.shape, tensor.dtype) for tensor in tensors]), root
+        )
+        received = []
+        for i, (shape, dtype) in enumerate(shapes):
+            if self.rank == root:
+                tensor = tensors[i].detach().cpu().contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype)
+            self._broadcast_tensor(tensor, root)
+            if keep:
+                received.append(tensor)
+        return _put_tensors(skeleton, received) if keep else None
+
+    def broadcast(self, value):
+        return self._send(value, root=0, keep=True)
+
+    def gather_to_main(self, value):
+        values = [self._send(value, rank, keep=self.is_main) for rank in range(self.world_size)]
+        return values if self.is_main else None
+
+    def scatter_from_main(self, values):
+        own = None
+        for rank in range(self.world_size):
+            value = self._send(values[rank] if self.is_main else None, 0, keep=rank == self.rank)
+            own = value if rank == self.rank else own
+        return own
+
+    def broadcast_model(self, module):
+        with torch.no_grad():
+            for tensor in module.state_dict().values():  # they share the module's memory
+                sent = tensor.contiguous()
+                self._broadcast_tensor(sent, 0)
+                if sent is not tensor:
+                    tensor.copy_(sent)
+
+
+class _Slot:
+    """Stands for a tensor in a value that is pickled without its tensors."""
+
+
+def _take_tensors(value, tensors):
+    """`value` with a _Slot for each tensor; the tensors are appended to `tensors`, in order."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Slot()
+    if type(value) is dict:
+        return {key: _take_tensors(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_take_tensors(item, tensors) for item in value)
+    return value
+
+
+def _put_tensors(value, tensors):
+    """The reverse of `_take_tensors`; consumes the list `tensors` from its beginning."""
+    if isinstance(value, _Slot):
+        return tensors.pop(0)
+    if type(value) is dict:
+        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_put_tensors(item, tensors) for item in value)
+    return value
 
 
 # --- the two engines ----------------------------------------------------------------------------
 
 
-class TorchDistributed(Distributed):
-    """Started by `torchrun`: gloo for CPU tensors, NCCL for GPU tensors."""
+class TorchDistributed(_Exchange):
+    """Started by `torchrun`: gloo for CPU tensors, NCCL for GPU tensors.
+
+    NCCL refuses two processes on one GPU. Where they share one, tensors of a GPU are exchanged
+    through the CPU.
+    """
 
     backend = "torch.distributed"
     started = False  # set once a process group exists, see run_main
+    _nccl = False  # whether tensors of a GPU are exchanged by NCCL
 
-    def __init__(self):
-        collectives = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # A long timeout: the shards of an extraction wait for the slowest.
-        timeout = timedelta(days=7)
+    def __init__(self, timeout: timedelta):
+        self.local_rank = _environment_number("LOCAL_RANK")
+        self.local_world_size = _environment_number("LOCAL_WORLD_SIZE")
+        nccl = 0 < self.local_world_size <= torch.cuda.device_count()
         try:
-            torch.distributed.init_process_group(collectives, timeout=timeout)
-            self.local_rank = int(os.environ["LOCAL_RANK"])
-            self.local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        except (ValueError, KeyError, RuntimeError) as error:
+            engines = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+            torch.distributed.init_process_group(engines, timeout=timeout)
+        except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"torch.distributed cannot start ({reason}); start the processes with torchrun"
@@ -170,29 +284,46 @@ class TorchDistributed(Distributed):
         TorchDistributed.started = True
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
+        self._nccl = not self.any(not nccl)  # the machines may have different numbers of GPUs
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().contiguous()
-        length = torch.tensor([len(tensor)], device=tensor.device)
+    def device(self, name: str) -> str:
+        if name != "cuda" and self.local_world_size > 1:
+            self._nccl = False  # all processes of this machine use the GPU that was named
+        return super().device(name)
+
+    def _for_exchange(self, tensor: Tensor) -> Tensor:
+        """The tensor where the engine can exchange it."""
+        return tensor if self._nccl else tensor.cpu()
+
+    def all_gather(self, tensor: Tensor, same_length: bool = False) -> Tensor:
+        device = tensor.device
+        tensor = self._for_exchange(tensor.detach().contiguous())
+        if same_length:
+            parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+            torch.distributed.all_gather(parts, tensor)
+            return torch.cat(parts).to(device)
+        length = torch.tensor([len(tensor)])
         lengths = [torch.zeros_like(length) for _ in range(self.world_size)]
-        torch.distributed.all_gather(lengths, length)
+        torch.distributed.all_gather(lengths, length)  # on the CPU: they are read at once
 
         # gloo gathers tensors of one shape only: pad to the longest, then cut.
         missing = int(max(lengths)) - len(tensor)
         padded = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
         parts = [torch.empty_like(padded) for _ in range(self.world_size)]
         torch.distributed.all_gather(parts, padded)
-        return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+        parts = [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+        return torch.cat(parts).to(device)
 
-    def all_gather_objects(self, value: Any) -> list:
-        values = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        values = [value if self.is_main else None]
-        torch.distributed.broadcast_object_list(values)
+    def _broadcast_object(self, value, root):
+        values = [value]
+        torch.distributed.broadcast_object_list(values, root, device=torch.device("cpu"))
         return values[0]
+
+    def _broadcast_tensor(self, tensor, root):
+        sent = self._for_exchange(tensor)
+        torch.distributed.broadcast(sent, root)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         optimizer = super().wrap(optimizer, named_parameters, adasum, fp16)  # refuses Adasum
@@ -208,6 +339,7 @@ class TorchDistributed(Distributed):
             if fp16:
                 flat = flat.half()
             flat = flat / self.world_size  # before the sum, which could overflow in half precision
+            flat = self._for_exchange(flat)
             torch.distributed.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
@@ -217,7 +349,7 @@ class TorchDistributed(Distributed):
         return optimizer
 
 
-class HorovodDistributed(Distributed):
+class HorovodDistributed(_Exchange):
     """Started by `horovodrun`, over MPI or Gloo."""
 
     backend = "Horovod"
@@ -242,19 +374,31 @@ class HorovodDistributed(Distributed):
         self.local_rank = hvd.local_rank()
         self.local_world_size = hvd.local_size()
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    # Every exchange has a name: Horovod pairs the calls of processes by it. Its default name of an
+    # object is the type, which differs between rank 0, which has a checkpoint, and the others,
+    # which wait for it with None.
+
+    def all_gather(self, tensor: Tensor, same_length: bool = False) -> Tensor:
         sent_as = self.SENT_AS.get(tensor.dtype, tensor.dtype)
-        gathered = self._hvd.allgather(tensor.detach().contiguous().view(sent_as))
-        return gathered.view(tensor.dtype)
+        sent = tensor.detach().contiguous().view(sent_as)
+        return self._hvd.allgather(sent, name="all_gather").view(tensor.dtype)
 
-    # Horovod pairs the calls of processes by name. Its default name of an object is the type, which
-    # differs between rank 0, which has a checkpoint, and the others, which wait for it with None.
+    def _broadcast_object(self, value, root):
+        return self._hvd.broadcast_object(value, root, name="object")
 
-    def all_gather_objects(self, value: Any) -> list:
-        return self._hvd.allgather_object(value, name="objects")
+    def _broadcast_tensor(self, tensor, root):
+        sent_as = self.SENT_AS.get(tensor.dtype, tensor.dtype)
+        sent = tensor.view(-1).view(sent_as)  # shares the memory of `tensor`
+        if len(sent):
+            self._hvd.broadcast_(sent, root, name="tensor")
 
-    def broadcast(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0, name="object")
+    def device(self, name: str) -> str:
+        if name.startswith("cuda") and self.world_size > 1 and not self._hvd.nccl_built():
+            raise InputError(
+                f"--device {name}: this Horovod was built for CPUs alone; run `make horovod` where"
+                " a CUDA toolkit is installed, start with torchrun, or give --device cpu"
+            )
+        return super().device(name)
 
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         hvd = self._hvd
@@ -286,15 +430,23 @@ class HorovodDistributed(Distributed):
 
 # --- starting -----------------------------------------------------------------------------------
 
+STEP_TIMEOUT = timedelta(minutes=30)  # a process that is so late in a training step hangs
+SHARE_TIMEOUT = timedelta(days=7)  # shares of a long task end at very different times
 
-def init_distributed() -> Distributed:
-    """Join the processes of this run, by the engine whose launcher started it."""
+
+def init_distributed(timeout: timedelta = STEP_TIMEOUT) -> Distributed:
+    """Join the processes of this run, by the engine whose launcher started it.
+
+    timeout: how long torch.distributed waits for the other processes in one exchange
+    """
     launcher, _, _ = detect_launcher()
-    engines = {"horovod": HorovodDistributed, "torch": TorchDistributed, None: Distributed}
-    dist = engines[launcher]()
+    if launcher == "torch":
+        dist = TorchDistributed(timeout)
+    else:
+        dist = HorovodDistributed() if launcher == "horovod" else Distributed()
     # Share the cores. torchrun sets OMP_NUM_THREADS (to 1) by itself, horovodrun does not.
     if dist.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.local_world_size))
+        torch.set_num_threads(max(1, available_cores() // dist.local_world_size))
     return dist
 
 
@@ -307,8 +459,20 @@ def detect_launcher() -> tuple[str | None, int, int]:
     ]
     for engine, rank, size in variables:
         if rank in os.environ and size in os.environ:
-            return engine, int(os.environ[rank]), int(os.environ[size])
+            return engine, _environment_number(rank), _environment_number(size)
     return None, 0, 1
+
+
+def _environment_number(name):
+    """An environment variable that a launcher sets to a number."""
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        state = f"is {value!r}, not a number" if value else "is not set"
+        raise InputError(
+            f"the environment variable {name} {state}; start several processes with torchrun or"
+            " horovodrun, or unset RANK and WORLD_SIZE for one"
+        )
+    return int(value)
 
 
 def default_device() -> str:
@@ -338,7 +502,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         2    InputError or OSError
         130  Ctrl-C
         141  nobody reads our output any more, as in `script | head -1`
-        1    another process of the run ended
+        1    the exchange between processes failed, mostly because another process ended
     """
     status = _call_main(main)
     if TorchDistributed.started:
@@ -359,7 +523,10 @@ def _call_main(main):
             torch.distributed.destroy_process_group()
         return status
     except SystemExit as stop:  # argparse's --help, exit_together_on_error
-        return stop.code
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code
+        _print_error(str(stop.code))  # sys.exit("a text") means: print it, status 1
+        return 1
     except BrokenPipeError:
         # What is still buffered goes nowhere, or the flush at exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -371,10 +538,16 @@ def _call_main(main):
         _print_error("interrupted")
         return 130
     except RuntimeError as error:
-        if not _is_lost_peer(error):
+        if not _is_engine_error(error):
             raise
-        lost = "another process of this run ended; see its own message, or the system killed it"
-        _print_error(InputError(lost))
+        # PyTorch may append its C++ stack.
+        reason = str(error).partition("Exception raised from")[0].strip() or type(error).__name__
+        _print_error(
+            InputError(
+                f"the exchange between processes failed: {reason}; if another process printed an"
+                " error, that is the cause; else it was killed, or the network failed"
+            )
+        )
         return 1
 
 
@@ -383,17 +556,18 @@ def _print_error(error: Exception | str) -> None:
     # The message of a data-loading worker comes at the end of that worker's traceback.
     message = str(error).rpartition("InputError: ")[2]
     line = " ".join(message.strip().splitlines())
-    _, rank, size = detect_launcher()
-    if rank:
-        line = f"process {rank} of {size}: {line}"
+    with contextlib.suppress(InputError):  # the launcher's variables may be the error
+        _, rank, size = detect_launcher()
+        if rank:
+            line = f"process {rank} of {size}: {line}"
     if isinstance(error, Exception):
         line = f"error: {line}"
     sys.stderr.write(f"{line}\n")  # one write: launchers may cut the output between two
     sys.stderr.flush()
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an engine raised this error because another process is gone."""
+def _is_engine_error(error: RuntimeError) -> bool:
+    """Whether an engine raised this error: a process is gone, or NCCL failed."""
     return (
         isinstance(error, torch.distributed.DistError)
         or type(error).__name__ == "HorovodInternalError"

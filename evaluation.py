@@ -44,7 +44,7 @@ import torch
 from datasets.evaluation_set import videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from datasets.similarity_files import read_ids, read_similarities
-from distributed import check_device, default_device, init_distributed, run_main
+from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
 from files import write_json
 from model import ENCODERS, load_encoder
@@ -73,7 +73,7 @@ AMP = {None: None, "bfloat16": torch.bfloat16}
 
 
 def main(argv=None):
-    dist = init_distributed()
+    dist = init_distributed(SHARE_TIMEOUT)
     with dist.exit_together_on_error():  # bad input on any process ends all of them
         args = parse_args(argv)
         notes = validate_args(args, dist)
@@ -552,7 +552,7 @@ def validate_args(args, dist):
     args.rerank = sorted(set(args.rerank))  # the trade-off goes from few to many
     if args.plot and len(args.rerank) < 2:
         raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
-    args.device = check_device(dist.local_device(args.device))
+    args.device = dist.device(args.device)
 
     if args.similarities:
         given = [flag for flag in OF_MODELS if getattr(args, flag)]

@@ -42,7 +42,6 @@ scaled as in the released recipe, and printed.
 """
 
 import math
-import signal
 from functools import partial
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ from data import (
 )
 from datasets.evaluation_set import EvaluationSet, missing_note, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
-from distributed import check_device, default_device, init_distributed, run_main
+from distributed import default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
 from losses import LOSSES
 from model import ENCODERS, MoCo, encoder_arguments
@@ -115,15 +114,15 @@ def main(argv=None):
     run.save_arguments()
     print0(dist, run_summary(args, run, val, learning_rate, notes))
 
-    run.stop_on_sigterm()  # after the current step, with a checkpoint
-    with TrainingLog(run, args.print_freq) as log:
+    # A signal ends the run after the current step, with a checkpoint.
+    with run.stop_on_signals(), TrainingLog(run, args.print_freq) as log:
         for epoch in run.remaining_epochs():
             adjust_learning_rate(optimizer, learning_rate, epoch, args.epochs)
             # A resumed epoch already has its own hard negatives, from the checkpoint.
             if args.hard_negatives and run.at_epoch_start:
                 data.hard_negatives = find_hard_negatives(encoder, data, args, dist)
             train_one_epoch(model, criterion, optimizer, data, args, run, log)
-            if run.epoch_complete:  # else SIGTERM came in the middle of it
+            if run.epoch_complete:  # else a signal came in the middle of it
                 if val:
                     metrics = validate(encoder, val, args, dist)
                     log.write(epoch, held_out=metrics)
@@ -134,14 +133,14 @@ def main(argv=None):
 
 
 def train_one_epoch(model, criterion, optimizer, data, args, run, log):
-    """Take the remaining steps of an epoch. After SIGTERM, save a checkpoint and return."""
+    """Take the remaining steps of an epoch. After a signal, save a checkpoint and return."""
     dist = run.dist
     data.set_epoch(run.epoch)  # other crops, other negatives
     index_batches = batch_indices(data, args.batch_sz, dist, run.epoch, run.seen)
     pin_memory = args.device.startswith("cuda")
-    batches = load_batches(data, index_batches, dist, args.num_workers, pin_memory)
+    batches = load_batches(data, index_batches, args.num_workers, pin_memory)
     model.train()
-    for batch in log.timed(batches):
+    for batch in log.timed(run.keep_in_step(batches)):
         # N anchors and positives, N*M negatives, each as packed frames and num_frames.
         indices, anchors, positives, negatives, negative_ids = to_device(batch, args.device)
         is_false_negative = data.false_negative_mask(indices)  # ids (K,) -> (N, K) bool, or None
@@ -153,18 +152,16 @@ def train_one_epoch(model, criterion, optimizer, data, args, run, log):
         logits, labels = model(anchors, positives, negatives, negative_ids, is_false_negative)
         logits.retain_grad()  # for the log: on which negatives the gradient falls
         loss = criterion(logits, labels)
-        run.check_loss(loss, indices, negative_ids)  # finite, or all processes end here
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
+        run.note_loss(loss, indices, negative_ids)  # if it is not finite, all processes end
         run.next_step()
         lr = optimizer.param_groups[0]["lr"]
         log.write_step(loss, logits, lr)  # before saving: no saved step lacks its line
-        run.save_if_due()  # every --save_every steps, and after SIGTERM
-        if run.interrupted:
-            break
+        run.save_if_due()
 
 
 def validate(encoder, val, args, dist):
@@ -297,7 +294,7 @@ def write_result(run, val):
     """Write model.pth, unless SIGTERM interrupted the run, and report. Returns the exit status."""
     if run.interrupted:
         print0(run.dist, f"stopped at step {run.step}; the same command resumes from here")
-        return 128 + signal.SIGTERM
+        return 128 + run.interrupted
     run.save_encoder()
     best = ""
     if val:
@@ -567,7 +564,7 @@ def validate_args(args, dist):
             "--patience counts epochs by the validation metric; give --val_set and"
             " --val_feature_path too"
         )
-    args.device = check_device(dist.local_device(args.device))
+    args.device = dist.device(args.device)
     return notes
 
 

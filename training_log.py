@@ -154,7 +154,11 @@ class TrainingLog:
         seconds = time.perf_counter() - self.start
         metrics["data_wait"] = self.data_time / seconds
         metrics["videos_per_s"] = self.videos * self.run.dist.world_size / seconds
+        if not math.isfinite(metrics["loss"]):
+            metrics["loss"] = math.inf  # a mean over processes would leave NaN out
         metrics = mean_over_processes(metrics, self.run.dist)
+        if metrics["loss"] == math.inf:
+            return  # `Run.keep_in_step` ends the run, and says why
         self.write(self.run.epoch, lr=lr, **metrics)
         self.bar.set_postfix(
             loss=f"{metrics['loss']:.3f}", videos_per_s=f"{metrics['videos_per_s']:.1f}"

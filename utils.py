@@ -135,7 +135,14 @@ def _git_revision():
     return f"{revision} with uncommitted changes" if changes else revision
 
 
-# --- memory -------------------------------------------------------------------------------------
+# --- the machine --------------------------------------------------------------------------------
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use, which a scheduler may have limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def tune_malloc() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distributed import Distributed, check_device
+from distributed import Distributed
 from features.backbones import Backbone
 from features.decoding import TIME_LIMIT, Decoder, Video
 from features.extraction_report import ExtractionReport, file_stamp
@@ -216,7 +216,7 @@ def resolve_resources(options: argparse.Namespace, dist: Distributed) -> None:
     """Fill in what the machine decides: device, workers, batch_sz, streams and threads."""
     tune_malloc()
     cores = max(1, os.cpu_count() // dist.local_world_size)
-    options.device = check_device(dist.local_device(options.device))
+    options.device = dist.device(options.device)
     options.workers = options.workers or cores
     for name, value in default_parallelism(options.device, cores, options.amp).items():
         setattr(options, name, getattr(options, name, None) or value)

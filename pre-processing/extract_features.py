@@ -31,7 +31,7 @@ from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from distributed import default_device, init_distributed, run_main
+from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
 from features.backbones import BACKBONES, build_backbone
 from features.decoding import FRAME_RULES, TIME_LIMIT, Video
 from features.extraction import (
@@ -131,7 +131,7 @@ def validate(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    dist = init_distributed()
+    dist = init_distributed(SHARE_TIMEOUT)
     with dist.exit_together_on_error():
         options = parse_args(argv)
         resolve_resources(options, dist)

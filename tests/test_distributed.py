@@ -210,15 +210,36 @@ def test_sigterm_on_one_rank_stops_all_and_one_process_finishes_as_two_would(wor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ENGINES)
-def test_killed_run_resumes_under_its_own_launcher(world, launcher, tmp_path, kill_rng):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGUSR1])
+def test_stopped_run_resumes_under_its_own_launcher(world, launcher, by, tmp_path, kill_rng):
+    """Killed, or signalled on one process, at a random step: the end is the unbroken run's."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    more = [*LONG, "--epochs", 12, "--batch_sz", 9, "--moco_m", 0.5, "--hard_negatives", 5]
+    more = [*LONG, "--batch_sz", 9, "--moco_m", 0.5, "--hard_negatives", 5]
     run_two(launcher, *command(world, whole, *more))
     process = launch(launcher, *command(world, folder, *more))
-    wait_for_step(process, folder, kill_rng.randrange(3, 20))
-    kill_run(process)
+    wait_for_step(process, folder, kill_rng.randrange(3, 40))
+    if by == signal.SIGKILL:
+        kill_run(process)
+    else:
+        os.kill(kill_rng.choice(training_pids(process.pid)), by)
+        assert finish(process).returncode != 0
+        assert checkpoint_of(folder)["step"] == read_log(folder)[-1]["step"]  # no step was lost
     result = run_two(launcher, *command(world, folder, *more))
     assert "resuming at step" in result.stdout
+    assert_alike(folder, whole, 1e-6)
+
+
+@needs_horovod
+@pytest.mark.slow
+def test_adasum_run_resumes_with_the_moments_of_every_process(world, tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    more = [*LONG, "--batch_sz", 9, "--use-adasum", "--epochs", 4]
+    run_two("horovodrun", *command(world, whole, *more))
+    process = launch("horovodrun", *command(world, folder, *more))
+    wait_for_step(process, folder, 7)
+    kill_run(process)
+    assert len(checkpoint_of(folder)["optimizers"]) == 2
+    run_two("horovodrun", *command(world, folder, *more))
     assert_alike(folder, whole, 1e-6)
 
 

@@ -15,6 +15,8 @@ from helpers.distributed_worker import (
 )
 from helpers.launchers import HOROVOD, finish, launch
 
+import distributed
+
 PROCESSES = {  # launcher -> how many it starts
     "python": 1,
     "torchrun": 2,
@@ -99,7 +101,17 @@ def test_objects_broadcast_from_rank_0_and_gathered_by_rank(run):
     expected = {"rank": 0, "array": torch.zeros(2, dtype=torch.long), "none": None}
     for result in run:
         assert_same(result["broadcast"], expected)
-        assert result["objects"] == [{"rank": rank} for rank in range(len(run))]
+        assert result["only rank 0 has it"] == {"of": "rank 0"}  # Horovod hung on such a pair
+
+
+def test_values_with_tensors_are_gathered_on_rank_0(run):
+    expected = [{"rank": rank, "rows": [rows(rank, torch.bfloat16)]} for rank in range(len(run))]
+    assert_same(run[0]["gathered"], expected)
+    assert all(result["gathered"] is None for result in run[1:])
+
+
+def test_agree_gives_every_process_the_largest_number(run):
+    assert all(result["agree"] == 10 for result in run)
 
 
 def test_broadcast_model_and_optimizer_are_those_of_rank_0(run):
@@ -124,10 +136,18 @@ def test_any_mean_barrier(run):
         assert result["barrier"] == size
 
 
-def test_local_device_is_a_gpu_of_its_own(run):
-    for rank, result in enumerate(run):
-        cuda = f"cuda:{rank}" if len(run) > 1 else "cuda"
-        assert result["local_device"] == ["cpu", cuda, "cuda:3"]
+@pytest.mark.parametrize("rank, gpus, device", [(0, 2, 0), (1, 2, 1), (1, 1, 0), (5, 4, 1)])
+def test_device_is_a_gpu_of_its_own_and_the_current_one(monkeypatch, rank, gpus, device):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(distributed, "check_device", lambda name: name)
+    dist = distributed.Distributed()
+    dist.local_rank, dist.local_world_size = rank, 8
+    assert dist.device("cuda") == f"cuda:{device}" and current == [device]
+    assert dist.device("cuda:3") == "cuda:3" and current == [device, 3]
+    assert dist.device("cpu") == "cpu" and current == [device, 3]
 
 
 @pytest.mark.parametrize("launcher", PROCESSES)

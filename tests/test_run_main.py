@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.commands import ROOT, environment, python
+from helpers.launchers import finish, launch
 
 import distributed
 from distributed import run_main
@@ -28,8 +29,13 @@ class HorovodInternalError(RuntimeError):
     """Horovod's exception of this name, which is known by its name alone."""
 
 
-LOST_PEER = (
-    "error: another process of this run ended; see its own message, or the system killed it\n"
+ENGINE_FAILED = (
+    "error: the exchange between processes failed: {}; if another process printed an error, that"
+    " is the cause; else it was killed, or the network failed\n"
+)
+NCCL_ERROR = (
+    "NCCL error in a.cpp:1\nLast error:\nno shared memory\n"
+    "Exception raised from create at NCCLUtils.cpp:94 (most recent call first):\nframe #0: x"
 )
 
 
@@ -43,9 +49,18 @@ LOST_PEER = (
         (raises(PermissionError("not allowed")), 2, "error: not allowed\n"),
         (raises(KeyboardInterrupt()), 130, "interrupted\n"),
         (raises(SystemExit(3)), 3, ""),
-        (raises(RuntimeError("[/build/gloo/transport/tcp/pair.cc:1] closed")), 1, LOST_PEER),
-        (raises(torch.distributed.DistBackendError("NCCL")), 1, LOST_PEER),
-        (raises(HorovodInternalError("shutdown")), 1, LOST_PEER),
+        (raises(SystemExit("a text")), 1, "a text\n"),
+        (
+            raises(RuntimeError("[/build/gloo/transport/tcp/pair.cc:1] closed")),
+            1,
+            ENGINE_FAILED.format("[/build/gloo/transport/tcp/pair.cc:1] closed"),
+        ),
+        (
+            raises(torch.distributed.DistBackendError(NCCL_ERROR)),
+            1,
+            ENGINE_FAILED.format("NCCL error in a.cpp:1 Last error: no shared memory"),
+        ),
+        (raises(HorovodInternalError("shutdown")), 1, ENGINE_FAILED.format("shutdown")),
     ],
     ids=[
         "None",
@@ -55,6 +70,7 @@ LOST_PEER = (
         "OSError",
         "Ctrl-C",
         "SystemExit",
+        "SystemExit of a text",
         "lost peer, gloo",
         "lost peer, NCCL",
         "lost peer, Horovod",
@@ -154,16 +170,38 @@ def test_detect_launcher(variables, expected, monkeypatch):
     assert distributed.detect_launcher() == expected
 
 
-def test_init_distributed_outside_torchrun_says_what_to_do():
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({}, "LOCAL_RANK is not set"),
+        ({"RANK": "first"}, "RANK is 'first', not a number"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE is not set"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ],
+)
+def test_init_distributed_outside_torchrun_says_what_to_do(variables, reason):
     """RANK and WORLD_SIZE alone, as some job managers set them, do not make a process group."""
     result = python(
         "from distributed import init_distributed, run_main\nrun_main(init_distributed)",
-        RANK="0",
-        WORLD_SIZE="2",
+        **{"RANK": "0", "WORLD_SIZE": "2", **variables},
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("error: torch.distributed cannot start (")
-    assert result.stderr.endswith("); start the processes with torchrun\n")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert reason in result.stderr and "with torchrun" in result.stderr
+
+
+@pytest.mark.distributed
+def test_text_of_an_exit_is_printed_under_torchrun(tmp_path):
+    """There the interpreter is left without its own end, which would print it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from distributed import init_distributed, run_main\n"
+        "run_main(lambda: sys.exit(f'rank {init_distributed().rank} gives up'))\n"
+    )
+    result = finish(launch("torchrun", script, ROOT))
+    assert "gives up" in result.stderr and "exitcode  : 1" in result.stderr
+    assert "TypeError" not in result.stderr
 
 
 def test_check_device():

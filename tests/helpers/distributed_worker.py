@@ -83,15 +83,16 @@ def train(dist, make, resume, **how):
     for step, lr in enumerate(LEARNING_RATES):
         if resume and step == 2:
             values = parameters.state_dict()
-            states = dist.all_gather_objects(optimizer.state_dict())
+            states = dist.gather_to_main(optimizer.state_dict())
+            state = dist.scatter_from_main(states)  # this process's own again
             parameters = start_values(seed=8)
             parameters.load_state_dict(values)
             optimizer = make(parameters.values())
             if resume == "before wrap":
-                optimizer.load_state_dict(states[dist.rank])
+                optimizer.load_state_dict(state)
             optimizer = dist.wrap(optimizer, list(parameters.items()), **how)
             if resume == "after wrap":
-                optimizer.load_state_dict(states[dist.rank])
+                optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             group["lr"] = lr
         set_gradients(optimizer, parameters, gradients(dist.rank, step))
@@ -146,7 +147,7 @@ def broadcasts(dist):
     module(torch.randn(5, 3)).pow(3).sum().backward()
     optimizer.step()
     optimizer_before = copy.deepcopy(optimizer.state_dict())
-    dist.broadcast_optimizer(optimizer)
+    optimizer.load_state_dict(dist.broadcast(optimizer.state_dict()))
     return {
         "model": (model_before, model_after),
         "optimizer": (optimizer_before, optimizer.state_dict()),
@@ -189,10 +190,12 @@ def main(argv=None):
         "all_gather": {str(dtype): dist.all_gather(rows(rank, dtype)) for dtype in DTYPES},
         "gradient": dist.all_gather(torch.ones(1, requires_grad=True)).requires_grad,
         "broadcast": dist.broadcast({"rank": rank, "array": torch.full((2,), rank), "none": None}),
-        "objects": dist.all_gather_objects({"rank": rank}),
+        "only rank 0 has it": dist.broadcast({"of": "rank 0"} if dist.is_main else None),
+        "gathered": dist.gather_to_main({"rank": rank, "rows": [rows(rank, torch.bfloat16)]}),
         "any": [dist.any(rank == one) for one in (0, size - 1, size)],
         "mean": [dist.mean(torch.tensor(2.0 * rank)), dist.mean(torch.tensor([[1.0, rank]]))],
-        "local_device": [dist.local_device(name) for name in ("cpu", "cuda", "cuda:3")],
+        "device": dist.device("cpu"),
+        "agree": dist.agree(None, 10 if rank == size - 1 else 0),
         "lr_scale": [dist.lr_scale(adasum) for adasum in (False, True)],
         "broadcasts": broadcasts(dist),
         "adasum_refusal": adasum_refusal(dist),

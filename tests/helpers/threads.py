@@ -17,18 +17,18 @@ class _Thread(Distributed):
         self.rank, self.world_size = rank, len(values)
         self._values, self._barrier = values, barrier
 
-    def all_gather_objects(self, value):
+    def _exchange(self, value):
         self._values[self.rank] = value
         self._barrier.wait()
         values = list(self._values)
         self._barrier.wait()  # nobody writes the next value before all have read
         return values
 
-    def all_gather(self, tensor):
-        return torch.cat(self.all_gather_objects(tensor.detach()))
+    def all_gather(self, tensor, same_length=False):
+        return torch.cat(self._exchange(tensor.detach()))
 
     def broadcast(self, value):
-        return self.all_gather_objects(value)[0]
+        return self._exchange(value)[0]
 
 
 def run_in_threads(world_size, function):
