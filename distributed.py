@@ -23,6 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from processes import end_with_parent, end_with_starter
 from utils import InputError, available_cores
 
 # --- the interface ------------------------------------------------------------------------------
@@ -440,6 +441,8 @@ def init_distributed(timeout: timedelta = STEP_TIMEOUT) -> Distributed:
     timeout: how long torch.distributed waits for the other processes in one exchange
     """
     launcher, _, _ = detect_launcher()
+    if launcher:  # of which a killed one leaves its processes to work on
+        end_with_parent()
     if launcher == "torch":
         dist = TorchDistributed(timeout)
     else:
@@ -504,6 +507,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         141  nobody reads our output any more, as in `script | head -1`
         1    the exchange between processes failed, mostly because another process ended
     """
+    end_with_starter()
     status = _call_main(main)
     if TorchDistributed.started:
         # gloo's threads may still need the interpreter to free a tensor. If the interpreter shuts

@@ -42,8 +42,9 @@ from datasets.paper_tables import TABLES, Need, Row, plan, read_tables, select_t
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import run_main
 from features.store import FeatureStore
-from files import atomic, write_json
+from files import Lock, atomic, write_json
 from model import ENCODERS, load_encoder
+from processes import child_environment
 from retrieval.comparator import load_comparator
 from retrieval.compare import Comparison
 from retrieval.encode import VideoEncoder
@@ -80,9 +81,10 @@ def main(argv=None):
             print(f"{timedelta(seconds=round(value))}  {what}")
         return 0
 
-    execute(every_row, args.jobs)
-    for name, rows in plans.items():
-        print(write_table(name, tables["tables"][name], rows, args))
+    with Lock(args.output, folder=True):
+        execute(every_row, args.jobs)
+        for name, rows in plans.items():
+            print(write_table(name, tables["tables"][name], rows, args))
     return 3 if any(row.status.startswith("failed") for row in every_row) else 0
 
 
@@ -157,7 +159,8 @@ def run_all(commands, jobs, name):
 
 def run_script(command):
     """Run one of our scripts, with its output hidden. Returns its error line, or None."""
-    done = subprocess.run(script(command), capture_output=True, text=True)
+    environment = child_environment()  # it ends with this process
+    done = subprocess.run(script(command), capture_output=True, text=True, env=environment)
     return error_line(command, done.returncode, done.stderr) if done.returncode else None
 
 
@@ -234,7 +237,9 @@ def training_seconds(command: Sequence[str], run: Path) -> float:
     run.mkdir(parents=True)
     command = [*command, "--model_path", str(run), "--print-freq", "1"]  # the last of a flag wins
     with open(run / "stderr", "w+", encoding="utf-8") as stderr:
-        process = subprocess.Popen(script(command), stdout=subprocess.DEVNULL, stderr=stderr)
+        process = subprocess.Popen(
+            script(command), stdout=subprocess.DEVNULL, stderr=stderr, env=child_environment()
+        )
         try:
             while process.poll() is None and len(videos_per_second(run)) <= STEPS:
                 time.sleep(0.1)

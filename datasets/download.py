@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from distributed import run_main
-from files import atomic, remove_leftovers
+from files import Lock, atomic
 from utils import InputError, Parser, file_sha256, require_path
 
 PUBLIC = "https://raw.githubusercontent.com"
@@ -107,7 +107,9 @@ def main(argv=None):
             print(f"{name}: already there")
             continue
         outcome = "replaced, it was not the pinned file" if target.exists() else "fetched"
-        fetch(source, target, args.folder / name if args.folder else url_of(source, args.mirror))
+        location = args.folder / name if args.folder else url_of(source, args.mirror)
+        with Lock(target):
+            fetch(source, target, location)
         print(f"{name}: {outcome}")
     print(f"annotations are in {args.annotation_dir}")
 
@@ -163,7 +165,6 @@ def write_pinned(
     stream: BinaryIO, size: int | None, target: Path, sha256: str, location: Path | str
 ) -> None:
     """Write a stream of `size` bytes (None: unknown) to `target` if it has this SHA-256."""
-    remove_leftovers(target)  # of downloads that were killed
     with atomic(target) as temporary:
         bar = tqdm(
             total=size, desc=target.name, unit="B", unit_scale=True, leave=False, disable=None

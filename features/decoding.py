@@ -28,6 +28,9 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from processes import child_environment, end_with_starter
+
+ROOT = Path(__file__).resolve().parent.parent
 SHORT_SIDE, CROP = 256, 224  # pixels
 FRAME_BYTES = CROP * CROP * 3
 # A longer frame is cropped to its middle before it is resized: 4096 x 1 would become a gigabyte.
@@ -332,7 +335,8 @@ class Decoder:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, str(end.fileno())],
                 pass_fds=[end.fileno()],
-                env={**os.environ, **threads},
+                # It imports `processes`, and ends with this process even while FFmpeg hangs.
+                env=child_environment() | threads | {"PYTHONPATH": str(ROOT)},
             )
 
     def _exit_reason(self):
@@ -363,7 +367,7 @@ def serve(connection: Connection) -> None:
     """The process's loop: read a task, send its frames, then {seconds, corrupt_packets, reason}.
 
     It ends with EOFError when the parent closes the connection. The time limit is a kernel timer
-    (SIGALRM), which also ends a process that hangs inside FFmpeg, or whose parent is gone.
+    (SIGALRM), which also ends a process that hangs inside FFmpeg.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.nice(10)  # where cores are short, the backbone goes before frames that wait in the queue
@@ -387,5 +391,6 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     with contextlib.suppress(EOFError, ConnectionError):
         serve(Connection(int(sys.argv[1])))

@@ -27,6 +27,7 @@ from features.extraction_report import ExtractionReport, file_stamp
 from features.pca import Projection
 from features.pooling import POOLINGS
 from features.store import FeatureStore, StoreWriter
+from files import DiskError, Lock
 from utils import InputError, tune_malloc
 
 # Frames (B, 224, 224, 3) uint8 -> rows (B, C).
@@ -249,6 +250,7 @@ def update_store(
     *,
     dtype: str = "float16",
     retry_failed: bool = False,
+    lock: Lock | None = None,
     **options,
 ) -> dict[str, dict]:
     """Extract the videos that the feature file `output` lacks, and write the report beside it.
@@ -258,6 +260,7 @@ def update_store(
     Args:
         settings: as by `extraction_settings`.
         retry_failed: try again unchanged files that failed in an earlier run.
+        lock: the lock of `output`, if the caller has it.
         options: of `extract`.
 
     Returns:
@@ -288,7 +291,7 @@ def update_store(
     stored = set(old)
     if todo or unchanged < stored:
         present = {name: source for name, source in sources.items() if source}
-        writer = StoreWriter(output, dtype, settings, present, renew=True)
+        writer = StoreWriter(output, dtype, settings, present, renew=True, lock=lock)
         # Unchanged rows are copied into the spool: the finished file stays until it is replaced.
         for name in sorted(unchanged - writer.done):
             writer.add(name, old.read_verified(name))
@@ -310,7 +313,7 @@ def update_store(
 
 def _open_finished(output, settings, dtype):
     """The finished store that will be extended, or {}; InputError if it has other settings."""
-    if not output.exists():
+    if not output.is_file():  # absent, or a pipe to write to
         return {}
     store = FeatureStore(output)
     found = {**store.meta, "dtype": str(store.dtype)}
@@ -333,8 +336,8 @@ def _extract_into(writer, videos, report, sources, compute_features, options):
                 if video.reason:
                     bar.write(f"skipped {video.id}: {video.reason}", file=sys.stderr)
                 bar.update()
-    except InputError:
-        if writer.done:
+    except InputError as error:
+        if writer.done or isinstance(error, DiskError):
             raise
         # All videos failed, so the writer had nothing to write: the report has the reasons.
     return writer.done
@@ -348,6 +351,8 @@ def write_video(writer: StoreWriter, video: Video) -> int:
     try:
         if not video.reason:
             writer.add(video.id, np.stack(video.rows))
+    except DiskError:
+        raise
     except InputError as error:
         video.reason = str(error)
     frames = 0 if video.reason else len(video.rows)

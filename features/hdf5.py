@@ -1,12 +1,15 @@
-"""HDF5 files that others wrote: nothing is followed out of them, or grows beyond what they hold.
+"""HDF5 files: what others wrote is bounded, locks are told from damage, a full disk from a crash.
 
 HDF5 can keep the values of a dataset in any other file, name datasets of other files, run filters
 that it loads from a folder, and declare shapes that nothing was written for. None of that belongs
-in a feature file.
+in a feature file: nothing is followed out of it, or grows beyond what it holds.
 """
 
+import contextlib
+import errno
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from files import DeferredFile, atomic
 from untrusted import MAX_RATIO, reading
 from utils import InputError
 
@@ -22,6 +26,7 @@ FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 6: "scaleoffset", 32000:
 MAX_CHUNK = 64 << 20  # bytes that a chunk may have beyond its dataset: one is read at a time
 MAX_ATTRIBUTE = 1000  # values
 MAX_TEXTS = 50  # in an attribute: each may be as long as the file
+HELD = (errno.EAGAIN, errno.EACCES)  # errors of HDF5's lock: another program has it
 LINKS = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "a link to another file"}
 
 
@@ -146,16 +151,54 @@ def read_offsets(dataset: h5py.Dataset, count: int, total: int) -> list[int]:
     return offsets.tolist()
 
 
+# --- opening and writing -------------------------------------------------------------------------
+
+
 def open_hdf5(path: str | Path) -> h5py.File:
-    """Open a file for reading.
+    """Open a feature file for reading.
+
+    HDF5 locks what it opens. We do not need that, because our writers replace files and never
+    change them: on a file system without locks (NFS without lockd) the file is opened without.
+    But other programs write in place, so a file that one of them has locked is refused.
 
     Raises:
-        InputError: it is not HDF5, or was cut short
+        InputError: another program is writing the file, or it is not HDF5.
     """
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"feature file {str(path)!r} is not HDF5 or was cut short ({reason})"
-        ) from None
+        code = _lock_error(error)
+        if code is None:
+            raise InputError(_not_hdf5(path, error)) from None
+        if code in HELD:
+            raise InputError(
+                f"feature file {str(path)!r} is open for writing in another program;"
+                " close it there, or wait for its end"
+            ) from None
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise InputError(_not_hdf5(path, error)) from None
+
+
+def _lock_error(error):
+    """The errno with which HDF5 could not lock a file; None if something else failed."""
+    match = re.search(r"unable to lock file, errno = (\d+)", str(error))
+    return int(match[1]) if match else None
+
+
+def _not_hdf5(path, error):
+    reason = str(error).splitlines()[0]
+    return f"feature file {str(path)!r} is not HDF5 or was cut short ({reason})"
+
+
+@contextlib.contextmanager
+def new_hdf5(path: str | Path) -> Iterator[tuple[h5py.File, DeferredFile]]:
+    """Write an HDF5 file, atomically. The library writes to a DeferredFile: `check` it at times.
+
+    HDF5 crashes the process when it closes a file on a full disk.
+    """
+    with atomic(path) as temporary, DeferredFile(temporary) as file:
+        with h5py.File(file, "w") as hdf5:
+            yield hdf5, file
+        file.check()

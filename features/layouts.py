@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
+from features.hdf5 import new_hdf5
 from features.store import FeatureStore, rows_checksum, store_checksum, write_store
-from files import atomic, write_json
+from files import Lock, disk_errors, remove_leftovers, temporary_folder, umask, write_json
 from untrusted import is_object, read_json
 from utils import InputError
 
@@ -93,11 +93,12 @@ def write_datasets(
             "HDF5 allows one of them"
         )
     sums = {}
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+    with new_hdf5(path) as (file, disk):
         for video in sorted(lengths):
             rows = read(video)
             sums[video] = rows_checksum(rows)
             file.create_dataset(video, data=rows).attrs["checksum"] = sums[video]
+            disk.check()
         file.attrs.update({**meta, "checksum": store_checksum(dtype, feature_size, lengths, sums)})
 
 
@@ -111,24 +112,30 @@ def write_folder(
 ) -> None:
     """Write a new folder of ID.npy and DESCRIPTION, atomically; arguments of `write_store`."""
     path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{str(path)!r} already exists; name a new folder, or remove it")
-    temporary = path.with_name(f".{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    with Lock(path) as lock:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{str(path)!r} already exists; name a new folder, or remove it")
+        remove_leftovers(path, lock)
+        temporary = temporary_folder(path)
+        try:
+            with disk_errors(path):
+                _write_rows(temporary, lengths, read, dtype, feature_size, meta)
+                temporary.chmod(0o777 & ~umask())
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_rows(folder, lengths, read, dtype, feature_size, meta):
     sums = {}
-    try:
-        for video in sorted(lengths):
-            rows = read(video)
-            sums[video] = rows_checksum(rows)
-            file = temporary / f"{video}.npy"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, rows)
-        checksum = store_checksum(dtype, feature_size, lengths, sums)
-        description = {"meta": meta, "checksum": checksum, "checksums": sums}
-        write_json(temporary / DESCRIPTION, description)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    for video in sorted(lengths):
+        rows = read(video)
+        sums[video] = rows_checksum(rows)
+        file = folder / f"{video}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, rows)
+    checksum = store_checksum(dtype, feature_size, lengths, sums)
+    write_json(folder / DESCRIPTION, {"meta": meta, "checksum": checksum, "checksums": sums})
 
 
 # {name on the command line: function that writes it}

@@ -4,7 +4,7 @@ A file holds N videos, each an array (T, C): T sampled frames (by default one pe
 channels.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import mmap
@@ -21,13 +21,14 @@ import numpy as np
 from features.hdf5 import (
     find_datasets,
     hdf5_errors,
+    new_hdf5,
     open_hdf5,
     own_dataset,
     read_attributes,
     read_offsets,
     read_texts,
 )
-from files import atomic, remove_leftovers
+from files import Lock, disk_errors, write_all
 from utils import InputError, digest, require_path
 
 PACKED = {"frames", "offsets", "ids"}  # the datasets of the packed layout, beside the checksums
@@ -317,11 +318,12 @@ def write_store(
     ids = sorted(lengths)  # the file does not depend on the order in which videos were added
     offsets = np.cumsum([0, *(lengths[video] for video in ids)])  # (N+1,)
     sums = {}
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+    with new_hdf5(path) as (file, disk):
         frames = file.create_dataset("frames", (offsets[-1], feature_size), dtype)
         for video, begin, end in zip(ids, offsets[:-1], offsets[1:], strict=True):
             rows = np.ascontiguousarray(read(video))
             frames[begin:end] = rows
+            disk.check()
             sums[video] = rows_checksum(rows)
         file["ids"] = np.array(ids, dtype=h5py.string_dtype())
         file["offsets"] = offsets
@@ -347,6 +349,7 @@ class StoreWriter:
             and time of its file, to detect changes between two runs.
         renew: If a video's source has changed since it was spooled, drop its rows so it can be
             added again. Spooled videos missing from `sources` stay.
+        lock: the lock of `path`, if the caller has it.
 
     Attributes:
         done: the ids whose rows are stored.
@@ -363,49 +366,36 @@ class StoreWriter:
         meta: Mapping[str, Any] | None = None,
         sources: Mapping[str, str] | None = None,
         renew: bool = False,
+        lock: Lock | None = None,
     ) -> None:
         self.path, self.dtype, self.meta = Path(path), np.dtype(dtype), dict(meta or {})
         self._sources = sources
         self._spool, self._journal = Path(f"{path}.part"), Path(f"{path}.part.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self._open_locked()
-        try:
-            remove_leftovers(path)
-            self._entries = self._read_journal()  # [{"id", "T", "C", "source"}] as spooled
+        self._lock = contextlib.nullcontext() if lock else Lock(path)
+        with contextlib.ExitStack() as unless_opened:
+            unless_opened.enter_context(self._lock)
+            with disk_errors(path):
+                self._entries = self._read_journal()  # [{"id", "T", "C", "source"}] as spooled
             self.done = self._up_to_date(sources, renew)
-        except BaseException:
-            self._log.close()  # unlocks it
-            raise
-        size = sum(entry["T"] * entry["C"] for entry in self._entries) * self.dtype.itemsize
-        self._data = open(self._spool, "r+b")
-        self._data.truncate(size)  # drops a video that was being written when the run was killed
-        self._data.seek(size)
+            self._open_spool()
+            unless_opened.pop_all()
 
-    def _open_locked(self):
-        """The journal, open and locked until it is closed or this process ends, even by a kill."""
-        log = open(self._journal, "a", encoding="utf-8")
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Link count 0: the previous writer deleted the journal between our open and our lock.
-            locked_by_other = not os.fstat(log.fileno()).st_nlink
-        except BlockingIOError:
-            locked_by_other = True
-        except OSError:
-            locked_by_other = False  # this file system does not support locks
-        if locked_by_other:
-            log.close()
-            raise InputError(
-                f"another run is writing {str(self.path)!r}; wait for its end, "
-                "or name another output"
-            )
-        return log
+    def _open_spool(self):
+        """Open both files at their ends, without what a killed run had written in part."""
+        size = sum(entry["T"] * entry["C"] for entry in self._entries) * self.dtype.itemsize
+        # Unbuffered: on a full disk nothing is left to be written by `close`.
+        self._data = open(self._spool, "r+b", buffering=0)
+        self._data.truncate(size)
+        self._data.seek(size)
+        self._log = open(self._journal, "ab", buffering=0)
 
     def _read_journal(self):
         """The entries whose rows the spool holds in full; both files restart if there are none."""
         header = {"dtype": self.dtype.name, "meta": self.meta}
         spool_bytes_left = self._spool.stat().st_size if self._spool.exists() else 0
         lines, size = [], 0
-        for raw in self._journal.read_bytes().splitlines(keepends=True):
+        journal = self._journal.read_bytes() if self._journal.exists() else b""
+        for raw in journal.splitlines(keepends=True):
             try:
                 line = json.loads(raw) if raw.endswith(b"\n") else None
             except ValueError:
@@ -475,12 +465,15 @@ class StoreWriter:
         if video in self.done:
             raise InputError(f"video {video!r} is given twice")
         rows = cast_rows(video, rows, self.dtype)
-        self._data.write(rows.tobytes())
-        self._data.flush()  # the rows before the journal line that promises them
         source = (self._sources or {}).get(video)
         entry = {"id": video, "T": len(rows), "C": width, "source": source}
-        self._log.write(json.dumps(entry) + "\n")
-        self._log.flush()
+        try:
+            with disk_errors(self.path):
+                write_all(self._data, rows)  # the rows before the journal line that promises them
+                write_all(self._log, (json.dumps(entry) + "\n").encode())
+        except BaseException:
+            self._close()  # nothing may follow what was written in part
+            raise
         self._entries.append(entry)
         self.done.add(video)
 
@@ -488,8 +481,8 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        with self._log:  # closed, and thereby unlocked, last
-            self._data.close()
+        with self._lock:  # released last
+            self._close()
             if kind is not None:
                 return  # the spool stays for a later writer
             if self.done:
@@ -498,6 +491,10 @@ class StoreWriter:
             self._journal.unlink()
         if not self.done:
             raise InputError(f"no video was written, so there is no {str(self.path)!r}")
+
+    def _close(self):
+        self._data.close()
+        self._log.close()
 
     def _pack(self):
         """Write PATH from the spool."""

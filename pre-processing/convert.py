@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
 from features.layouts import LAYOUTS, open_source
 from features.store import FeatureStore, cast_rows, rows_checksum, store_checksum
-from files import remove_leftovers
 from untrusted import read_text
 from utils import InputError, Parser, printable
 
@@ -69,7 +68,6 @@ def write(
                 f"id {video!r} cannot be the name of a dataset or file; "
                 "only the packed layout can store it"
             )
-    remove_leftovers(path)  # of killed runs
     lengths = {video: store.lengths[video] for video, store in videos.items()}
     feature_size, meta = stores[0].feature_size, stores[0].meta
     with tqdm(total=len(videos), unit="video", disable=len(videos) < 1000) as bar:

@@ -43,6 +43,7 @@ from features.extraction import (
 from features.listing import find_videos, shard_of
 from features.pca import load_projection
 from features.pooling import POOLINGS
+from files import Lock
 from utils import InputError, Parser
 
 # Options that go to `features.extraction.extract` and `update_store` as they are.
@@ -154,12 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if projection:
             what = f"{options.backbone} with {options.pooling}"
             projection.check(sum(backbone.channels), what)
+        lock = Lock(output)
 
     settings = extraction_settings(options, backbone, projection)
     compute_features = feature_function(backbone, options.pooling, projection, options.dtype)
     passed_on = {name: getattr(options, name) for name in STORE_OPTIONS + EXTRACT_OPTIONS}
     passed_on["frame_rule"] = options.frames
-    rows = update_store(output, videos, settings, compute_features, **passed_on)
+    with lock:
+        rows = update_store(output, videos, settings, compute_features, lock=lock, **passed_on)
 
     failed = sum(row["status"] == "failed" for row in rows.values())
     written = f"{len(rows) - failed} in {output}" if failed < len(rows) else f"no {output} written"

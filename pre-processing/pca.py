@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
 from features.pca import PCAFit, fit_pca, load_projection
 from features.store import FeatureStore, StoreWriter
-from files import atomic
+from files import Lock, atomic
 from utils import InputError, Parser, check_ranges
 
 
@@ -37,15 +37,16 @@ def run_fit(options: argparse.Namespace) -> None:
                 f"{str(store.path)!r} has width {store.feature_size}, {str(first.path)!r} has "
                 f"{first.feature_size}; fit on features of one kind"
             )
-    fit = fit_pca(stores, options.components, options.frames_per_video, options.seed)
-    with atomic(options.output) as temporary, open(temporary, "wb") as file:
-        np.savez(  # into an open file: to a path it might append a suffix
-            file,
-            mean=fit.mean,
-            components=fit.components,
-            variance=fit.variance,
-            whiten=options.whiten,
-        )
+    with Lock(options.output):
+        fit = fit_pca(stores, options.components, options.frames_per_video, options.seed)
+        with atomic(options.output) as temporary, open(temporary, "wb") as file:
+            np.savez(  # into an open file: to a path it might append a suffix
+                file,
+                mean=fit.mean,
+                components=fit.components,
+                variance=fit.variance,
+                whiten=options.whiten,
+            )
     curve = Path(options.output).with_suffix(".png")
     plot_variance(curve, fit, options.components)
     kind = "whitened" if options.whiten else "not whitened"

@@ -301,10 +301,11 @@ def cache_descriptors(
 def _write_cache(files, video_encoder, videos, dist, progress):
     """Encode `videos` on all processes; the main process writes {level: file}."""
     writers, done = {}, set()
-    if dist.is_main:
-        for level, file in files.items():
-            writers[level] = StoreWriter(file, "float32", {"level": level})
-        done = set.intersection(*(set(writer.done) for writer in writers.values()))
+    with dist.exit_together_on_error():  # another run may be writing this cache
+        if dist.is_main:
+            for level, file in files.items():
+                writers[level] = StoreWriter(file, "float32", {"level": level})
+            done = set.intersection(*(set(writer.done) for writer in writers.values()))
     done = dist.broadcast(done)
     batches = []  # without those that a killed run has stored
     for batch in video_encoder.batches(videos):

@@ -18,6 +18,7 @@ from helpers.commands import ROOT
 # The modules of the third layer are one room: they are the method, and may import each other.
 METHOD = {"model", "losses", "data", "checkpoint", "training_log", "padding"}
 LAYERS = [
+    {"processes"},
     {"utils"},
     {"files"},
     {"distributed", "untrusted"},

@@ -298,7 +298,7 @@ def test_add_unreadable_file(index_copy, tmp_path):
 
 def test_add_while_another_process_writes(index_copy, library):
     other = VideoIndex(index_copy.folder, pipeline=library.pipeline)
-    with index_copy.store.writing(), pytest.raises(InputError, match="written by another process"):
+    with index_copy.store.writing(), pytest.raises(InputError, match="is being written by"):
         other.add([library.videos])
 
 

@@ -4,16 +4,18 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from helpers.files import IDS, some_features, write_ours, write_packed, write_released
+from helpers.systems import in_a_fork
 from torch.utils.data import DataLoader
 
 from features.store import FeatureStore, StoreWriter
@@ -324,27 +326,10 @@ def add_range(path, first, last, ending="normal"):
             os._exit(7)
 
 
-def add_range_in_a_process(*arguments):
-    """`add_range` in a forked process; returns its exit code and the message of its InputError."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def work():
-        try:
-            add_range(*arguments)
-            sender.send("")
-        except InputError as error:
-            sender.send(str(error))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    return process.exitcode, receiver.recv() if receiver.poll() else ""
-
-
 @pytest.mark.parametrize("ending, status", [("kill", -signal.SIGKILL), ("_exit", 7)])
 def test_writer_resumes_after_a_kill_to_the_same_file(ending, status, tmp_path):
     killed, whole = tmp_path / "killed.hdf5", tmp_path / "whole.hdf5"
-    assert add_range_in_a_process(killed, 0, 6, ending)[0] == status
+    assert in_a_fork(add_range, killed, 0, 6, ending)[0] == status
     assert not killed.exists() and all(part.exists() for part in parts(killed))
     spool, journal = parts(killed)
     with open(spool, "ab") as file:
@@ -499,27 +484,14 @@ def test_writer_locks_out_other_processes(tmp_path):
     with StoreWriter(path, meta=META) as writer:
         writer.add("v", np.ones((2, 8)))
         before = [part.read_bytes() for part in parts(path)]
-        _, message = add_range_in_a_process(path, 0, 3)
-        assert "another run is writing" in message
+        _, message = in_a_fork(add_range, path, 0, 3)
+        assert f"is being written by `{Path(sys.argv[0]).name}" in message
+        assert f"process {os.getpid()} on" in message
         assert [part.read_bytes() for part in parts(path)] == before
         writer.add("w", np.ones((2, 8)))
     assert set(FeatureStore(path)) == {"v", "w"}
-    assert add_range_in_a_process(path, 0, 3) == (0, "")  # it is free again
+    assert in_a_fork(add_range, path, 0, 3) == (0, None)  # it is free again
     assert set(FeatureStore(path)) == {"v/0", "v/1", "v/2"}
-
-
-def test_writer_that_locks_a_removed_journal_is_refused(tmp_path, monkeypatch):
-    """Between its opening the journal and locking it, the other writer finished and removed it."""
-    path, flock = tmp_path / "x.hdf5", fcntl.flock
-
-    def late(*args):
-        parts(path)[1].unlink()
-        flock(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="another run is writing"):
-        patch.setattr(fcntl, "flock", late)
-        StoreWriter(path)
-    assert write_ours(path, some_features()).exists()
 
 
 def test_writer_works_on_a_file_system_without_locks(tmp_path, monkeypatch):

@@ -191,7 +191,8 @@ class VideoIndex:
                 "versions": package_versions(),
             }
             self.store = IndexStore.create(self.folder, pipeline.identity["size"], settings)
-        elif self.index_type and self.index_type != self.store.settings["index_type"]:
+            self._check_identity(pipeline)  # another process may have created it meanwhile
+        if self.index_type and self.index_type != self.store.settings["index_type"]:
             with self.store.writing():
                 self.store.update_settings(index_type=self.index_type)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import faiss
 import numpy as np
 
-from files import atomic
+from files import DeferredFile, atomic
 from utils import InputError
 from videoindex.store import IndexStore, database_errors
 
@@ -48,8 +48,13 @@ class NearestVideos:
     def save(self) -> None:
         """Store a trained index in the folder; a Flat one takes no training."""
         if self.index_type != "Flat" and self.index.ntotal:
-            with database_errors(self.store.folder), atomic(self.path) as temporary:
-                faiss.write_index(self.index, str(temporary))
+            with (
+                database_errors(self.store.folder),
+                atomic(self.path) as temporary,
+                DeferredFile(temporary) as file,
+            ):
+                faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
+                file.check()
 
     def search(self, windows: np.ndarray, count: int) -> list[tuple[int, float]]:
         """The `count` nearest videos of one video: [(content, similarity)], best first.

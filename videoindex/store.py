@@ -5,7 +5,7 @@
     videos-G.f32        window descriptors (sum P, D), one for each window of a video
     thumbnails-G.jpg    JPEGs one after another
     ann-G-*.faiss       a trained FAISS index over videos-G, if `index_type` is not Flat
-    lock                locked while a process writes
+    .lock               while a process writes: who
 
 The folder is consistent at any moment, also after a kill. Data files only grow: bytes are appended
 and synced, then one transaction records the new end. Bytes past the recorded end were left by a
@@ -18,7 +18,6 @@ Files of identical content (equal SHA-256) share one entry.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sqlite3
@@ -30,10 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import utils
-from files import atomic
+from files import Lock, atomic, remove_leftovers
 from utils import InputError
 
 VERSION = 1  # of the format
+PATIENCE = 30  # seconds to wait for another process that is writing the database
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE contents (
@@ -99,14 +99,25 @@ def database_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        raise InputError(
-            f"index {str(folder)!r}: {error}; is the disk full, or the index damaged?"
-        ) from None
+        raise InputError(f"index {str(folder)!r}: {error}; {_advice(error)}") from None
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
             f"index {str(folder)!r}: {reason}; what was added before is intact"
         ) from None
+
+
+def _advice(error):
+    """What may be behind an error of SQLite, and what to do."""
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # without its details
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
+        return (
+            "another program holds index.db, or its file system has no locks;"
+            " close it there, or copy the index to a local disk"
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return "what was added before is intact; make room and repeat the command"
+    return "is the disk full, or the index damaged?"
 
 
 class IndexStore:
@@ -126,7 +137,9 @@ class IndexStore:
                 " make one with `search.py index`"
             )
         with database_errors(folder):
-            self.db = sqlite3.connect(self.folder / "index.db", timeout=30, isolation_level=None)
+            self.db = sqlite3.connect(
+                self.folder / "index.db", timeout=PATIENCE, isolation_level=None
+            )
             self.settings = self._read_settings()
         version = self.settings.get("version")
         if version != VERSION:
@@ -137,7 +150,10 @@ class IndexStore:
 
     @classmethod
     def create(cls, folder: str | os.PathLike, size: int, settings: dict[str, Any]) -> "IndexStore":
-        """Create an index for descriptors of `size` values; the folder may hold other files."""
+        """Create an index for descriptors of `size` values; the folder may hold other files.
+
+        If another process has created one since the caller looked, that one is opened.
+        """
         folder = Path(folder)
         initial = {
             "version": VERSION,
@@ -147,15 +163,9 @@ class IndexStore:
             **settings,
         }
         with database_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            # The database appears complete, or not at all.
-            with atomic(folder / "index.db") as temporary:
-                db = sqlite3.connect(temporary)
-                db.executescript(SCHEMA)
-                rows = [(name, json.dumps(value)) for name, value in initial.items()]
-                db.executemany("INSERT INTO settings VALUES (?, ?)", rows)
-                db.commit()
-                db.close()
+            with Lock(folder, folder=True):
+                if not (folder / "index.db").exists():
+                    _write_database(folder / "index.db", initial)
         return cls(folder)
 
     # --- settings -------------------------------------------------------------------------------
@@ -273,13 +283,9 @@ class IndexStore:
     @contextlib.contextmanager
     def writing(self) -> Iterator["IndexStore"]:
         """Lock the index for writing; raises InputError if another process writes."""
-        with database_errors(self.folder), open(self.folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"index {str(self.folder)!r} is being written by another process; wait for it"
-                ) from None
+        with database_errors(self.folder), Lock(self.folder, folder=True) as lock:
+            for path in self.folder.glob(".*"):  # temporary files are .NAME.OWNER.RANDOM.SUFFIX
+                remove_leftovers(path.with_name(path.name[1:].rsplit(".", 3)[0]), lock)
             self.settings = self._read_settings()  # another process may have written meanwhile
             self._remove_leftovers()
             yield self
@@ -321,8 +327,6 @@ class IndexStore:
         for path in self.folder.glob("ann-*.faiss"):
             if not path.name.startswith(f"ann-{generation}-"):
                 path.unlink()
-        for path in self.folder.glob(".ann-*.faiss"):  # temporary files of `atomic`
-            path.unlink()
 
     def add_content(self, sha256: str, video: Any, files: Sequence[FileEntry]) -> None:
         """Add a video and the files that have it.
@@ -487,6 +491,17 @@ class IndexStore:
     def disk_bytes(self) -> int:
         """The size of all files of the index."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+
+def _write_database(path, settings):
+    """Write the database of an empty index; it appears complete, or not at all."""
+    with atomic(path) as temporary:
+        db = sqlite3.connect(temporary)
+        db.executescript(SCHEMA)
+        rows = [(name, json.dumps(value)) for name, value in settings.items()]
+        db.executemany("INSERT INTO settings VALUES (?, ?)", rows)
+        db.commit()
+        db.close()
 
 
 def checksum(data: dict[str, bytes]) -> int:

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import signal
 import sys
@@ -36,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import utils
 from datasets.demo import edits, plan
 from distributed import run_main
-from files import atomic, write_json
+from files import Lock, atomic, write_json
+from processes import end_with_parent
 
 FILM_SECONDS = 490.0  # then the credits begin
 CREDIT = {  # stored inside film.mp4, so that a copy of it alone still says whose it is
@@ -150,6 +152,15 @@ def build(
     if limit is not None:
         parts = clips_by_part(clips).values()
         clips = [clip for members in parts for clip in members[:limit]]
+    if output.exists() and not output.is_dir():
+        raise utils.InputError(f"{output} is a file; name a folder for --output")
+    with Lock(output, folder=True):
+        _build(output, clips, shots, seed, workers)
+    return clips
+
+
+def _build(output, clips, shots, seed, workers):
+    """Build what the folder lacks; the caller has locked it."""
     record, stamp = output / "build.json", fingerprint(clips)
     manifest = read_manifest(record)
     if manifest.get("stamp") != stamp:
@@ -159,11 +170,10 @@ def build(
         write_json(record, manifest)
     if manifest["complete"] and all((output / name).exists() for name in manifest["files"]):
         print(f"{output} holds this build already")
-        return clips
+        return
     render_all(clips, output, workers)
     write_annotations(output / "annotations", clips, shots)
     write_json(record, {**manifest, "complete": True})
-    return clips
 
 
 def clips_by_part(clips: Sequence[plan.Clip]) -> dict[str, list[plan.Clip]]:
@@ -184,8 +194,6 @@ def fingerprint(clips: Sequence[plan.Clip]) -> str:
 
 def read_manifest(record: Path) -> dict[str, Any]:
     """What an earlier run left in the folder: stamp, seed, complete, files. {} for a new folder."""
-    if record.parent.exists() and not record.parent.is_dir():
-        raise utils.InputError(f"{record.parent} is a file; name a folder for --output")
     try:
         manifest = json.loads(record.read_text()) if record.exists() else {}
         valid = all(map(_is_built_file, manifest.get("files", [])))
@@ -218,12 +226,8 @@ def render_all(clips: Sequence[plan.Clip], output: Path, workers: int) -> None:
 
     On Ctrl-C the videos in progress are finished and the others are dropped.
     """
-    remove_half_written(output, clips)
     missing = [clip for clip in clips if not (output / clip.file).exists()]
-    # Ctrl-C reaches the whole process group: workers ignore it, this process handles it.
-    pool = ProcessPoolExecutor(
-        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),))
     try:
         tasks = [pool.submit(render_one, clip, output) for clip in missing]
         for task in tqdm(as_completed(tasks), total=len(tasks), unit="video", desc="rendering"):
@@ -236,12 +240,10 @@ def render_all(clips: Sequence[plan.Clip], output: Path, workers: int) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def remove_half_written(output: Path, clips: Sequence[plan.Clip]) -> None:
-    """Remove the temporary files of a killed run; `atomic` calls them .NAME.RANDOM.SUFFIX."""
-    names = {Path(clip.file).name for clip in clips}
-    for path in (output / "videos").glob("*/.*"):
-        if path.name[1:].rsplit(".", 2)[0] in names:
-            path.unlink()
+def start_worker(parent: int) -> None:
+    """A worker ends with its parent, and leaves Ctrl-C, which reaches the whole group, to it."""
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def render_one(clip: plan.Clip, output: Path) -> None:
