@@ -46,6 +46,10 @@ MAY_CHANGE_ON_RESUME = {
     "batch_sz",  # changes the result; `resume_notes` says so
 }
 
+# Arguments that do not make another setting: models that differ in these alone are its seeds, and
+# the seed tells them apart.
+NOT_A_SETTING = MAY_CHANGE_ON_RESUME - {"batch_sz"}
+
 
 class Run:
     """A training run that can stop after any step and resume with the same result.
@@ -289,7 +293,13 @@ class Run:
             weights = self.model.encoder_q.state_dict()
             weights = {name: value.cpu() for name, value in weights.items()}
         if self.dist.is_main:
-            save_torch(self.folder / "model.pth", {**self.encoder_info, "state_dict": weights})
+            saved = {
+                "args": vars(self.args),
+                "processes": self.dist.world_size,
+                "inputs": self.inputs,
+            }
+            state = {**self.encoder_info, "settings": settings_in(saved), "state_dict": weights}
+            save_torch(self.folder / "model.pth", state)
 
     def save_arguments(self):
         """Write args.json: the arguments, the size of the run, the code and the machine."""
@@ -301,6 +311,23 @@ class Run:
         }
         if self.dist.is_main:
             write_json(self.folder / "args.json", settings | provenance())
+
+
+def settings_in(saved: dict) -> dict | None:
+    """What decides the result of a run, from a model file, a checkpoint or an args.json.
+
+    Returns:
+        {"arguments": {name: value}, without paths and what has no influence; "processes": count;
+        "inputs": {what: content hash}, if known}; None if the file does not say
+    """
+    if "settings" in saved:
+        saved = saved["settings"] if isinstance(saved["settings"], dict) else {}
+    arguments = saved.get("args") or saved.get("arguments")
+    inputs = saved.get("inputs") or {}
+    if not (isinstance(arguments, dict) and isinstance(inputs, dict) and "processes" in saved):
+        return None
+    kept = {name: value for name, value in arguments.items() if name not in NOT_A_SETTING}
+    return {"arguments": kept, "processes": saved["processes"], "inputs": inputs}
 
 
 def write_checkpoint(folder: str | Path, state: dict):

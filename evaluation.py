@@ -51,7 +51,7 @@ from model import ENCODERS, load_encoder
 from retrieval.charts import draw_trade_off
 from retrieval.comparator import load_comparator
 from retrieval.compare import MEMORY, Comparison, shortlist, two_stage
-from retrieval.encode import VideoEncoder, check_feature_size
+from retrieval.encode import VideoEncoder, check_feature_size, require_frame_descriptors
 from retrieval.report import (
     RerankStage,
     RowScore,
@@ -65,6 +65,7 @@ from retrieval.report import (
     unlisted_notes,
     write_report,
 )
+from retrieval.settings import TrainedModel, label_settings, read_setting, repeated_seeds
 from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
 from utils import InputError, Parser, check_ranges, provenance
 
@@ -91,26 +92,31 @@ def main(argv=None):
 
     # Videos vanish from the web: say how much of the set is scored.
     coverage = evaluation_set.coverage(store)
+    with dist.exit_together_on_error():
+        models = check_models(args, store)  # all of them, before the first row is computed
     if dist.is_main:
+        for note in repeated_seeds(*models):
+            print(f"note: {note}", file=sys.stderr)
         line = coverage_line(args.dataset, evaluation_set, coverage)
         print(f"{line}; {store.feature_size} channels")
 
     results = {}  # {row: [RowScore, one for each model]}
     last_table = None  # similarities (Q, N) of the newest row
-    for model in load_models(args, store, dist):
+    for model in load_models(args, *models, store, dist):
         # Encode the queries. The database is encoded in batches by `compare`; with --cache, here.
         comparison = encode_queries(model, store, queries, database, comparator, args, dist)
         for row in compare(comparison, model):  # similarities (Q, N) of each metric
             with dist.exit_together_on_error():
                 if dist.is_main:  # the others have encoded and compared their share
-                    row_score = score(row, evaluation_set, queries, database)
-                    results.setdefault(row.name, []).append(row_score)
+                    row_score = score(row, model, evaluation_set, queries, database)
+                    results.setdefault(model.label_row(row.name), []).append(row_score)
             last_table = row.similarities
         del comparison  # frees its descriptors before those of the next model come
 
     if dist.is_main:
         run_info = {
             "models": args.model_path,
+            "models_of_rows": models_of_rows(results),
             "features": {"path": str(store.path), "meta": store.meta},
             "padding_size": args.padding_size,
             "amp": args.amp,
@@ -140,6 +146,8 @@ class EvaluatedModel(NamedTuple):
         computed for all pairs
     rerank: the sizes R of the shortlists; empty if there is one stage only
     rows: the metrics that have a row of their own, in the order in which they are printed
+    path: of its file, None for the untrained features
+    setting: what tells its setting from others of this encoder, "" if there is one setting
     """
 
     name: str
@@ -148,24 +156,46 @@ class EvaluatedModel(NamedTuple):
     frame_metrics: list[str]
     rerank: list[int]
     rows: list[str]
+    path: str | None = None
+    setting: str = ""
+
+    def label_row(self, row):
+        """The name of a row; models with the same name are seeds of one setting."""
+        return f"{row} ({self.setting})" if self.setting else row
 
 
-def load_models(args, store, dist) -> Iterator[EvaluatedModel]:
+def check_models(args, store) -> tuple[list[TrainedModel], list[str]]:
+    """Read every --model_path once. Returns the models, and a label for the setting of each.
+
+    Raises:
+        InputError: one of them cannot be read or evaluated, or is given twice
+    """
+    models = []
+    for path in args.model_path:
+        name, encoder, _ = load_encoder(path, args.nhead)
+        if args.encoder and args.encoder != name:
+            raise InputError(
+                f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out"
+            )
+        if plan_model(name, encoder, store, args.metric, args.rerank).frame_metrics:
+            require_frame_descriptors(encoder)
+        models.append(TrainedModel(path, name, read_setting(path)))
+    return models, label_settings(models)
+
+
+def load_models(args, models, settings, store, dist) -> Iterator[EvaluatedModel]:
     """Yield the untrained features if they are scored, then each --model_path."""
     if args.baseline or not args.model_path:
         # The mean of the frame features: no weights, and frame descriptors are the features.
         mean = ENCODERS["mean"](store.feature_size)
         rerank = [] if args.model_path else args.rerank  # --rerank is for the models, if any
         yield plan_model("mean", mean, store, args.baseline, rerank)
-    for path in args.model_path:
+    for (path, _, _), setting in zip(models, settings, strict=True):
         name, encoder, features = load_encoder(path, args.nhead)
         if dist.is_main:
             warn_if_features_differ(features, store, path)  # another backbone, pooling or PCA
-        if args.encoder and args.encoder != name:
-            raise InputError(
-                f"{path!r} holds a {name!r} encoder, not {args.encoder!r}; leave --encoder out"
-            )
-        yield plan_model(name, encoder, store, args.metric, args.rerank)
+        plan = plan_model(name, encoder, store, args.metric, args.rerank)
+        yield plan._replace(path=path, setting=setting)
 
 
 def plan_model(name, encoder, store, metrics, rerank) -> EvaluatedModel:
@@ -264,7 +294,7 @@ def compare(comparison, model) -> Iterator[TableRow]:
             )
 
 
-def score(row, evaluation_set, queries, database) -> RowScore:
+def score(row, model, evaluation_set, queries, database) -> RowScore:
     """The metrics, curves and first ranks of a row; the recall of its shortlists."""
     rankings = evaluation_set.rankings(queries, database, row.similarities)  # query by query
     summary = summarise(evaluation_set, rankings)
@@ -272,7 +302,7 @@ def score(row, evaluation_set, queries, database) -> RowScore:
     if row.in_shortlist is not None:
         # Re-ranking cannot find what is not in the shortlists.
         stage = stage._replace(recall=summary.recall(queries, database, row.in_shortlist))
-    return RowScore(summary, row.seconds, stage)
+    return RowScore(summary, row.seconds, stage, model.path, model.setting or model.name)
 
 
 def row_name(encoder, metric):
@@ -344,6 +374,15 @@ def compare_seconds(results):
     return seconds
 
 
+def models_of_rows(results):
+    """{row: [path of each model]}, without the rows of the untrained features."""
+    paths = {}
+    for name, per_model in results.items():
+        if per_model[0].model:
+            paths[name] = [result.model for result in per_model]
+    return paths
+
+
 def report(args, evaluation_set, coverage, results, run_info, further_notes=()):
     """Print the tables; write the files that the flags name. `run_info`: further facts for JSON."""
     metrics = {}  # {row: [{name: value}, one for each model]}
@@ -402,8 +441,8 @@ def add_input_arguments(group):
         *("-mp", "--model_path"),
         nargs="+",
         default=[],
-        help="a run's folder, a model file, or a released state dict; several (the seeds of one"
-        " setting) give mean ± sample standard deviation",
+        help="a run's folder, a model file, or a released state dict; seeds of one setting give"
+        " mean ± sample standard deviation, other models have rows of their own",
     )
     add(
         "--encoder",

@@ -27,6 +27,7 @@ from retrieval.encode import (
     check_feature_size,
     level_of,
     levels_of,
+    require_frame_descriptors,
     resident_bytes,
 )
 from retrieval.similarity import CHUNK_BYTES, PackedDescriptors, similarity_tables
@@ -91,7 +92,7 @@ class Comparison:
 
         with self.dist.exit_together_on_error():
             if "frame" in self.levels:
-                self._require_frame_descriptors()
+                require_frame_descriptors(video_encoder.encoder, video_encoder.device)
             plan = self._plan(memory * 2**30, metrics, dtype)
         # The main process's plan, because all processes must form the same batches.
         video_encoder.batch_frames, chunk_bytes = self.dist.broadcast(plan)
@@ -113,12 +114,6 @@ class Comparison:
     def _levels_of(self, metrics):
         levels = {level_of(metric) for metric in metrics}
         return [level for level in LEVELS if level in levels]
-
-    def _require_frame_descriptors(self):
-        """Raise an encoder's InputError for missing frame descriptors before work begins."""
-        device = self.video_encoder.device
-        x = torch.zeros(1, 1, self.video_encoder.store.feature_size, device=device)
-        self.video_encoder.encoder.encode(x, torch.ones(1, dtype=torch.long, device=device))
 
     def _plan(self, memory, metrics, dtype):
         """(frames of a batch, bytes of a chunk of similarities) for a total of `memory` bytes."""

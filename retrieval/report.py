@@ -80,11 +80,18 @@ class RerankStage(NamedTuple):
 
 
 class RowScore(NamedTuple):
-    """What one model scored in one row. seconds: time spent comparing, without encoding."""
+    """What one model scored in one row.
+
+    seconds: time spent comparing, without encoding
+    model: the path of the model; None without one
+    setting: rows of one setting belong to one trade-off
+    """
 
     summary: Summary
     seconds: float | None = None
     stage: RerankStage | None = None
+    model: str | None = None
+    setting: str = ""
 
 
 def summarise(evaluation_set: EvaluationSet, rankings: Iterable) -> Summary:
@@ -116,27 +123,36 @@ def trade_off(results: Mapping[str, Sequence[RowScore]]) -> dict[str, list[dict]
     """The cost and the metrics of two-stage search, for each frame-level metric.
 
     Returns:
-        {metric: lines by ascending cost}. A line has row, R, and the means over models of cost,
-        recall (see `RerankStage`) and figures {name: value}. Its share is its first figure divided
-        by that of the exhaustive row, None if that row was not computed.
+        {metric: lines by ascending cost}; {"metric (setting)": lines} if models of several settings
+        are scored. A line has row, R, and the means over models of cost, recall (see `RerankStage`)
+        and figures {name: value}. Its share is its first figure divided by that of the exhaustive
+        row, None if that row was not computed.
     """
-    staged = {row: per_model for row, per_model in results.items() if per_model[0].stage}
-    metrics = dict.fromkeys(per_model[0].stage.metric for per_model in staged.values())
+    staged = {}  # {setting: {row: its models}}
+    for row, per_model in results.items():
+        if per_model[0].stage:
+            staged.setdefault(per_model[0].setting, {})[row] = per_model
     curves = {}
-    for metric in metrics:
-        if metric is None:
-            continue
-        lines = []
-        for row, per_model in staged.items():
-            if per_model[0].stage.metric in (metric, None):
-                lines.append(_trade_off_line(row, per_model))
-        lines.sort(key=lambda line: (line["cost"], line["R"]))
-        name = next(iter(lines[0]["figures"]))
-        exhaustive = lines[-1]["figures"][name] if lines[-1]["cost"] == 1 else None
-        for line in lines:
-            line["share"] = exhaustive and line["figures"][name] / exhaustive
-        curves[metric] = lines
+    for setting, rows in staged.items():
+        metrics = dict.fromkeys(per_model[0].stage.metric for per_model in rows.values())
+        for metric in metrics:
+            if metric is not None:
+                name = metric if len(staged) == 1 else f"{metric} ({setting})"
+                curves[name] = _trade_off_lines(rows, metric)
     return curves
+
+
+def _trade_off_lines(rows, metric):
+    lines = []
+    for row, per_model in rows.items():
+        if per_model[0].stage.metric in (metric, None):
+            lines.append(_trade_off_line(row, per_model))
+    lines.sort(key=lambda line: (line["cost"], line["R"]))
+    name = next(iter(lines[0]["figures"]))
+    exhaustive = lines[-1]["figures"][name] if lines[-1]["cost"] == 1 else None
+    for line in lines:
+        line["share"] = exhaustive and line["figures"][name] / exhaustive
+    return lines
 
 
 def _trade_off_line(row, per_model):

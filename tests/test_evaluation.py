@@ -32,6 +32,7 @@ from retrieval.report import table_lines
 from retrieval.similarity import similarity_table
 
 BY_LOOP = ["cosine", "euclidean", "chamfer", "sym_chamfer"]  # the metrics of `metrics_by_loop`
+TCA_SIZES = dict(feature_size=C, nhead=4, nlayers=1, dim_feedforward=64)
 EVERY_METRIC = [*BY_LOOP, "dp", "tn", "comparator"]
 TCA_ROWS = {
     "cosine": "TCA_c",
@@ -55,7 +56,11 @@ def models(tmp_path_factory):
     """A folder with three TCAs as bare state dicts, and other models."""
     folder = tmp_path_factory.mktemp("models")
     for seed in range(3):
-        torch.save(untrained_tca(seed).state_dict(), folder / f"{seed}.pth")
+        state_dict = untrained_tca(seed).state_dict()
+        torch.save(state_dict, folder / f"{seed}.pth")
+        settings = {"arguments": {"seed": seed, "loss": "circle"}, "processes": 1}
+        state = {"encoder": "tca", "arguments": TCA_SIZES, "settings": settings}
+        torch.save(state | {"state_dict": state_dict}, folder / f"seed{seed}.pth")
     torch.save(TCA(64, 4, 1, 64).state_dict(), folder / "wide.pth")
     arguments = dict(feature_size=C, num_clusters=4, output_dim=16)
     netvlad = {"encoder": "netvlad", "arguments": arguments}
@@ -82,10 +87,10 @@ def one(models):
 def results(models, base, one, tmp_path_factory):
     """{name: what a command printed, and the record that it wrote}."""
     out = tmp_path_factory.mktemp("results")
-    three = [models / f"{seed}.pth" for seed in range(3)]
+    three = [models / f"seed{seed}.pth" for seed in range(3)]
     comparator = ["--comparator", models / "comparator.pth"]
     commands = {
-        "three seeds": ["--model_path", *three, "--nhead", 4],
+        "three seeds": ["--model_path", *three],
         "mean": ["--encoder", "mean", "--metric", *BY_LOOP],
         "saved": [*one, "--padding_size", 5, "--save_similarities", out / "similarities.json"],
         "every metric": [*one, "--metric", *EVERY_METRIC, *comparator],
