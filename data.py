@@ -124,10 +124,21 @@ class PairDataset(Dataset):
         self.epoch = 0
         anchors = dict.fromkeys(anchor for anchor, _ in pairs)  # each once, in order
         self.anchors = {anchor: row for row, anchor in enumerate(anchors)}
+        self.own_negatives = self._find_own_negatives()
         # Each anchor's nearest negatives, ids (anchors, H), -1 where there are fewer than H.
         self.hard_negatives = None
         if mask_shared:
             self.segment_table()  # bad segments are an error now, not in the middle of a run
+
+    def _find_own_negatives(self):
+        """{anchor: ids of the negatives that are the anchor itself or a video paired with it}."""
+        ids = {video: i for i, video in enumerate(self.negatives)}
+        own = {}
+        for anchor, other in [*self.pairs, *(pair[::-1] for pair in self.pairs)]:
+            if anchor in self.anchors:
+                numbers = {ids[video] for video in (anchor, other) if video in ids}
+                own.setdefault(anchor, set()).update(numbers)
+        return {anchor: sorted(numbers) for anchor, numbers in own.items() if numbers}
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -188,7 +199,7 @@ class PairDataset(Dataset):
 
     @property
     def masks_false_negatives(self):
-        return self.mask_shared
+        return self.mask_shared or bool(self.own_negatives)
 
     def false_negative_mask(self, indices: Sequence[int]) -> Callable | None:
         """Which bank entries are false negatives of the pairs `indices` (N,).
@@ -209,7 +220,12 @@ class PairDataset(Dataset):
 
     def false_negatives(self, anchor: str) -> torch.Tensor:
         """(negatives + 1,) bool, by negative id. The last entry is false: id -1 reads it."""
-        return self.shared_material(anchor)
+        if self.mask_shared:
+            row = self.shared_material(anchor).clone()
+        else:
+            row = torch.zeros(len(self.negatives) + 1, dtype=torch.bool)
+        row[self.own_negatives.get(anchor, [])] = True
+        return row
 
     @lru_cache(maxsize=1024)  # noqa: B019 - a run has one data set
     def shared_material(self, anchor):
@@ -255,7 +271,9 @@ class PairDataset(Dataset):
 class VCDBPairDataset(PairDataset):
     """Pairs of VCDB's copies, with its background videos as negatives.
 
-    Pairs and negatives without features are left out, and counted in `missing`.
+    Pairs and negatives without features are left out, and counted in `missing`; so are pairs of a
+    video with itself, counted in `self_pairs`. A negative that is the anchor, or is
+    paired with it, is masked for this anchor (`own_negatives`).
 
     Args:
         annotation_path: a pickle {"video_pairs": [{"videos": [a, b], "overlap": [x, y]}],
@@ -276,7 +294,7 @@ class VCDBPairDataset(PairDataset):
     ):
         listed, listed_negatives, segments = read_vcdb_annotation(annotation_path)
         with_features = [pair for pair in listed if pair[0] in store and pair[1] in store]
-        pairs = [(a, b) for a, b, overlap in with_features if overlap >= min_overlap]
+        pairs = [(a, b) for a, b, overlap in with_features if overlap >= min_overlap and a != b]
         negatives = [video for video in listed_negatives if video in store]
         if not pairs or len(negatives) < neg_num:
             raise InputError(
@@ -286,6 +304,7 @@ class VCDBPairDataset(PairDataset):
                 " do the ids of the two files agree?"
             )
         super().__init__(store, pairs, negatives, segments, neg_num=neg_num, **options)
+        self.self_pairs = sum(a == b for a, b, _ in listed)
         self.missing = {
             "pairs": len(listed) - len(with_features),
             "negatives": len(listed_negatives) - len(negatives),
@@ -321,7 +340,7 @@ class AugmentedPairDataset(PairDataset):
             )
         pairs = [(video, video) for video in videos]
         super().__init__(store, pairs, videos, segments, neg_num=neg_num, **options)
-        self.mix = list(mix)
+        self.mix, self.self_pairs = list(mix), 0  # the pairs are meant
         missing = len(listed) - len(videos)
         self.missing = {"pairs": missing, "negatives": missing}
         self.digest = digest([videos, segments])
@@ -334,18 +353,6 @@ class AugmentedPairDataset(PairDataset):
     def sample_random_negatives(self, index, rng):
         ids = rng.choice(len(self.negatives) - 1, self.neg_num, replace=False)
         return ids + (ids >= index)  # skips the anchor itself
-
-    @property
-    def masks_false_negatives(self):
-        return True
-
-    def false_negatives(self, anchor):
-        if self.mask_shared:
-            row = self.shared_material(anchor).clone()
-        else:
-            row = torch.zeros(len(self.negatives) + 1, dtype=torch.bool)
-        row[self.anchors[anchor]] = True  # the anchor itself
-        return row
 
 
 def read_vcdb_annotation(path):

@@ -313,6 +313,7 @@ def run_summary(args, run, val, learning_rate, notes):
     lines = [f"note: {note}" for note in notes]
     if val and (val_missing := missing_note(val.annotation.coverage(val.store))):
         lines.append(f"note: {args.val_set}: {val_missing}")
+    lines += own_negative_notes(args, data)
     lines.append(
         f"{len(data)} pairs, {len(data.negatives)} negatives (without features: {missing});"
         f" {args.epochs * run.steps_per_epoch} optimiser steps of {processes}{args.batch_sz} pairs,"
@@ -325,6 +326,20 @@ def run_summary(args, run, val, learning_rate, notes):
             " more of them take fewer steps of more pairs"
         )
     return "\n".join(lines)
+
+
+def own_negative_notes(args, data):
+    """Notes on annotations in which a video is its own positive, or an anchor's own a negative."""
+    notes = []
+    if data.self_pairs:
+        notes.append(f"note: {data.self_pairs} pairs of a video with itself are left out")
+    if data.own_negatives and args.pairs == "vcdb":  # by --pairs augment every video is a negative
+        anchors = ", ".join(list(data.own_negatives)[:3])
+        notes.append(
+            f"note: of {len(data.own_negatives)} anchors ({anchors}, ...) the video itself or one"
+            " paired with it is among the negatives; for these anchors it does not count as one"
+        )
+    return notes
 
 
 def print0(dist, text):

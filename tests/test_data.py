@@ -20,6 +20,7 @@ from data import (
     nearest_negatives,
 )
 from features.store import FeatureStore
+from train import own_negative_notes
 from utils import InputError, seeded_rng
 
 
@@ -238,6 +239,55 @@ def test_false_negatives_are_overlaps_of_one_source(tmp_path, store):
             assert masked == expected
     assert 0 < np.sum(found) < np.size(found)
     assert dataset(tmp_path, store, annotation).false_negative_mask(indices) is None
+
+
+OWN = ANNOTATION | {"negs": ["n0", "a0", "n1", "a1", "a3", "n2", "a4", "a2", "n3"]}
+
+
+def test_own_videos_of_an_anchor_are_no_negatives_of_it(tmp_path, store):
+    """The anchor itself, and what it is paired with, on either side of a pair."""
+    pairs = dataset(tmp_path, store, OWN, neg_num=9)
+    bank_ids = torch.tensor([-1, *range(9), 4, -1])
+    found = pairs.false_negative_mask(range(4))(bank_ids).tolist()
+    for (anchor, _), row in zip(pairs.pairs, found, strict=True):
+        copies = {anchor}
+        for pair in pairs.pairs:
+            copies.update(pair if anchor in pair else ())
+        expected = [i >= 0 and OWN["negs"][i] in copies for i in bank_ids.tolist()]
+        assert row == expected and any(row)
+    assert set(pairs.own_negatives) == {"a0", "a1", "a2", "a4"}
+    found = pairs.false_negatives_of_anchors(slice(0, 1)).tolist()  # for hard negatives
+    assert found == [[video in ("a0", "a1") for video in OWN["negs"]]]
+
+
+def test_own_negatives_are_masked_beside_shared_material(tmp_path, store):
+    """A film that n1 shares with a0; a0 has no segment in common with its copy a1."""
+    segments = {"a0": [["film", 0, 5]], "n1": [["film", 4, 9]], "a1": [["film", 20, 30]]}
+    pairs = dataset(tmp_path, store, OWN | {"segments": segments}, neg_num=4, mask_shared=True)
+    masked = pairs.false_negatives("a0").nonzero().flatten().tolist()
+    assert [OWN["negs"][i] for i in masked] == ["a0", "n1", "a1"]
+
+
+def test_pairs_of_a_video_with_itself_are_left_out_and_counted(tmp_path, store):
+    twice = [{"videos": ["a1", "a1"]}, *ANNOTATION["video_pairs"], {"videos": ["a0", "a0"]}]
+    pairs = dataset(tmp_path, store, ANNOTATION | {"video_pairs": twice})
+    plain = dataset(tmp_path, store)
+    assert pairs.pairs == plain.pairs and pairs.digest == plain.digest
+    assert (pairs.self_pairs, plain.self_pairs) == (2, 0)
+    assert as_lists(pairs[2]) == as_lists(plain[2])
+
+
+def test_run_summary_counts_own_negatives_and_self_pairs(tmp_path, store):
+    args = SimpleNamespace(pairs="vcdb")
+    assert own_negative_notes(args, dataset(tmp_path, store)) == []
+    twice = OWN["video_pairs"] + [{"videos": ["a1", "a1"]}]
+    pairs = dataset(tmp_path, store, OWN | {"video_pairs": twice}, neg_num=4)
+    first, second = own_negative_notes(args, pairs)
+    assert "1 pairs of a video with itself" in first
+    assert "4 anchors (a0, a2, a4, ...)" in second
+    augmented = AugmentedPairDataset(store, neg_num=4)
+    assert own_negative_notes(SimpleNamespace(pairs="augment"), augmented) == []
+    assert augmented.false_negatives("a1").nonzero().tolist() == [[1]]
 
 
 def test_mask_shared_without_segments_is_refused(tmp_path, store):
