@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from checkpoint import settings_in
 from model import ENCODERS, model_file
-from utils import InputError, digest, load_torch
+from untrusted import load_torch
+from utils import InputError, digest
 
 LONGEST = 3  # differences named by a label
 
