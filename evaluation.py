@@ -57,8 +57,9 @@ from retrieval.report import (
     RowScore,
     coverage_line,
     coverage_notes,
+    coverage_of,
     save_similarities,
-    summarise,
+    summarise_tasks,
     table_lines,
     trade_off,
     trade_off_lines,
@@ -70,6 +71,7 @@ from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
 from utils import InputError, Parser, check_ranges, provenance
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
+TASKS = ("retrieval", "detection")
 AMP = {None: None, "bfloat16": torch.bfloat16}
 
 
@@ -91,7 +93,7 @@ def main(argv=None):
         queries, database = videos_with_features(evaluation_set, store)  # Q ids, N ids
 
     # Videos vanish from the web: say how much of the set is scored.
-    coverage = evaluation_set.coverage(store)
+    coverage = coverage_of(evaluation_set, store, args.task)
     with dist.exit_together_on_error():
         models = check_models(args, store)  # all of them, before the first row is computed
     if dist.is_main:
@@ -108,7 +110,7 @@ def main(argv=None):
         for row in compare(comparison, model):  # similarities (Q, N) of each metric
             with dist.exit_together_on_error():
                 if dist.is_main:  # the others have encoded and compared their share
-                    row_score = score(row, model, evaluation_set, queries, database)
+                    row_score = score(row, model, evaluation_set, queries, database, args.task)
                     results.setdefault(model.label_row(row.name), []).append(row_score)
             last_table = row.similarities
         del comparison  # frees its descriptors before those of the next model come
@@ -294,10 +296,13 @@ def compare(comparison, model) -> Iterator[TableRow]:
             )
 
 
-def score(row, model, evaluation_set, queries, database) -> RowScore:
+def score(row, model, evaluation_set, queries, database, tasks) -> RowScore:
     """The metrics, curves and first ranks of a row; the recall of its shortlists."""
-    rankings = evaluation_set.rankings(queries, database, row.similarities)  # query by query
-    summary = summarise(evaluation_set, rankings)
+
+    def rank(evaluation_set):
+        return evaluation_set.rankings(queries, database, row.similarities)  # query by query
+
+    summary = summarise_tasks(evaluation_set, rank, tasks)
     stage = row.stage
     if row.in_shortlist is not None:
         # Re-ranking cannot find what is not in the shortlists.
@@ -325,7 +330,7 @@ def score_similarity_file(args):
         ids.update(read_ids(args.searched, "--searched list"))
     evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, ids)
     searched = searched_ids(evaluation_set, similarities, args.searched)
-    coverage = evaluation_set.coverage(searched)
+    coverage = coverage_of(evaluation_set, searched, args.task)
     print(coverage_line(args.dataset, evaluation_set, coverage))
     unknown = evaluation_set.count_unknown_ids(similarities, ids - set(similarities))
     if any(unknown.values()):
@@ -333,7 +338,11 @@ def score_similarity_file(args):
             f"ignored: {unknown['queries']} queries and {unknown['videos']} videos that the set"
             " does not contain"
         )
-    summary = summarise(evaluation_set, evaluation_set.rankings_of(similarities, searched))
+
+    def rank(evaluation_set):
+        return evaluation_set.rankings_of(similarities, searched)
+
+    summary = summarise_tasks(evaluation_set, rank, args.task)
     results = {Path(args.similarities).stem: [RowScore(summary)]}
     unlisted = evaluation_set.count_unlisted_ids(similarities, searched)
     run_info = {
@@ -477,6 +486,14 @@ def add_input_arguments(group):
 
 def add_metric_arguments(group):
     add = group.add_argument
+    add(
+        "--task",
+        nargs="+",
+        choices=TASKS,
+        default=["retrieval"],
+        help="retrieval: mAP; detection: micro-AP, one threshold for the pairs of all queries, and"
+        " FIVR's hard split (names end in _hard) if its file is there; default retrieval",
+    )
     add(
         *("-m", "--metric"),
         nargs="+",

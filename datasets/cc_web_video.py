@@ -20,6 +20,9 @@ class CCWebVideo(EvaluationSet):
         cc_web*                 ranks the whole database
         cc_web_c, cc_web*_c     the same without the videos that the cleaned annotation excludes
 
+    Detection: uAP, uAP*, uAP_c, uAP*_c, each a micro-AP over the same videos. No query is paired
+    with itself there, and only positives with features count. S2VS has no such figure for this set.
+
     The query is ranked: it is in the database, is labelled, and counts as found. All positives of
     the annotation should be found, with or without features, as in those evaluators. One positive
     of set 4 has no id, so a perfect ranking scores .99974.
@@ -40,6 +43,7 @@ class CCWebVideo(EvaluationSet):
         "cc_web_c": (False, True),
         "cc_web*_c": (True, True),
     }
+    DETECTION = {"cc_web": "uAP", "cc_web*": "uAP*", "cc_web_c": "uAP_c", "cc_web*_c": "uAP*_c"}
     RANKS_QUERY = True
     POSITIVE = frozenset("ESLMV")
 

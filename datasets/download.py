@@ -91,8 +91,8 @@ FILES = {
 }
 
 SETS = {
-    "FIVR-5K": ["fivr.pickle", "fivr_annotation.json"],
-    "FIVR-200K": ["fivr_annotation.json", "fivr_youtube_ids.txt"],
+    "FIVR-5K": ["fivr.pickle", "fivr_annotation.json", "fivr_easy_duplicates.txt"],
+    "FIVR-200K": ["fivr_annotation.json", "fivr_youtube_ids.txt", "fivr_easy_duplicates.txt"],
     "CC_WEB_VIDEO": ["cc_web_video.pickle"],
     "EVVE": ["evve.pickle"],
     "VCDB": ["vcdb.pickle"],

@@ -78,13 +78,17 @@ class Ranking(NamedTuple):
     """The ranking of one query for one task.
 
     hits: (N,) bool by rank, best rank first
-    num_relevant: how many videos should be found
+    num_relevant: how many videos should be found; 0 if the query is skipped
     positions: (N,) the ranked videos, as positions in the database
+    similarities: (N,) of these videos, descending
+    num_others: the relevant videos with features, without the query itself (for detection)
     """
 
     hits: np.ndarray
     num_relevant: int
     positions: np.ndarray
+    similarities: np.ndarray
+    num_others: int
 
 
 class Judgement(NamedTuple):
@@ -107,6 +111,8 @@ class Judgement(NamedTuple):
 class EvaluationSet:
     """The base of all sets. A subclass names its TASKS and fills `judgements`.
 
+    DETECTION names the micro-AP of each task (datasets/detection.py).
+
     Ranking. Videos are ranked by descending similarity; ties keep the order of the database.
     Videos without features are not ranked, and ids unknown to the set are ignored. The query is
     removed from its own ranking, unless RANKS_QUERY.
@@ -122,11 +128,14 @@ class EvaluationSet:
         queries, database: lists of ids, each id once
         source: the annotation this set was read from, for the record
         judgements: for each query, in order, {task: Judgement}
+        hard: the set's hard split, or None
     """
 
     TASKS: Collection[str] = ("mAP",)
+    DETECTION: Mapping[str, str] = {"mAP": "uAP"}
     RANKS_QUERY = False
     average_precision = staticmethod(average_precision)
+    hard: "EvaluationSet | None" = None
 
     def __init__(self, queries: Iterable[str], database: Iterable[str], source: str):
         self.source = source
@@ -196,8 +205,9 @@ class EvaluationSet:
         any_ranked = False
         for query, tasks in rankings:
             for task, ranking in tasks.items():
-                aps[task][query] = self.average_precision(ranking.hits, ranking.num_relevant)
-                any_ranked |= len(ranking.hits) > 0
+                if ranking.num_relevant:
+                    aps[task][query] = self.average_precision(ranking.hits, ranking.num_relevant)
+                    any_ranked |= len(ranking.hits) > 0
         if not any_ranked:
             raise InputError(
                 f"none of the {len(self.queries)} queries can be scored; do the ids of the"
@@ -214,7 +224,7 @@ class EvaluationSet:
     def rankings(
         self, queries: Sequence[str], videos: Sequence[str], table: np.ndarray
     ) -> Iterator[tuple[str, dict[str, Ranking]]]:
-        """Yield (query, {task: Ranking}), without the tasks in which the query has nothing to find.
+        """Yield (query, {task: Ranking}). A task in which it has nothing to find has no AP.
 
         Args:
             queries, videos: Q and N ids
@@ -258,20 +268,27 @@ class EvaluationSet:
                 columns, positions = self._columns_in_database_order(ids, has_features)
                 previous_ids = ids
             row = _require_finite(query, ids, row)[columns]
-            ranked = positions[np.argsort(-row, kind="stable")]  # stable: ties keep this order
+            order = np.argsort(-row, kind="stable")  # stable: ties keep this order
+            own = self.position_of(query)
             if not self.RANKS_QUERY:
-                ranked = ranked[ranked != self._position.get(query)]
+                order = order[positions[order] != own]
+            ranked, similarities = positions[order], row[order]
 
             tasks = {}
             for task, judgement in self.judgements[self._query_index[query]].items():
-                num_relevant = _count_relevant(judgement, has_features)
-                if not num_relevant:
-                    continue
-                task_ranked = ranked
+                task_ranked, task_similarities = ranked, similarities
                 if judgement.candidates is not None:
-                    task_ranked = ranked[self._mask(judgement.candidates)[ranked]]
-                hits = self._mask(judgement.relevant)[task_ranked]
-                tasks[task] = Ranking(hits, num_relevant, task_ranked)
+                    is_candidate = self._mask(judgement.candidates)[ranked]
+                    task_ranked = ranked[is_candidate]
+                    task_similarities = similarities[is_candidate]
+                others = judgement.relevant[judgement.relevant != own]
+                tasks[task] = Ranking(
+                    self._mask(judgement.relevant)[task_ranked],
+                    _count_relevant(judgement, has_features),
+                    task_ranked,
+                    task_similarities,
+                    int(has_features[others].sum()),
+                )
             yield query, tasks
 
     def _columns_in_database_order(self, ids, has_features):
@@ -298,6 +315,10 @@ class EvaluationSet:
         """The positions in the database of those `videos` that are in it, each once."""
         known = [self._position[video] for video in set(videos) if video in self._position]
         return np.array(known, int)
+
+    def position_of(self, video: str) -> int:
+        """The position of a video in the database, or -1."""
+        return self._position.get(video, -1)
 
     def database_ids(self, videos: Iterable[str]) -> list[str]:
         """Those of `videos` that are in the database."""
@@ -401,8 +422,10 @@ def _count_relevant(judgement, has_features):
 
 
 def _require_finite(query, videos, row):
-    """The row as (N,) float64; raises InputError that names a pair that is not finite."""
-    row = np.asarray(row, float)
+    """The row as (N,) floats; raises InputError that names a pair that is not finite."""
+    row = np.asarray(row)
+    if row.dtype.kind != "f":
+        row = row.astype(float)
     bad = np.flatnonzero(~np.isfinite(row))
     if len(bad):
         raise InputError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets.cc_web_video import load_cc_web_video
 from datasets.evaluation_set import EvaluationSet
 from datasets.evve import load_evve
-from datasets.fivr import load_fivr, load_fivr_5k
+from datasets.fivr import EASY_DUPLICATES, FIVRAudio, load_fivr, load_fivr_5k
 from datasets.vcdb import load_vcdb
 from utils import InputError, require_path
 
@@ -19,9 +19,13 @@ ANNOTATION_DIR = os.environ.get(
     "TCA_ANNOTATIONS", str(Path(__file__).resolve().parent / "annotations")
 )
 
+FIVR_200K = {"labels": "fivr_annotation.json", "ids": "fivr_youtube_ids.txt"}
+
 EVALUATION_SETS: dict[str, Callable[[str | Path], EvaluationSet]] = {
     "FIVR-5K": load_fivr_5k,
-    "FIVR-200K": partial(load_fivr, labels="fivr_annotation.json", ids="fivr_youtube_ids.txt"),
+    "FIVR-200K": partial(load_fivr, **FIVR_200K, easy_duplicates=EASY_DUPLICATES),
+    "FIVR-5K-AUDIO": partial(load_fivr_5k, form=FIVRAudio),
+    "FIVR-200K-AUDIO": partial(load_fivr, **FIVR_200K, form=FIVRAudio),
     "CC_WEB_VIDEO": load_cc_web_video,
     "EVVE": load_evve,
     "VCDB": load_vcdb,

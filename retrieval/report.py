@@ -7,12 +7,13 @@ Jinja2 and matplotlib are imported by the functions that need them.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from datasets.detection import Detection
 from datasets.evaluation_set import EvaluationSet, missing_note, precision_recall
 from files import atomic
 from retrieval.charts import SIZE, bar_charts, recall_charts, trade_off_charts
@@ -94,29 +95,69 @@ class RowScore(NamedTuple):
     setting: str = ""
 
 
-def summarise(evaluation_set: EvaluationSet, rankings: Iterable) -> Summary:
+def summarise_tasks(
+    evaluation_set: EvaluationSet,
+    rank: Callable[[EvaluationSet], Iterable],
+    tasks: Sequence[str] = ("retrieval",),
+) -> Summary:
+    """Score a table of similarities by the metrics of `tasks`, "retrieval" and "detection".
+
+    Detection comes with the set's hard split, if it has one, as in S2VS: the metrics of both tasks
+    again, under names that end in _hard.
+
+    rank: gives what the `rankings` or `rankings_of` of a set yields
+    """
+    summary = summarise(evaluation_set, rank(evaluation_set), tasks)
+    hard = hard_split(evaluation_set, tasks)
+    if hard:
+        for name, value in summarise(hard, rank(hard), tasks).metrics.items():
+            summary.metrics[f"{name}_hard"] = value
+    return summary
+
+
+def hard_split(evaluation_set: EvaluationSet, tasks: Sequence[str]) -> EvaluationSet | None:
+    """The hard split of a set, if `tasks` ask for it and there is one."""
+    return evaluation_set.hard if "detection" in tasks else None
+
+
+def summarise(
+    evaluation_set: EvaluationSet, rankings: Iterable, tasks: Sequence[str] = ("retrieval",)
+) -> Summary:
     """Score what `EvaluationSet.rankings` or `rankings_of` yields."""
     first_task = next(iter(evaluation_set.TASKS))
     curves = {task: [] for task in evaluation_set.TASKS}
     first_ranks, relevant = {}, {}
+    detection = Detection(evaluation_set)
 
     def observed():
         """The same rankings. They are too large to keep, so the shown part is copied here."""
-        for query, tasks in rankings:
-            for task, (hits, num_relevant, positions) in tasks.items():
-                curves[task].append(precision_recall(hits, num_relevant))
+        for query, by_task in rankings:
+            if "detection" in tasks:
+                detection.add(query, by_task)
+            for task, ranking in by_task.items():
+                if not ranking.num_relevant:
+                    continue
+                curves[task].append(precision_recall(ranking.hits, ranking.num_relevant))
                 if task == first_task:
-                    found = [evaluation_set.database[i] for i in positions[hits]]
-                    relevant[query] = found, num_relevant
-                    first = zip(positions[:FIRST_RANKS], hits[:FIRST_RANKS], strict=True)
-                    first_ranks[query] = [
-                        (evaluation_set.database[i], bool(hit)) for i, hit in first
-                    ]
-            yield query, tasks
+                    relevant[query] = _found(evaluation_set, ranking), ranking.num_relevant
+                    first_ranks[query] = _first_ranks(evaluation_set, ranking)
+            yield query, by_task
 
     aps = evaluation_set.average_precisions(observed())
     means = {task: np.mean(per_query, 0) for task, per_query in curves.items() if per_query}
-    return Summary(evaluation_set.metrics(aps), aps, means, first_ranks, relevant)
+    metrics = evaluation_set.metrics(aps) if "retrieval" in tasks else {}
+    if "detection" in tasks:
+        metrics |= detection.metrics()
+    return Summary(metrics, aps, means, first_ranks, relevant)
+
+
+def _found(evaluation_set, ranking):
+    return [evaluation_set.database[i] for i in ranking.positions[ranking.hits]]
+
+
+def _first_ranks(evaluation_set, ranking):
+    first = zip(ranking.positions[:FIRST_RANKS], ranking.hits[:FIRST_RANKS], strict=True)
+    return [(evaluation_set.database[i], bool(hit)) for i, hit in first]
 
 
 def trade_off(results: Mapping[str, Sequence[RowScore]]) -> dict[str, list[dict]]:
@@ -173,6 +214,18 @@ def _trade_off_line(row, per_model):
 
 
 # --- text ---------------------------------------------------------------------------------------
+
+
+def coverage_of(
+    evaluation_set: EvaluationSet, available: Iterable[str], tasks: Sequence[str]
+) -> dict:
+    """`EvaluationSet.coverage`, with the queries that the hard split skips, if it is scored."""
+    coverage = evaluation_set.coverage(available)
+    hard = hard_split(evaluation_set, tasks)
+    if hard:
+        for task, count in hard.coverage(available)["queries_without_relevant"].items():
+            coverage["queries_without_relevant"][f"{task}_hard"] = count
+    return coverage
 
 
 def coverage_line(dataset: str, evaluation_set: EvaluationSet, coverage: Mapping) -> str:

@@ -174,7 +174,7 @@ def test_files_are_pinned_and_sets_name_them():
 def test_select_files_takes_sets_and_names_each_file_once():
     assert download.select_files([]) == list(download.FILES)
     names = download.select_files(["EVVE", "FIVR-5K", "evve.pickle"])
-    assert names == ["evve.pickle", "fivr.pickle", "fivr_annotation.json"]
+    assert names == ["evve.pickle", *download.SETS["FIVR-5K"]]
 
 
 # --- the command --------------------------------------------------------------------------------

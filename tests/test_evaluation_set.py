@@ -366,7 +366,7 @@ def test_coverage_counts_the_queries_that_rankings_leave_out(name):
     zeros = np.zeros((len(queries), len(videos)))
     tasks = dict(evaluation_set.rankings(queries, videos, zeros))
     for task, skipped in coverage["queries_without_relevant"].items():
-        assert skipped == sum(task not in tasks[query] for query in queries)
+        assert skipped == sum(not tasks[query][task].num_relevant for query in queries)
 
 
 def test_missing_note_names_the_share_above_one_percent():
