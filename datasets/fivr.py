@@ -82,8 +82,8 @@ class FIVR(EvaluationSet):
 class FIVRAudio(FIVR):
     """FIVR's audio task: duplicate audio (DA), of the queries that have that label.
 
-    DAVR is the mean AP, DAVD the micro-AP, by the rules of `FIVR`. The labels were made by another
-    group for the same videos; they are part of the official annotation.
+    DAVR is the mean AP, DAVD the micro-AP, by the rules of `FIVR`. The labels are in the official
+    annotation.
     """
 
     TASKS = {"DAVR": ("DA",)}

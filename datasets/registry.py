@@ -1,6 +1,7 @@
 """The evaluation sets by name. To add one, write its protocol in a file here and enter its reader.
 
-A reader takes the folder of the annotation files and returns an `EvaluationSet`.
+A reader takes the folder of the annotation files and returns an `EvaluationSet`, or a `SegmentSet`
+of pairs of videos and the segments that they share.
 """
 
 import os
@@ -9,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from datasets.cc_web_video import load_cc_web_video
+from datasets.demo_segments import load_demo_segments
 from datasets.evaluation_set import EvaluationSet
 from datasets.evve import load_evve
 from datasets.fivr import EASY_DUPLICATES, FIVRAudio, load_fivr, load_fivr_5k
+from datasets.segments import SegmentSet, load_segment_files
 from datasets.vcdb import load_vcdb
 from utils import InputError, require_path
 
@@ -34,6 +37,22 @@ EVALUATION_SETS: dict[str, Callable[[str | Path], EvaluationSet]] = {
 }
 
 
+def _demo_segments(directory, name):
+    return load_demo_segments(directory, EVALUATION_SETS[name](directory))
+
+
+SEGMENT_SETS: dict[str, Callable[[str | Path], SegmentSet]] = {
+    "VCSL": partial(
+        load_segment_files, pairs="vcsl_pairs_test.csv", labels="vcsl_labels_test.json"
+    ),
+    "VCDB-SEGMENTS": partial(
+        load_segment_files, pairs="vcdb_pairs.csv", labels="vcdb_segments.json"
+    ),
+    "DEMO-SEGMENTS": partial(_demo_segments, name="DEMO"),
+    "DEMO-VAL-SEGMENTS": partial(_demo_segments, name="DEMO-VAL"),
+}
+
+
 def load_evaluation_set(
     name: str, directory: str | Path = ANNOTATION_DIR, available_ids: Collection[str] = ()
 ) -> EvaluationSet:
@@ -47,3 +66,10 @@ def load_evaluation_set(
         raise InputError(f"dataset {name!r} is not known; choose from {', '.join(EVALUATION_SETS)}")
     read = EVALUATION_SETS[name]
     return read(require_path(directory, "annotation folder")).with_ids_as_in(available_ids)
+
+
+def load_segment_set(name: str, directory: str | Path = ANNOTATION_DIR) -> SegmentSet:
+    """Read the set of pairs `name` from the annotation files in `directory`."""
+    if name not in SEGMENT_SETS:
+        raise InputError(f"dataset {name!r} is not known; choose from {', '.join(SEGMENT_SETS)}")
+    return SEGMENT_SETS[name](require_path(directory, "annotation folder"))

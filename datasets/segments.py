@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets.evaluation_set import annotation_errors
-from utils import InputError, require_path
+from untrusted import read_json, read_text
+from utils import InputError
 
 Pair = tuple[str, str]  # query, reference
 Segments = Sequence[Sequence[float]]  # [[query start, reference start, query end, reference end]]
@@ -175,7 +176,7 @@ def load_segment_files(directory: str | Path, pairs: str, labels: str) -> Segmen
     pair_path, label_path = Path(directory) / pairs, Path(directory) / labels
     listed = _read_pairs(pair_path)
     with annotation_errors(label_path, LABEL_FORM):
-        table = json.loads(require_path(label_path, "annotation file").read_text(encoding="utf-8"))
+        table = read_json(label_path, "annotation file")
         labels = {}
         for query, reference in listed:
             segments = table.get(pair_key(query, reference), ())
@@ -192,8 +193,7 @@ def pair_key(query: str, reference: str) -> str:
 
 def _read_pairs(path):
     with annotation_errors(path, PAIR_FORM):
-        with open(require_path(path, "pair list"), newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
+        header, *rows = csv.reader(read_text(path, "pair list").splitlines())
         if header[:2] != ["query_id", "reference_id"]:
             raise ValueError(f"its first line is {','.join(header)[:40]!r}")
         return [(row[0], row[1]) for row in rows if row]
@@ -214,13 +214,7 @@ def read_segments(
         InputError: the file is not of that form, a number is not finite, or a segment ends before
             it starts
     """
-    path = require_path(path, "segment file")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise InputError(
-            f"segment file {str(path)!r} is not JSON ({error}); is it complete?"
-        ) from None
+    table = read_json(path, "segment file", object_pairs_hook=_without_repetition)
     if not isinstance(table, dict):
         raise InputError(f"segment file {str(path)!r} is not of {LABEL_FORM}")
     predictions = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.demo import edits, plan
+from datasets.demo_segments import shared_film, video_time
 from datasets.registry import load_evaluation_set
 from files import atomic
 from retrieval.similarity import similarity_table
@@ -121,19 +122,8 @@ class DemoPart:
         Returns:
             [(query start, query end, video start, video end)] in seconds.
         """
-        segments = []
-        for a in self.facts[query]["segments"]:
-            for b in self.facts[video]["segments"]:
-                start = max(a["film"][0], b["film"][0])
-                end = min(a["film"][1], b["film"][1])
-                if start < end:
-                    segments.append(
-                        (
-                            *(video_time(start, a), video_time(end, a)),
-                            *(video_time(start, b), video_time(end, b)),
-                        )
-                    )
-        return segments
+        segments, _ = shared_film(self.facts[query], self.facts[video])
+        return [(start, end, begin, stop) for start, begin, end, stop in segments]
 
     def copies_and_excerpts(
         self, table: np.ndarray, threshold: float
@@ -227,9 +217,3 @@ def contents_by_stem(index: VideoIndex) -> dict:
     for path, known in index.store.known_files().items():
         contents[Path(path).stem] = index.store.content(known.content)
     return contents
-
-
-def video_time(film_time: float, segment: dict) -> float:
-    """The second of a video at which a segment of it shows this second of the film."""
-    (film_start, film_end), (start, end) = segment["film"], segment["video"]
-    return start + (film_time - film_start) / (film_end - film_start) * (end - start)
