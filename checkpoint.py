@@ -40,9 +40,13 @@ MAY_CHANGE_ON_RESUME = {
     # no influence on the result
     "num_workers",
     "num_readers",
+    "features_on",
     "print_freq",
     "save_every",
-    "device",  # another one changes the last bits
+    # another one changes the last bits
+    "device",
+    "tf32",
+    "deterministic",
     "batch_sz",  # changes the result; `resume_notes` says so
 }
 
@@ -93,7 +97,7 @@ class Run:
         self.best, self.best_epoch, self.best_weights = -math.inf, -1, None
         self.interrupted = 0  # on all processes at the same step
         self._signal = 0  # on this process
-        self._unchecked = deque()  # (loss, step, indices, negative ids) of the newest steps
+        self._unchecked = deque()  # (loss, event, step, indices, negative ids) of the newest steps
         self.pairs_per_step = args.batch_sz * dist.world_size
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -197,12 +201,19 @@ class Run:
 
     def note_loss(self, loss: torch.Tensor, indices: list[int], negative_ids: torch.Tensor):
         """Remember this step's loss, to be checked later: no step waits for a GPU."""
-        self._unchecked.append((loss.detach(), self.step, indices, negative_ids))
+        copied = None
+        loss = loss.detach().to("cpu", non_blocking=True)  # from a GPU: a queued copy
+        if torch.device(self.args.device).type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unchecked.append((loss, copied, self.step, indices, negative_ids))
 
     def _check_losses(self, keep: int = 0):
         """InputError if a noted loss is not finite; the newest `keep` are not checked yet."""
         while len(self._unchecked) > keep:
-            loss, step, indices, negative_ids = self._unchecked.popleft()
+            loss, copied, step, indices, negative_ids = self._unchecked.popleft()
+            if copied:
+                copied.synchronize()
             if not torch.isfinite(loss):
                 pairs = ", ".join("/".join(self.data.pairs[i]) for i in indices)
                 negatives = dict.fromkeys(self.data.negatives[i] for i in negative_ids.tolist())
@@ -259,7 +270,8 @@ class Run:
     def resume(self):
         """Go on from the folder's checkpoint, if it has one.
 
-        InputError if another command made it.
+        The weights and the bank are those of the main process alone: broadcast the model next.
+        InputError if another command made the checkpoint.
         """
         state = optimizers = None
         with self.dist.exit_together_on_error():
@@ -273,7 +285,6 @@ class Run:
         state = self.dist.broadcast(state)
         if state is None:
             return
-        self.dist.broadcast_model(self.model)
         if state["optimizers"] == self.dist.world_size:
             optimizer = self.dist.scatter_from_main(optimizers)
         else:

@@ -1,22 +1,20 @@
 """Training pairs: an anchor video, a positive, and background videos as negatives.
 
 A video has T frames of C channels, a pair has M negatives. The random draws of a pair depend only
-on (seed, epoch, pair): they are the same on any number of processes and in a resumed run, and
-differ from epoch to epoch. A negative's id is its index in `negatives`.
+on (seed, epoch, pair) and on its hard negatives: they are the same on any number of processes and
+in a resumed run, and differ from epoch to epoch. A negative's id is its index in `negatives`.
 """
 
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from distributed import Distributed
-from padding import pack
 from untrusted import load_pickle
 from utils import InputError, digest, require_path, seeded_rng
 
@@ -90,6 +88,14 @@ def augment(frames: np.ndarray, mix: Sequence[str], rng: np.random.Generator) ->
 # --- pair datasets ---
 
 
+class PairKey(NamedTuple):
+    """All that an item's draws depend on, besides the seed."""
+
+    index: int  # of the pair
+    epoch: int
+    hard_ids: np.ndarray | None  # negative ids (H,), the anchor's hard negatives if they are known
+
+
 class PairDataset(Dataset):
     """One item per pair: anchor, positive and `neg_num` negatives. Subclasses define the pairs.
 
@@ -102,6 +108,12 @@ class PairDataset(Dataset):
         padding_size: the number of frames that a longer video is cropped to; 0 takes all.
         random_sampling: thin a longer video to random frames instead of cropping it.
         readers: threads that read a batch's videos.
+
+    Attributes:
+        frames: video id -> what an item is drawn from: the frames (T, C) of the store, or in their
+            place the numbers (T,) of the video's rows on a GPU (features/on_device.py).
+        hard_negatives: each anchor's nearest negatives, ids (anchors, H), -1 where there are fewer
+            than H; None if they are not known.
     """
 
     def __init__(
@@ -118,14 +130,13 @@ class PairDataset(Dataset):
         readers: int = 1,
     ):
         self.store, self.pairs, self.negatives = store, pairs, negatives
+        self.frames = store
         self.segments, self.mask_shared = segments, mask_shared
         self.padding_size, self.random_sampling = padding_size, random_sampling
         self.neg_num, self.seed, self.readers = neg_num, seed, readers
-        self.epoch = 0
         anchors = dict.fromkeys(anchor for anchor, _ in pairs)  # each once, in order
         self.anchors = {anchor: row for row, anchor in enumerate(anchors)}
         self.own_negatives = self._find_own_negatives()
-        # Each anchor's nearest negatives, ids (anchors, H), -1 where there are fewer than H.
         self.hard_negatives = None
         if mask_shared:
             self.segment_table()  # bad segments are an error now, not in the middle of a run
@@ -140,42 +151,49 @@ class PairDataset(Dataset):
                 own.setdefault(anchor, set()).update(numbers)
         return {anchor: sorted(numbers) for anchor, numbers in own.items() if numbers}
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
     def __len__(self):
         return len(self.pairs)
 
-    def __getitem__(self, index):
-        """(index, anchor (T, C), positive (T, C), negative ids (M,), [M negatives (T, C)])."""
-        rng = seeded_rng(self.seed, self.epoch, index)
-        negative_ids = self.sample_negatives(index, rng)
+    def key(self, index: int, epoch: int = 0) -> PairKey:
+        """The key of a pair's item in an epoch, with the hard negatives known now."""
+        hard_ids = None
+        if self.hard_negatives is not None:
+            hard_ids = self.hard_negatives[self.anchors[self.pairs[index][0]]].numpy()
+            hard_ids = hard_ids[hard_ids >= 0]
+        return PairKey(index, epoch, hard_ids)
+
+    def __getitem__(self, key: PairKey | int):
+        """(index, anchor (T, C), positive (T, C), negative ids (M,), [M negatives (T, C)]).
+
+        A key that is an index alone is `self.key(index)`.
+        """
+        index, epoch, hard_ids = key if isinstance(key, PairKey) else self.key(key)
+        rng = seeded_rng(self.seed, epoch, index)
+        negative_ids = self.sample_negatives(index, hard_ids, rng)
         anchor, positive = self.sample_views(index, rng)
-        negatives = [self.sample_frames(self.store[self.negatives[i]], rng) for i in negative_ids]
+        negatives = [self.sample_frames(self.frames[self.negatives[i]], rng) for i in negative_ids]
         return index, anchor, positive, negative_ids, negatives
 
-    def __getitems__(self, indices):
+    def __getitems__(self, keys):
         """A batch's items. Threads pay where the file system answers slowly."""
         if self.readers <= 1:
-            return [self[i] for i in indices]
+            return [self[key] for key in keys]
         with ThreadPoolExecutor(self.readers) as pool:
-            return list(pool.map(self.__getitem__, indices))
+            return list(pool.map(self.__getitem__, keys))
 
     def sample_views(self, index, rng):
         """The frames (T, C) of a pair's anchor and of its positive."""
         anchor, positive = self.pairs[index]
         return (
-            self.sample_frames(self.store[anchor], rng),
-            self.sample_frames(self.store[positive], rng),
+            self.sample_frames(self.frames[anchor], rng),
+            self.sample_frames(self.frames[positive], rng),
         )
 
-    def sample_negatives(self, index, rng):
+    def sample_negatives(self, index, hard_ids, rng):
         """Distinct negative ids (M,): random ones, up to half of them hard if they are known."""
         random_ids = self.sample_random_negatives(index, rng)
-        if self.hard_negatives is None:
+        if hard_ids is None:
             return random_ids
-        hard_ids = self.hard_negatives[self.anchors[self.pairs[index][0]]]
-        hard_ids = hard_ids[hard_ids >= 0]
         half = (self.neg_num + 1) // 2
         hard_ids = rng.choice(hard_ids, min(half, len(hard_ids)), replace=False)
         # the rest: random ones that were not drawn as hard ones
@@ -211,7 +229,7 @@ class PairDataset(Dataset):
             return None
         rows = [self.false_negatives(self.pairs[i][0]) for i in indices]
         rows = torch.stack(rows)  # (N, negatives + 1)
-        return lambda negative_ids: rows.to(negative_ids.device)[:, negative_ids]
+        return lambda negative_ids: rows.to(negative_ids.device, non_blocking=True)[:, negative_ids]
 
     def false_negatives_of_anchors(self, rows: slice) -> torch.Tensor:
         """(n, negatives) bool: the false negatives of the n anchors `rows`, by negative id."""
@@ -346,7 +364,7 @@ class AugmentedPairDataset(PairDataset):
         self.digest = digest([videos, segments])
 
     def sample_views(self, index, rng):
-        frames = self.store[self.pairs[index][0]]
+        frames = self.frames[self.pairs[index][0]]
         anchor = self.sample_frames(frames, rng)
         return anchor, self.sample_frames(augment(frames, self.mix, rng), rng)
 
@@ -391,62 +409,6 @@ def read_video_list(path, store):
     return list(dict.fromkeys(line.strip() for line in lines if line.strip())), None
 
 
-# --- batches ---
-
-
-def batch_indices(
-    data: PairDataset, batch_size: int, dist: Distributed, epoch: int, seen: int = 0
-) -> list[list[int]]:
-    """This process's batches of an epoch's shuffle: lists of pair indices.
-
-    A step takes one slice of the shuffle, and each process its part of the slice. The shuffle's
-    tail that does not fill a step is left out. seen: pairs that all processes have seen before.
-    """
-    order = seeded_rng(data.seed, epoch).permutation(len(data)).tolist()
-    step_size = batch_size * dist.world_size
-    batches = []
-    for start in range(seen, len(order) - step_size + 1, step_size):
-        own = start + dist.rank * batch_size  # this process's part of the slice
-        batches.append(order[own : own + batch_size])
-    return batches
-
-
-def load_batches(
-    data: PairDataset,
-    batches: list[list[int]],
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Iterator[tuple]:
-    """Read the `batches` of `batch_indices` one by one, as `collate_pairs` gives them."""
-    loader = DataLoader(
-        data,
-        batch_sampler=batches,
-        collate_fn=collate_pairs,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-    )
-    return iter(loader)
-
-
-def collate_pairs(items: list[tuple]) -> tuple:
-    """Join a batch's N items.
-
-    Returns (indices, anchors, positives, negatives, negative_ids (N*M,)). Anchors, positives and
-    the N*M negatives are packed: frames (sum T, C) and num_frames.
-    """
-    indices, anchors, positives, negative_ids, negatives = zip(*items, strict=True)
-    negatives = [video for group in negatives for video in group]
-    negative_ids = torch.from_numpy(np.concatenate(negative_ids))
-    return list(indices), pack(anchors), pack(positives), pack(negatives), negative_ids
-
-
-def ignore_signals(_):
-    """Workers ignore what stops a run (launchers signal all); the main process handles it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 # --- hard negatives ---
 
 
@@ -470,7 +432,7 @@ def nearest_negatives(
         rows = slice(start, start + 256)
         similarities = anchors[rows] @ negatives.T  # (256, B)
         if excluded is not None:
-            similarities.masked_fill_(excluded(rows), -torch.inf)
+            similarities.masked_fill_(excluded(rows).to(similarities.device), -torch.inf)
         values, ids = similarities.topk(min(count, len(negatives)), dim=1)
         nearest[rows, : ids.shape[1]] = ids.masked_fill(values == -torch.inf, -1)
     return nearest

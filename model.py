@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from padding import encode_by_length, trim_padding
+from padding import encode_by_length, trim_padding, valid_rows
 from untrusted import load_torch
 from utils import InputError, require_path
 
@@ -110,6 +110,14 @@ class Layer(nn.TransformerEncoderLayer):
     30 times slower than float32 on a CPU. Names and arithmetic are PyTorch's.
     """
 
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        # PyTorch's fast path does not know a CPU's autocast, and computes layer norms in bfloat16.
+        # This is what it replaces, as on a GPU.
+        x = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal))
+        return self.norm2(x + self._ff_block(x))
+
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
         attention = self.self_attn
         qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)  # (N, T, 3D)
@@ -146,12 +154,13 @@ def batch_norm(norm, x):
     return norm(x)
 
 
-def apply_to_valid_frames(function, x, mask):
+def apply_to_valid_frames(function, x, num_frames):
     """Apply `function` (S, C) -> (S, C') to the S frames that are not padding: (N, T, C')."""
-    values = function(x[mask])
-    out = values.new_zeros(*mask.shape, values.shape[1])
-    out[mask] = values
-    return out
+    N, T, _ = x.shape
+    rows = valid_rows(num_frames, T).to(x.device, non_blocking=True)  # (S,)
+    values = function(x.flatten(0, 1).index_select(0, rows))
+    out = values.new_zeros(N * T, values.shape[1])
+    return out.index_copy(0, rows, values).unflatten(0, (N, T))
 
 
 class Encoder(nn.Module):
@@ -171,9 +180,9 @@ class Encoder(nn.Module):
 class VLAD(Encoder):
     """Base of NetVLAD and NeXtVLAD: sums of residuals to the cluster centres, then a gated layer.
 
-    A subclass computes `cluster_sums(x, mask)`, (N, T, C) and (N, T) -> (N, clusters, D'); `size`
-    is D'. The rest is as released. There are no frame descriptors: under the name `encode` the
-    released code returned the cluster sums.
+    A subclass computes `cluster_sums(x, mask, num_frames)`, x (N, T, C) and its mask (N, T) ->
+    (N, clusters, D'); `size` is D'. The rest is as released. There are no frame descriptors: under
+    the name `encode` the released code returned the cluster sums.
     """
 
     flags = {name: name for name in ("num_clusters", "output_dim", "normalize_input", "dropout")}
@@ -202,7 +211,8 @@ class VLAD(Encoder):
 
     def forward(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """One L2-normalised descriptor per video: (N, output_dim)."""
-        sums = self.cluster_sums(*trim_padding(x, num_frames))  # (N, clusters, D')
+        x, mask = trim_padding(x, num_frames)  # (N, T', C), (N, T')
+        sums = self.cluster_sums(x, mask, num_frames)  # (N, clusters, D')
         vlad = F.normalize(sums, dim=2).flatten(1)  # (N, clusters*D'), L2 per cluster
         vlad = self.drop(batch_norm(self.bn2, vlad))
         out = batch_norm(self.bn3, self.fc1(vlad))  # (N, output_dim)
@@ -254,8 +264,8 @@ class NetVLAD(VLAD):
             self.conv.weight.copy_(2 * alpha * self.centroids[..., None])
             self.conv.bias.copy_(-alpha * self.centroids.norm(dim=1))
 
-    def cluster_sums(self, x, mask):
-        x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, mask)
+    def cluster_sums(self, x, mask, num_frames):
+        x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, num_frames)
         if self.normalize_input:
             x = F.normalize(x, dim=2)
         # A convolution of width 1 is a linear layer.
@@ -296,7 +306,7 @@ class NeXtVLAD(VLAD):
         self.conv3 = nn.Conv1d(wide, num_clusters * groups, 1, bias=False)
         self.bn1 = nn.BatchNorm1d(num_clusters * groups)
 
-    def cluster_sums(self, x, mask):
+    def cluster_sums(self, x, mask, num_frames):
         def scores(frames):  # (S, wide) -> (S, clusters*G)
             return batch_norm(self.bn1, F.linear(frames, self.conv3.weight[..., 0]))
 
@@ -305,7 +315,7 @@ class NeXtVLAD(VLAD):
         x = F.linear(x, self.conv1.weight[..., 0], self.conv1.bias)  # (N, T, wide)
         attention = torch.sigmoid(F.linear(x, self.conv2.weight[..., 0], self.conv2.bias))
         attention = attention * mask[..., None]  # (N, T, G)
-        assignment = apply_to_valid_frames(scores, x, mask)  # (N, T, clusters*G)
+        assignment = apply_to_valid_frames(scores, x, num_frames)  # (N, T, clusters*G)
         assignment = assignment.unflatten(2, (self.num_clusters, self.groups))
         assignment = F.softmax(assignment, dim=2) * attention[:, :, None]  # (N, T, clusters, G)
         # Every group of a frame is a row of its own.
@@ -341,8 +351,8 @@ class Recurrent(Encoder):
 
     def frame_outputs(self, x: Tensor, num_frames: Tensor) -> Tensor:
         """The network's outputs (N, T', D), zero at padding."""
-        x, mask = trim_padding(x, num_frames)  # (N, T', C), (N, T')
-        x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, mask)
+        x, _ = trim_padding(x, num_frames)  # (N, T', C)
+        x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, num_frames)
         # Packed sequences end where the videos end; PyTorch wants the lengths on the CPU.
         packed = nn.utils.rnn.pack_padded_sequence(
             x, num_frames.cpu(), batch_first=True, enforce_sorted=False
@@ -491,14 +501,15 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor) -> None:
         """Write keys (n, D) and ids (n,) at the pointer; if n > K, only the last K are written."""
-        start = int(self.queue_ptr) + max(len(keys) - self.K, 0)
+        # The pointer stays on the device: reading it would wait for a GPU.
+        start = self.queue_ptr + max(len(keys) - self.K, 0)  # (1,)
         keys, ids = keys[-self.K :], ids[-self.K :]
         slots = (start + torch.arange(len(keys), device=keys.device)) % self.K  # the ring
         self.queue[:, slots] = keys.T.to(self.queue.dtype)
         self.queue_ids[slots] = ids
         self.queue_age += 1
-        self.queue_age[slots] = 0
-        self.queue_ptr[0] = (start + len(keys)) % self.K
+        self.queue_age.index_fill_(0, slots, 0)
+        self.queue_ptr.copy_((start + len(keys)) % self.K)
 
     def encode(self, encoder: nn.Module, x: Tensor, num_frames: Tensor) -> Tensor:
         """Video descriptors (N, D) in float32, computed under autocast where `amp` is set."""

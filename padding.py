@@ -73,10 +73,15 @@ def pad_by_gather(x: Tensor, starts: Tensor, num_frames: Tensor) -> Tensor:
     return padded.masked_fill_(~mask[..., None], 0.0)
 
 
+def valid_rows(num_frames: Tensor, T: int) -> Tensor:
+    """The row numbers (S,), of N * T, of the frames that are not padding; on the CPU."""
+    return frame_mask(num_frames.cpu(), T).flatten().nonzero().squeeze(1)
+
+
 def unpad(x: Tensor, num_frames: Tensor) -> Tensor:
     """Padded x (N, T, C) -> packed (sum T, C), without the padding."""
-    rows = frame_mask(num_frames, x.shape[1]).flatten().nonzero().squeeze(1)  # of N * T
-    return x.flatten(0, 1).index_select(0, rows.to(x.device, non_blocking=True))
+    rows = valid_rows(num_frames, x.shape[1]).to(x.device, non_blocking=True)
+    return x.flatten(0, 1).index_select(0, rows)
 
 
 def frame_mask(num_frames: Tensor, T: int) -> Tensor:

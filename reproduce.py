@@ -40,7 +40,7 @@ import training_log
 from datasets.evaluation_set import missing_note, videos_with_features
 from datasets.paper_tables import TABLES, Need, Row, plan, read_tables, select_tables
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
-from distributed import run_main
+from distributed import default_device, run_main
 from features.store import FeatureStore
 from files import Lock, atomic, write_json
 from model import ENCODERS, load_encoder
@@ -459,7 +459,11 @@ def parse_args(argv=None):
         default=Path("results/paper"),
         help="folder of runs, results and tables (default %(default)s)",
     )
-    add("--device", default="cpu", help="for the commands' --device (default cpu)")
+    add(
+        "--device",
+        default=default_device(),
+        help="for the commands' --device: a GPU if there is one (default %(default)s)",
+    )
     add(
         "--jobs",
         type=int,

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import utils
 from distributed import run_main
 from model import ENCODERS
-from utils import InputError
+from utils import InputError, available_cores
 from videoindex.index import METRIC, METRICS, SHORTLIST, VideoIndex
 from videoindex.pipeline import DEFAULT_OPTIONS, FILE_OPTIONS, WINDOW
 from videoindex.report import (
@@ -305,7 +305,7 @@ def add_index_arguments(command):
     command.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count(),
+        default=available_cores(),
         help="decoder processes (default: the cores, %(default)s)",
     )
     add_index_type(command)

@@ -42,24 +42,25 @@ scaled as in the released recipe, and printed.
 """
 
 import math
+import os
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from batches import PairLoader
 from checkpoint import Run
 from data import (
     AUGMENTATIONS,
     DEFAULT_MIX,
     AugmentedPairDataset,
     VCDBPairDataset,
-    batch_indices,
-    load_batches,
     nearest_negatives,
 )
 from datasets.evaluation_set import EvaluationSet, missing_note, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import default_device, init_distributed, run_main
+from features.on_device import FramesOnDevice
 from features.store import FeatureStore, warn_if_features_differ
 from losses import LOSSES
 from model import ENCODERS, MoCo, encoder_arguments
@@ -75,10 +76,12 @@ def main(argv=None):
     with dist.exit_together_on_error():  # bad input on any process ends all of them
         args = parse_args(argv)
         notes = validate_args(args, dist)
+        set_arithmetic(args)
 
         # Data: a pair is an anchor, its positive and M negatives: background videos. Frames (T, C).
         store = FeatureStore(args.feature_path, args.pca_components)
         data = load_pairs(args, store, dist)
+        frames = load_frames(data, args)  # on the device, with --features_on device
 
         # Model: the encoder, its momentum copy, and the bank (MoCo's queue) of K negatives.
         seed_torch(args.seed)
@@ -90,7 +93,7 @@ def main(argv=None):
             K=args.moco_k,
             m=args.moco_m,
             T=args.moco_t,
-            gather=dist.all_gather,  # all processes share one bank
+            gather=partial(dist.all_gather, same_length=True),  # all processes share one bank
             amp=torch.bfloat16 if args.amp else None,
         ).to(args.device)
 
@@ -115,13 +118,18 @@ def main(argv=None):
     print0(dist, run_summary(args, run, val, learning_rate, notes))
 
     # A signal ends the run after the current step, with a checkpoint.
-    with run.stop_on_signals(), TrainingLog(run, args.print_freq) as log:
+    with (
+        run.stop_on_signals(),
+        TrainingLog(run, args.print_freq) as log,
+        load_batches(data, args, dist) as loader,
+    ):
         for epoch in run.remaining_epochs():
             adjust_learning_rate(optimizer, learning_rate, epoch, args.epochs)
             # A resumed epoch already has its own hard negatives, from the checkpoint.
             if args.hard_negatives and run.at_epoch_start:
                 data.hard_negatives = find_hard_negatives(encoder, data, args, dist)
-            train_one_epoch(model, criterion, optimizer, data, args, run, log)
+            batches = loader.epoch(run.epoch, run.seen)  # those that are left
+            train_one_epoch(model, criterion, optimizer, batches, frames, run, log)
             if run.epoch_complete:  # else a signal came in the middle of it
                 if val:
                     metrics = validate(encoder, val, args, dist)
@@ -132,18 +140,21 @@ def main(argv=None):
     return write_result(run, val)
 
 
-def train_one_epoch(model, criterion, optimizer, data, args, run, log):
-    """Take the remaining steps of an epoch. After a signal, save a checkpoint and return."""
-    dist = run.dist
-    data.set_epoch(run.epoch)  # other crops, other negatives
-    index_batches = batch_indices(data, args.batch_sz, dist, run.epoch, run.seen)
-    pin_memory = args.device.startswith("cuda")
-    batches = load_batches(data, index_batches, args.num_workers, pin_memory)
+def train_one_epoch(model, criterion, optimizer, batches, frames, run, log):
+    """Take the remaining steps of an epoch. After a signal, save a checkpoint and return.
+
+    No line waits for a GPU, except where a log line is written: work is queued there ahead of what
+    it computes. So shapes come from num_frames, which stay on the CPU.
+    """
+    args, dist = run.args, run.dist
     model.train()
     for batch in log.timed(run.keep_in_step(batches)):
         # N anchors and positives, N*M negatives, each as packed frames and num_frames.
-        indices, anchors, positives, negatives, negative_ids = to_device(batch, args.device)
-        is_false_negative = data.false_negative_mask(indices)  # ids (K,) -> (N, K) bool, or None
+        batch = batch_to_device(batch, args.device, frames)
+        indices, anchors, positives, negatives, negative_ids = batch
+        is_false_negative = run.data.false_negative_mask(
+            indices
+        )  # ids (K,) -> (N, K) bool, or None
         seed_torch(args.seed, run.step, dist.rank)  # dropout; the same in a resumed run
 
         # One call updates the key encoder (momentum m), scores against the bank, and then enqueues
@@ -204,10 +215,17 @@ def adjust_learning_rate(optimizer, learning_rate, epoch, epochs):
         group["lr"] = learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def to_device(batch, device):
+def batch_to_device(batch, device, frames=None):
+    """The batch with frames and ids on the device; num_frames stay on the CPU.
+
+    frames: the FramesOnDevice that the batch holds row numbers of, or None if it holds rows.
+    """
     indices, *sides, negative_ids = batch
-    sides = [[part.to(device, non_blocking=True) for part in side] for side in sides]
-    return indices, *sides, negative_ids.to(device)
+    moved = []
+    for x, num_frames in sides:
+        x = x.to(device, non_blocking=True)  # pinned by the loader
+        moved.append((frames.gather(x) if frames else x, num_frames))
+    return indices, *moved, negative_ids.to(device, non_blocking=True)
 
 
 # --- building the data, the optimiser and the validation set ---
@@ -233,6 +251,23 @@ def load_pairs(args, store, dist):
             f"{len(data)} pairs do not fill one step of {pairs_per_step}; lower --batch_sz"
         )
     return data
+
+
+def load_frames(data, args):
+    """The pairs' and negatives' frames on the device with --features_on device, else None."""
+    if args.features_on == "host":
+        return None
+    videos = dict.fromkeys(video for pair in data.pairs for video in pair)
+    videos = list(videos | dict.fromkeys(data.negatives))
+    frames = FramesOnDevice(data.store, videos, args.device)
+    data.frames = frames.numbers
+    return frames
+
+
+def load_batches(data, args, dist):
+    """The PairLoader of the run."""
+    pin_memory = args.device.startswith("cuda")
+    return PairLoader(data, args.batch_sz, dist, args.epochs, args.num_workers, pin_memory)
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -291,7 +326,7 @@ def input_digests(store, data, val):
 
 
 def write_result(run, val):
-    """Write model.pth, unless SIGTERM interrupted the run, and report. Returns the exit status."""
+    """Write model.pth, unless a signal interrupted the run, and report. Returns the exit status."""
     if run.interrupted:
         print0(run.dist, f"stopped at step {run.step}; the same command resumes from here")
         return 128 + run.interrupted
@@ -495,6 +530,17 @@ def add_optimisation_arguments(group):
         " float32 (default: float32 throughout)",
     )
     add(
+        "--tf32",
+        action="store_true",
+        help="round the factors of a GPU's float32 products to 11 bits, for up to 7 times as many a"
+        " second; three bits more than bfloat16, all else stays float32",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="let a GPU use deterministic algorithms only, which are slower; a CPU always does",
+    )
+    add(
         "--use-adasum",
         action="store_true",
         help="combine the processes' gradients by Adasum instead of their mean;"
@@ -503,9 +549,14 @@ def add_optimisation_arguments(group):
     add(
         "--fp16-allreduce",
         action="store_true",
-        help="send gradients between processes in half precision; for slow networks",
+        help="send gradients between processes in half precision; for slow networks; with"
+        " --use-adasum it sends optimiser steps, and those of 1e-6 and below vanish",
     )
-    add("--seed", default=0, help="same seed, same weights, bit for bit, on one machine")
+    add(
+        "--seed",
+        default=0,
+        help="same seed, same weights, bit for bit, on one machine; on a GPU with --deterministic",
+    )
 
 
 def add_validation_arguments(group):
@@ -534,11 +585,19 @@ def add_run_arguments(group):
         default=default_device(),
         help="cpu, cuda, cuda:1, ...; cuda gives each process of a machine its own GPU",
     )
+    add(
+        "--features_on",
+        choices=["host", "device"],
+        default="host",
+        help="device: copy the features of all pairs and negatives to the GPU at the start, and"
+        " read frames there; host: copy each step's",
+    )
     add("-p", "--print-freq", default=10, help="steps between lines of log.jsonl")
     add(
         "--save_every",
         default=200,
-        help="steps between checkpoints; one is also written after each epoch and at SIGTERM",
+        help="steps between checkpoints; one is also written after each epoch and at SIGTERM"
+        " or SIGUSR1",
     )
 
 
@@ -558,6 +617,12 @@ RANGES = {
 def validate_args(args, dist):
     """Check the arguments and fill in defaults. Returns notes on flags that change nothing."""
     notes = [f"{flag} changes nothing: {reason}" for flag, reason in unused_flags(args, dist)]
+    if dist.world_size > 1 and args.use_adasum and args.fp16_allreduce:
+        notes.append(
+            "warning: --use-adasum --fp16-allreduce sends the optimiser's steps in half precision,"
+            " where steps of 1e-6 and below vanish: at the paper's learning rate a quarter of them"
+            " by epoch 37 of 40, in the last epoch all; leave --fp16-allreduce out"
+        )
     if args.momentum is None:
         args.momentum = 0.9
     if args.augment is None:
@@ -579,8 +644,22 @@ def validate_args(args, dist):
             "--patience counts epochs by the validation metric; give --val_set and"
             " --val_feature_path too"
         )
+    if args.features_on == "device" and args.pairs == "augment":
+        raise InputError(
+            "--pairs augment changes frames on the CPU; leave --features_on device out"
+        )
     args.device = dist.device(args.device)
     return notes
+
+
+def set_arithmetic(args):
+    """Set how a GPU computes: --tf32 and --deterministic."""
+    if not args.device.startswith("cuda"):
+        return
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first product
+        torch.use_deterministic_algorithms(True)
 
 
 def unused_flags(args, dist):
@@ -600,6 +679,11 @@ def unused_flags(args, dist):
         unused.append(("--augment", "only --pairs augment uses it"))
     if args.random_sampling and not args.padding_size:
         unused.append(("--random_sampling", "--padding_size 0 takes whole videos"))
+    if not args.device.startswith("cuda"):
+        if args.tf32:
+            unused.append(("--tf32", "only GPUs have it"))
+        if args.deterministic:
+            unused.append(("--deterministic", "the CPU always is"))
     if dist.world_size == 1 and args.use_adasum:
         unused.append(("--use-adasum", "one process has no gradients to join"))
     if dist.world_size == 1 and args.fp16_allreduce:

@@ -13,8 +13,9 @@ A line of log.jsonl contains step, epoch (from 0), and these values averaged ove
     queue_age           mean number of steps since an entry of the bank was written; measured
                         before the step, random initial entries excluded
     queue_random        share of the bank that is still random initial entries
-    data_wait           share of the step's time spent waiting for data
-    videos_per_s        videos encoded per second, by all processes
+    data_wait           share of the steps' time spent waiting for data, since the last line or the
+                        epoch's start
+    videos_per_s        videos encoded per second since then, by all processes
 
 After an epoch with a validation set, a line has `held_out` instead: the set's metrics.
 Similarities are the logits times the temperature. TensorBoard shows the same values.
@@ -128,16 +129,21 @@ class TrainingLog:
             self.events.close()
 
     def timed(self, batches: Iterable) -> Iterator:
-        """Yield the batches; measure the time of each step, and the bank before it."""
+        """Yield the batches; measure the time of the steps, and the bank before them."""
+        self._start_measuring()
         self.start = time.perf_counter()
         for batch in batches:
-            self.data_time = time.perf_counter() - self.start
+            self.data_seconds += time.perf_counter() - self.start
             _, anchors, positives, negatives, _ = batch
-            self.videos = sum(len(side[1]) for side in (anchors, positives, negatives))
+            self.videos += sum(len(side[1]) for side in (anchors, positives, negatives))
             self.should_log = (self.run.step + 1) % self.print_freq == 0
             self.queue = queue_metrics(self.run.model) if self.should_log else {}
             yield batch
             self.start = time.perf_counter()
+
+    def _start_measuring(self):
+        self.seconds = self.data_seconds = 0.0
+        self.videos = 0
 
     def write_step(self, loss: torch.Tensor, logits: torch.Tensor, lr: float):
         """Write the metrics of the completed step, every `print_freq` steps.
@@ -147,13 +153,16 @@ class TrainingLog:
             logits: (N, 1+K), with their gradient.
         """
         self.bar.update()
+        metrics = {}
+        if self.should_log:
+            similarities = logits.detach() * self.run.model.T
+            metrics = step_metrics(loss, similarities, logits.grad) | self.queue  # waits for a GPU
+        self.seconds += time.perf_counter() - self.start
         if not self.should_log:
             return
-        similarities = logits.detach() * self.run.model.T
-        metrics = step_metrics(loss, similarities, logits.grad) | self.queue
-        seconds = time.perf_counter() - self.start
-        metrics["data_wait"] = self.data_time / seconds
-        metrics["videos_per_s"] = self.videos * self.run.dist.world_size / seconds
+        metrics["data_wait"] = self.data_seconds / self.seconds
+        metrics["videos_per_s"] = self.videos * self.run.dist.world_size / self.seconds
+        self._start_measuring()
         if not math.isfinite(metrics["loss"]):
             metrics["loss"] = math.inf  # a mean over processes would leave NaN out
         metrics = mean_over_processes(metrics, self.run.dist)

@@ -116,7 +116,7 @@ def provenance() -> dict:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+        "machine": f"{platform.machine()}, {available_cores()} cores, {gpu}",
     }
 
 

@@ -51,7 +51,7 @@ JPEG = bytes(2700)  # a thumbnail
 
 def main(argv=None):
     args = parse_args(argv)
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    threads = int(os.environ.get("OMP_NUM_THREADS", utils.available_cores()))
     faiss.omp_set_num_threads(threads)
     torch.set_num_threads(threads)
     indexes = measure_indexes(args, threads)

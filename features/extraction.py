@@ -7,7 +7,6 @@ cut across videos. `update_store` runs it for the videos that a feature file lac
 import argparse
 import collections
 import contextlib
-import os
 import queue
 import sys
 import threading
@@ -28,7 +27,7 @@ from features.pca import Projection
 from features.pooling import POOLINGS
 from features.store import FeatureStore, StoreWriter
 from files import DiskError, Lock
-from utils import InputError, tune_malloc
+from utils import InputError, available_cores, tune_malloc
 
 # Frames (B, 224, 224, 3) uint8 -> rows (B, C).
 FeatureFunction = Callable[[np.ndarray], np.ndarray]
@@ -67,7 +66,7 @@ def extract(
         on_frame: called with (video, frame) for every frame, a video's own in order, before its
             rows are computed.
     """
-    workers = min(workers or os.cpu_count(), len(videos))
+    workers = min(workers or available_cores(), len(videos))
     decoders = [Decoder(fps, frame_rule, time_limit) for _ in range(workers)]
     frame_queue = queue.Queue(2 * batch_sz)  # two batches: one in the making, one to come
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
@@ -216,7 +215,7 @@ def default_parallelism(
 def resolve_resources(options: argparse.Namespace, dist: Distributed) -> None:
     """Fill in what the machine decides: device, workers, batch_sz, streams and threads."""
     tune_malloc()
-    cores = max(1, os.cpu_count() // dist.local_world_size)
+    cores = max(1, available_cores() // dist.local_world_size)
     options.device = dist.device(options.device)
     options.workers = options.workers or cores
     for name, value in default_parallelism(options.device, cores, options.amp).items():

@@ -19,6 +19,10 @@ from helpers.worlds import make_pairs, make_set, write_set
 # A shell ignores SIGINT for what it starts in the background, and our scripts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# No test takes a GPU by a script's default. Those of test_gpu.py see the GPUs again.
+os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # One thread, as in the scripts that `helpers.commands` starts: sums have one order.
 torch.set_num_threads(1)
 

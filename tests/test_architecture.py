@@ -16,7 +16,7 @@ from helpers.commands import ROOT
 
 # From the bottom up. A module imports from lower layers and from its own room, which is its folder.
 # The modules of the third layer are one room: they are the method, and may import each other.
-METHOD = {"model", "losses", "data", "checkpoint", "training_log", "padding"}
+METHOD = {"model", "losses", "data", "batches", "checkpoint", "training_log", "padding"}
 LAYERS = [
     {"processes"},
     {"utils"},

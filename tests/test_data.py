@@ -1,6 +1,7 @@
 """Training pairs: what an item draws, false negatives, augmentations, and refusals."""
 
 import json
+import multiprocessing
 import os
 import pickle
 from types import SimpleNamespace
@@ -11,14 +12,14 @@ import torch
 from helpers.files import write_packed, write_pickle
 from torch.utils.data import DataLoader
 
+from batches import PairLoader, batch_indices, collate_pairs
 from data import (
     AUGMENTATIONS,
     AugmentedPairDataset,
     VCDBPairDataset,
-    batch_indices,
-    collate_pairs,
     nearest_negatives,
 )
+from features.on_device import FramesOnDevice
 from features.store import FeatureStore
 from train import own_negative_notes
 from utils import InputError, seeded_rng
@@ -70,10 +71,8 @@ def test_item_depends_on_seed_epoch_and_pair_alone(tmp_path, store):
         assert as_lists(first[i]) == as_lists(second[i]) == as_lists(first[i])
     ids = {"seed 0": first[0][3], "pair 1": first[1][3]}
     ids["seed 1"] = dataset(tmp_path, store, seed=1, **options)[0][3]
-    first.set_epoch(1)
-    ids["epoch 1"] = first[0][3]
+    ids["epoch 1"] = first[first.key(0, epoch=1)][3]
     assert len({tuple(values) for values in ids.values()}) == 4, ids
-    first.set_epoch(0)
     assert as_lists(first[0]) == as_lists(second[0])
 
 
@@ -101,8 +100,7 @@ def test_item_has_distinct_negatives_and_their_videos(tmp_path, store):
 def test_item_draws_every_negative_in_time(tmp_path, store):
     pairs, drawn = dataset(tmp_path, store, neg_num=5), set()
     for epoch in range(30):
-        pairs.set_epoch(epoch)
-        drawn |= set(pairs[0][3].tolist())
+        drawn |= set(pairs[pairs.key(0, epoch)][3].tolist())
     assert drawn == set(range(30))
 
 
@@ -123,9 +121,8 @@ def test_padding_size_crops_longer_videos_at_random(random_sampling, tmp_path, s
     pairs = dataset(tmp_path, store, padding_size=7, neg_num=20, random_sampling=random_sampling)
     crops = set()
     for epoch in range(20):
-        pairs.set_epoch(epoch)
         for i in range(len(pairs)):
-            _, anchor, positive, negative_ids, negatives = pairs[i]
+            _, anchor, positive, negative_ids, negatives = pairs[pairs.key(i, epoch)]
             names = [*pairs.pairs[i], *(pairs.negatives[n] for n in negative_ids)]
             for name, frames in zip(names, (anchor, positive, *negatives), strict=True):
                 assert len(frames) == min(len(store[name]), 7)
@@ -177,6 +174,56 @@ def test_batch_indices_divide_the_shuffle_over_processes_and_leave_its_tail(tmp_
     assert batch == order[20:30]
 
 
+ONE = SimpleNamespace(world_size=1, rank=0)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_reads_the_rest_of_a_run_by_the_same_workers(tmp_path, store, num_workers, hard):
+    """From the third pair of epoch 1 on, with other hard negatives in each epoch."""
+    pairs = dataset(tmp_path, store, neg_num=5, padding_size=7)
+    workers = set()
+    with PairLoader(pairs, 1, ONE, 4, num_workers) as loader:
+        for epoch, seen in ((1, 2), (2, 0), (3, 0)):
+            if hard:
+                pairs.hard_negatives = torch.full((4, 6), -1).index_fill_(1, torch.arange(2), epoch)
+            order = seeded_rng(0, epoch).permutation(len(pairs)).tolist()[seen:]
+            batches = list(loader.epoch(epoch, seen))
+            assert [batch[0] for batch in batches] == [[i] for i in order]
+            for i, batch in zip(order, batches, strict=True):
+                assert_same_batch(batch, collate_pairs([pairs[pairs.key(i, epoch)]]))
+                assert not hard or epoch in batch[4]
+            workers |= {process.pid for process in multiprocessing.active_children()}
+    assert len(workers) == num_workers and not multiprocessing.active_children()
+
+
+def assert_same_batch(batch, expected):
+    assert batch[0] == expected[0] and torch.equal(batch[4], expected[4])
+    for side, other in zip(batch[1:4], expected[1:4], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(side, other, strict=True))
+
+
+@pytest.mark.parametrize("random_sampling", [False, True])
+def test_frames_on_a_device_are_those_of_the_host_to_the_bit(tmp_path, store, random_sampling):
+    options = dict(neg_num=8, padding_size=7, random_sampling=random_sampling)
+    host, device = dataset(tmp_path, store, **options), dataset(tmp_path, store, **options)
+    frames = FramesOnDevice(store, [*device.negatives, *(f"a{i}" for i in range(6))], "cpu")
+    device.frames = frames.numbers
+    for epoch in range(3):
+        keys = [host.key(i, epoch) for i in range(4)]
+        indices, *sides, negative_ids = collate_pairs(device.__getitems__(keys))
+        sides = [(frames.gather(x), num_frames) for x, num_frames in sides]
+        expected = collate_pairs(host.__getitems__(keys))
+        assert expected[1][0].dtype == sides[0][0].dtype == torch.float16
+        assert_same_batch((indices, *sides, negative_ids), expected)
+
+
+def test_features_larger_than_a_gpus_free_memory_are_refused(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    with pytest.raises(InputError, match="on cuda:1; give --features_on host"):
+        FramesOnDevice(store, list(store), "cuda:1")
+
+
 def test_hard_negatives_are_up_to_half_of_an_items(tmp_path, store):
     """Anchors a0, a2, a4, a1 have 6, 1, 0 and 2 hard negatives."""
     pairs = dataset(tmp_path, store, neg_num=5)
@@ -184,9 +231,8 @@ def test_hard_negatives_are_up_to_half_of_an_items(tmp_path, store):
     pairs.hard_negatives = torch.tensor([ids + [-1] * (6 - len(ids)) for ids in known])
     drawn = [set() for _ in known]
     for epoch in range(40):
-        pairs.set_epoch(epoch)
         for i, ids in enumerate(known):
-            negative_ids = pairs[i][3].tolist()
+            negative_ids = pairs[pairs.key(i, epoch)][3].tolist()
             count = min(3, len(ids))
             assert len(set(negative_ids)) == 5 and set(negative_ids[:count]) <= set(ids)
             drawn[i] |= set(negative_ids[:count])
@@ -515,6 +561,5 @@ def test_augmented_item_depends_on_seed_epoch_and_pair_alone(store):
     assert all(as_lists(first[i]) == as_lists(second[i]) for i in range(36))
     positives = {tuple(first[0][2].ravel().tolist())}
     for epoch in range(1, 6):
-        first.set_epoch(epoch)
-        positives.add(tuple(first[0][2].ravel().tolist()))
+        positives.add(tuple(first[first.key(0, epoch)][2].ravel().tolist()))
     assert len(positives) > 3

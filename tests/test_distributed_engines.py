@@ -14,6 +14,7 @@ from helpers.distributed_worker import (
     start_values,
 )
 from helpers.launchers import HOROVOD, finish, launch
+from helpers.threads import run_in_threads
 
 import distributed
 
@@ -110,6 +111,30 @@ def test_values_with_tensors_are_gathered_on_rank_0(run):
     assert all(result["gathered"] is None for result in run[1:])
 
 
+def test_weights_and_moments_travel_tensor_by_tensor_never_pickled():
+    """The threads' exchange refuses to pickle a tensor."""
+
+    def moments(rank):
+        own = torch.full((2, 3), float(rank), dtype=torch.bfloat16)
+        return {"state": {0: {"exp_avg": own.T, "step": torch.tensor(rank)}}, "lr": [0.1 * rank]}
+
+    def exchange(dist):
+        module = torch.nn.BatchNorm1d(3)
+        torch.nn.init.constant_(module.weight, dist.rank + 5)
+        storage = module.weight.data_ptr()
+        dist.broadcast_model(module)
+        assert module.weight.data_ptr() == storage  # the optimiser holds these tensors
+        gathered = dist.gather_to_main(moments(dist.rank))
+        assert (gathered is None) == (dist.rank > 0)  # nobody else needs memory for all
+        return module.weight.detach(), gathered, dist.scatter_from_main(gathered)
+
+    results = run_in_threads(3, exchange)
+    assert_same(results[0][1], [moments(rank) for rank in range(3)])
+    for rank, (weight, _, own) in enumerate(results):
+        assert_same(weight, torch.full((3,), 5.0))
+        assert_same(own, moments(rank))
+
+
 def test_agree_gives_every_process_the_largest_number(run):
     assert all(result["agree"] == 10 for result in run)
 
@@ -148,6 +173,19 @@ def test_device_is_a_gpu_of_its_own_and_the_current_one(monkeypatch, rank, gpus,
     assert dist.device("cuda") == f"cuda:{device}" and current == [device]
     assert dist.device("cuda:3") == "cuda:3" and current == [device, 3]
     assert dist.device("cpu") == "cpu" and current == [device, 3]
+
+
+def test_processes_that_name_one_gpu_do_not_exchange_by_nccl(monkeypatch):
+    """NCCL refuses two processes on one GPU: their tensors go through the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(distributed, "check_device", lambda name: name)
+    for name, by_nccl in (("cuda", True), ("cuda:0", False), ("cpu", False)):
+        dist = distributed.TorchDistributed.__new__(distributed.TorchDistributed)
+        dist.local_rank, dist.local_world_size, dist._nccl = 1, 2, True
+        dist.device(name)
+        assert dist._nccl == by_nccl, name
 
 
 @pytest.mark.parametrize("launcher", PROCESSES)

@@ -10,6 +10,7 @@ from helpers.encoders import make_batch, make_tca
 from helpers.worlds import C
 from torch import nn
 
+import padding
 from model import Mean, MoCo
 from padding import bucket_by_length, encode_by_length, pack
 
@@ -234,7 +235,9 @@ def test_bucket_by_length_of_nothing():
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_encode_by_length_equals_one_plain_call(is_packed):
+@pytest.mark.parametrize("rule", [padding.CPU_BUCKETS, padding.GPU_BUCKETS])
+def test_encode_by_length_equals_one_plain_call(is_packed, rule, monkeypatch):
+    monkeypatch.setattr(padding, "CPU_BUCKETS", rule)
     encoder = make_tca().eval()
     lengths = np.random.default_rng(0).integers(1, 60, 40).tolist()
     x, num_frames = make_batch(lengths)

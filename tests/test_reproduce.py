@@ -323,3 +323,8 @@ def test_bad_input_is_refused(here, tmp_path):
 def test_command_line_reports_an_error_in_one_line(here):
     result = cli("reproduce.py", "--data", here / "data", "--table", "nonsense")
     assert "nonsense" in one_error(result)
+
+
+def test_device_is_by_default_that_of_the_other_scripts(monkeypatch):
+    monkeypatch.setattr(reproduce, "default_device", lambda: "cuda")
+    assert reproduce.parse_args(["--data", "features"]).device == "cuda"

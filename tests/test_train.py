@@ -54,13 +54,14 @@ def metrics_of(encoder, features, evaluation_set, annotations):
 
 @pytest.mark.slow
 def test_same_seed_same_weights_however_data_are_loaded(world, tmp_path):
-    """In processes of different hash seeds, with and without workers."""
+    """In processes of different hash seeds, by workers, by row numbers, and by neither."""
     epochs = ["--epochs", 2]
     run(world, tmp_path / "first", *epochs)
     run(world, tmp_path / "other", *epochs, "--seed", 1)
     workers = ["--num_workers", 2, "--num_readers", 3]
+    on_device = ["--features_on", "device", *workers]
     results = clis(
-        command(world, tmp_path / "again", *epochs),
+        command(world, tmp_path / "again", *epochs, *on_device),
         command(world, tmp_path / "workers", *epochs, *workers),
     )
     assert [result.returncode for result in results] == [0, 0], results
@@ -104,7 +105,8 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_run(world, unbroken, 
     more = [*LONG, *val_flags(world), "--save_every", kill_rng.randint(1, 5)]
     kills = sorted(kill_rng.sample(range(12, last * 2 // 3), 3))
     print(f"killed at {kills}, {more[-2:]}")  # shown if the test fails
-    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)
+    stop = kill_rng.choice([signal.SIGTERM, signal.SIGUSR1])
+    signals = (signal.SIGKILL, stop, signal.SIGKILL)
     for number, step in zip(signals, kills, strict=True):
         process = start(*command(world, folder, *more))
         wait_for_step(process, folder, step)
@@ -112,8 +114,8 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_run(world, unbroken, 
         _, stderr = process.communicate(timeout=60)
         assert not (folder / "model.pth").exists()
         saved = checkpoint_of(folder)["step"]
-        if number == signal.SIGTERM:
-            assert process.returncode == 128 + signal.SIGTERM, stderr
+        if number == stop:
+            assert process.returncode == 128 + stop, stderr
             assert read_log(folder)[-1]["step"] == saved >= step  # no step was lost
         else:
             assert process.returncode == -signal.SIGKILL
@@ -137,10 +139,10 @@ def test_run_killed_without_validation_set_ends_like_the_unbroken_run(world, tmp
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_sigterm_in_the_last_step_leaves_the_encoder_to_the_next_start(world, tmp_path):
+def test_signal_in_the_last_step_leaves_the_encoder_to_the_next_start(world, tmp_path):
     more = ["--epochs", 2, *val_flags(world)]
     run(world, tmp_path / "whole", *more)
-    run_until(18, world, tmp_path / "stopped", *more)
+    run_until(18, world, tmp_path / "stopped", *more, by=signal.SIGUSR1)
     assert not (tmp_path / "stopped" / "model.pth").exists()
     run(world, tmp_path / "stopped", *more)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -466,7 +468,7 @@ def test_hard_negatives_are_half_of_a_pairs_and_the_same_after_a_stop(world, tmp
 @pytest.mark.slow
 def test_released_command_runs_with_notes_on_flags_that_change_nothing(world, tmp_path):
     released = ["train.py", *world.train_flags, "--model_path", tmp_path / "released"]
-    released += [*RELEASED, "--epochs", 1, "--batch_sz", 16]
+    released += [*RELEASED, "--epochs", 1, "--batch_sz", 16, "--tf32", "--deterministic"]
     plain = ["train.py", *world.train_flags, "--model_path", tmp_path / "plain"]
     plain += ["--neg_num", 4, "--epochs", 1, "--batch_sz", 16, "--moco_k", 32, "--print-freq", 1]
     device = ["--device", "cpu"]
@@ -474,6 +476,7 @@ def test_released_command_runs_with_notes_on_flags_that_change_nothing(world, tm
     assert [result.returncode for result in results] == [0, 0], results
     notes = [line for line in results[0].stdout.splitlines() if line.startswith("note: ")]
     unused = ["num_clusters", "output_dim", "normalize_input", "use-adasum", "fp16-allreduce"]
+    unused += ["tf32", "deterministic"]
     for flag in unused:
         assert sum(f"--{flag} changes nothing" in note for note in notes) == 1
     assert "note:" not in results[1].stdout
@@ -506,7 +509,7 @@ def test_help_names_every_flag(capsys):
         --moco_t --epochs --batch_sz --learning_rate --optimizer --momentum --weight_decay --seed
         --val_set --val_feature_path --annotation_dir --val_metric --patience --device --print-freq
         --save_every --num_clusters --output_dim --normalize_input --use-adasum --fp16-allreduce
-        --pairs --augment --hard_negatives --amp
+        --pairs --augment --hard_negatives --amp --tf32 --deterministic --features_on
     """
     assert [flag for flag in documented.split() if flag not in shown] == []
 
@@ -536,6 +539,7 @@ def test_bad_input_is_refused_before_the_folder_is_made(world, tmp_path):
         ([*held_out, "--val_feature_path", absent], "absent.hdf5"),
         ([*held_out, "--val_feature_path", world.train_features], "train.hdf5"),
         ([*frames_needed, "--num_clusters", 4, "--output_dim", 16], "whole videos only"),
+        (["--pairs", "augment", "--features_on", "device"], "leave --features_on device out"),
         (["--epochs"], "--epochs"),
         (["--loss", "hinge"], "hinge"),
     ]

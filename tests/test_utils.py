@@ -129,6 +129,18 @@ def test_provenance_has_command_revision_versions_machine():
     assert stored["revision"].removesuffix(" with uncommitted changes") == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_available_cores_are_those_of_the_process():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert utils.available_cores() == 1
+        assert ", 1 cores, " in utils.provenance()["machine"]
+    finally:
+        os.sched_setaffinity(0, before)
+    assert utils.available_cores() == len(before)
+
+
 # --- imports ------------------------------------------------------------------------------------
 
 

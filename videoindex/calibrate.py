@@ -114,7 +114,7 @@ def pack(args):
 
 
 def measure(args):
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", utils.available_cores())))
     demo = utils.require_path(args.demo, "demo")
     model = utils.require_path(args.model, "model folder")
     work = Path(args.work or demo)

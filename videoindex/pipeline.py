@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 import utils
-from distributed import check_device, default_device
+from distributed import Distributed, default_device
 from model import ENCODERS, load_encoder, model_file
 from padding import pad
-from utils import InputError
+from utils import InputError, available_cores
 
 # The shipped model: pca.npz, model.pth, calibration.json.
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "demo"
@@ -89,8 +89,8 @@ class Pipeline:
         self.given = _absolute(options)
         self.options = options = complete_options(self.given)
         check_options(options)
-        self.device = check_device(device or default_device())
-        self.workers = workers or os.cpu_count()
+        self.device = Distributed().device(device or default_device())
+        self.workers = workers or available_cores()
         self.backbone = build_backbone(
             options["backbone"], options["weights"], options["stages"], self.device
         )

@@ -1,14 +1,24 @@
 """Several processes played by threads: exchanges without starting a process."""
 
+import io
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from distributed import Distributed
+from distributed import _Exchange
 
 
-class _Thread(Distributed):
+class _NoTensors(pickle.Pickler):
+    """Refuses tensors: those of a GPU would be unpickled on the GPU of the process that sent."""
+
+    def reducer_override(self, value):
+        assert not isinstance(value, torch.Tensor), "a tensor is pickled"
+        return NotImplemented
+
+
+class _Thread(_Exchange):
     """One of `world_size` threads, which exchange values through a shared list."""
 
     backend = "threads"
@@ -27,8 +37,13 @@ class _Thread(Distributed):
     def all_gather(self, tensor, same_length=False):
         return torch.cat(self._exchange(tensor.detach()))
 
-    def broadcast(self, value):
-        return self._exchange(value)[0]
+    def _broadcast_object(self, value, root):
+        file = io.BytesIO()
+        _NoTensors(file).dump(value)
+        return pickle.loads(self._exchange(file.getvalue())[root])
+
+    def _broadcast_tensor(self, tensor, root):
+        tensor.copy_(self._exchange(tensor.clone())[root])
 
 
 def run_in_threads(world_size, function):

@@ -41,12 +41,7 @@ def val_flags(world):
 
 
 def main(argv):
-    """train.main, which takes over SIGTERM: the handler is put back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return train.main([str(word) for word in argv])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    return train.main([str(word) for word in argv])
 
 
 def run(world, folder, *more):
@@ -57,19 +52,19 @@ def run(world, folder, *more):
     return stdout.getvalue()
 
 
-def run_until(step, world, folder, *more):
-    """The same, stopped by a SIGTERM that arrives in the middle of `step` (counted from 1)."""
+def run_until(step, world, folder, *more, by=signal.SIGTERM):
+    """The same, stopped by a signal that arrives in the middle of `step` (counted from 1)."""
     seed_torch = train.seed_torch
 
     def seed_and_signal(*keys):  # called before each step by (seed, steps done, rank)
         if keys[1:] == (step - 1, 0):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
         seed_torch(*keys)
 
     with mock.patch.object(train, "seed_torch", seed_and_signal):
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             status = main(train_flags(world, folder, *more))
-    assert status == 128 + signal.SIGTERM
+    assert status == 128 + by
     assert f"stopped at step {step};" in stdout.getvalue()
     assert checkpoint_of(folder)["step"] == step
 
@@ -84,11 +79,11 @@ def recorded_steps():
     logits: (N, 1+K)
     model: the MoCo
     """
-    steps, to_device, forward = [], train.to_device, MoCo.forward
+    steps, batch_to_device, forward = [], train.batch_to_device, MoCo.forward
 
-    def record_batch(batch, device):
+    def record_batch(batch, device, frames):
         steps.append(SimpleNamespace(indices=batch[0], negative_ids=batch[4].tolist()))
-        return to_device(batch, device)
+        return batch_to_device(batch, device, frames)
 
     def record_forward(model, *inputs):
         step = steps[-1]
@@ -99,7 +94,7 @@ def recorded_steps():
         return logits, labels
 
     with (
-        mock.patch.object(train, "to_device", record_batch),
+        mock.patch.object(train, "batch_to_device", record_batch),
         mock.patch.object(MoCo, "forward", record_forward),
     ):
         yield steps
