@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from data import PairDataset, PairKey
 from distributed import Distributed
 from padding import pack
+from processes import end_with_parent
 from utils import seeded_rng
 
 
@@ -82,7 +83,7 @@ class PairLoader:
             collate_fn=collate_pairs,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
             persistent_workers=num_workers > 0,
         )
         self.batches = None
@@ -120,7 +121,8 @@ def collate_pairs(items: list[tuple]) -> tuple:
     return list(indices), pack(anchors), pack(positives), pack(negatives), negative_ids
 
 
-def ignore_signals(_):
-    """Workers ignore what stops a run (launchers signal all); the main process handles it."""
+def start_worker(_):
+    """A worker ends with its parent, and ignores what stops a run (launchers signal all)."""
+    end_with_parent()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

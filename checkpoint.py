@@ -20,10 +20,11 @@ from torch import nn
 
 from data import PairDataset
 from distributed import Distributed
-from files import remove_leftovers, save_torch, write_json
+from files import Lock, remove_leftovers, save_torch, write_json
 from untrusted import load_torch
 from utils import InputError, provenance
 
+RESTART = 5  # seconds in which the processes of a run whose launcher was killed have ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM, before its time limit
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.
@@ -59,7 +60,7 @@ class Run:
     """A training run that can stop after any step and resume with the same result.
 
     Every random draw depends on (seed, step) or (seed, epoch, pair), so no generator is saved.
-    The constructor makes the folder args.model_path.
+    The constructor makes and locks the folder args.model_path; the end of `with run:` unlocks it.
 
     Args:
         encoder_info: what rebuilds the encoder: name, arguments, the features it is made for.
@@ -99,7 +100,15 @@ class Run:
         self._signal = 0  # on this process
         self._unchecked = deque()  # (loss, event, step, indices, negative ids) of the newest steps
         self.pairs_per_step = args.batch_sz * dist.world_size
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = contextlib.nullcontext()
+        if dist.is_main:
+            self._lock = Lock(self.folder, folder=True, wait=RESTART)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._lock.__exit__(None, None, None)
 
     # --- progress ---
 

@@ -55,18 +55,20 @@ class Lock:
     Args:
         folder: the place is a folder, which is made if it does not exist. Its lock file is
             FOLDER/.lock; by default it is .NAME.lock, beside the place.
-        wait: seconds to wait for another process.
+        wait: seconds to wait for another process, by default WAIT.
 
     Raises:
         InputError: naming the process that holds the place.
     """
 
-    def __init__(self, place: str | os.PathLike, folder: bool = False, wait: float = WAIT) -> None:
+    def __init__(
+        self, place: str | os.PathLike, folder: bool = False, wait: float | None = None
+    ) -> None:
         self.name, self.place = str(place), _final_target(place)
         self.path = self.place / ".lock" if folder else _hidden(self.place, "lock")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.is_kernels = True  # False where the file system has no locks
-        deadline = time.monotonic() + wait
+        deadline = time.monotonic() + (WAIT if wait is None else wait)
         while not self._acquire():
             if time.monotonic() >= deadline:
                 raise InputError(self._refusal())

@@ -109,6 +109,14 @@ def main(argv=None):
         inputs = input_digests(store, data, val)  # a resumed run must have the same
         run = Run(args, dist, data, model, optimizer, encoder_info, inputs)
 
+    with run:  # its folder is locked
+        return train(run, frames, criterion, learning_rate, val, notes)
+
+
+def train(run, frames, criterion, learning_rate, val, notes):
+    """Take the remaining epochs of a run. Returns the exit status."""
+    args, dist, data = run.args, run.dist, run.data
+    model, optimizer, encoder = run.model, run.optimizer, run.model.encoder_q
     run.resume()  # from checkpoint.pth, if there is one
     dist.broadcast_model(model)  # all processes start from the same weights
     if run.is_written:

@@ -369,6 +369,7 @@ def serve(connection: Connection) -> None:
     It ends with EOFError when the parent closes the connection. The time limit is a kernel timer
     (SIGALRM), which also ends a process that hangs inside FFmpeg.
     """
+    end_with_starter()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.nice(10)  # where cores are short, the backbone goes before frames that wait in the queue
     while True:
@@ -391,6 +392,5 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    end_with_starter()
     with contextlib.suppress(EOFError, ConnectionError):
         serve(Connection(int(sys.argv[1])))

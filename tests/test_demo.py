@@ -2,11 +2,13 @@
 
 import json
 import random
+import time
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from helpers.commands import ROOT, cli, one_error, refused
+from helpers.commands import ROOT, cli, one_error, refused, start
 
 import untrusted
 from datasets.demo import edits, make_demo, plan
@@ -312,6 +314,23 @@ def test_ground_truth_says_where_the_film_is(tmp_path):
 
 
 # --- builds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_build_that_is_killed(tmp_path):
+    build = start("datasets/demo/make_demo.py", "build", "--output", tmp_path / "demo")
+    workers = []
+    while len(workers) < 2:
+        assert build.poll() is None, build.communicate()
+        text = Path(f"/proc/{build.pid}/task/{build.pid}/children").read_text()
+        workers = [int(pid) for pid in text.split()]
+        time.sleep(0.05)
+    time.sleep(0.5)  # they have begun
+    build.kill()
+    build.wait()
+    time.sleep(0.5)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists()]
+    build.communicate()
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """Training in several processes: what one would learn, alike in all, stopped and resumed as one."""
 
-import contextlib
 import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,14 +172,16 @@ def training_pids(launcher):
     return pids
 
 
-def kill_run(process):
-    """Kill a launcher and what it started, which MPI puts into process groups of its own."""
+def kill_launcher(process):
+    """Kill the launcher, and what it puts between itself and the training (mpirun)."""
     pids = training_pids(process.pid)
-    os.killpg(process.pid, signal.SIGKILL)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    assert len(pids) == 2
+    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    for pid in {process.pid, *(int(parent) for _, parent, *_ in stats)}:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
+    time.sleep(0.5)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists()]
 
 
 @pytest.mark.slow
@@ -226,7 +228,7 @@ def test_stopped_run_resumes_under_its_own_launcher(world, launcher, tmp_path, k
     assert step == read_log(folder)[-1]["step"]  # no step was lost
     process = launch(launcher, *command(world, folder, *more))
     wait_for_step(process, folder, step + kill_rng.randrange(1, 40))
-    kill_run(process)
+    kill_launcher(process)  # its processes end with it
     result = run_two(launcher, *command(world, folder, *more))
     assert "resuming at step" in result.stdout
     assert_alike(folder, whole, 1e-6)
@@ -240,7 +242,7 @@ def test_adasum_run_resumes_with_the_moments_of_every_process(world, tmp_path):
     run_two("horovodrun", *command(world, whole, *more))
     process = launch("horovodrun", *command(world, folder, *more))
     wait_for_step(process, folder, 7)
-    kill_run(process)
+    kill_launcher(process)
     assert len(checkpoint_of(folder)["optimizers"]) == 2
     run_two("horovodrun", *command(world, folder, *more))
     assert_alike(folder, whole, 1e-6)

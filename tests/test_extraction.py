@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import queue
 import re
+import signal
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -475,6 +477,27 @@ def sabotage(tmp_path, monkeypatch):
     path = tmp_path / "sabotage.py"
     path.write_text(SABOTAGE.format(root=str(ROOT)))
     monkeypatch.setattr(decoding, "__file__", str(path))
+
+
+def test_decoder_that_hangs_ends_with_its_parent(tmp_path, sabotage):
+    write_video(tmp_path / "hangs.mkv", numbered(25))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def work():
+        decoder = Decoder()
+        frames = decoder.frames(Video("hangs", tmp_path / "hangs.mkv"))
+        for _ in range(3):
+            next(frames)
+        time.sleep(0.3)  # now it hangs
+        sender.send(decoder.process.pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    decoder = receiver.recv()
+    process.join()
+    time.sleep(0.5)
+    assert not Path(f"/proc/{decoder}/cmdline").exists()
 
 
 def first_channel(images):

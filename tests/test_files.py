@@ -1,6 +1,5 @@
 """Files are written whole or not at all, by one process at a time."""
 
-import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.systems import in_a_fork, small_disk, without_locks
+from helpers.systems import holder_of, in_a_fork, small_disk, without_locks
 
 from files import DiskError, Lock, atomic, remove_leftovers, save_torch, write_json
 from processes import Owner
@@ -161,24 +160,6 @@ def test_atomic_writes_to_an_open_file_in_turn(folder, tmp_path):
 
 
 # --- two writers --------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def holder_of(place, folder=False):
-    """Another process that holds a place until the block ends; gives its number."""
-    locked, end = multiprocessing.Event(), multiprocessing.Event()
-
-    def hold():
-        with Lock(place, folder):
-            locked.set()
-            end.wait()
-
-    process = multiprocessing.get_context("fork").Process(target=hold)
-    process.start()
-    assert locked.wait(10)
-    yield process.pid
-    end.set()
-    process.join()
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -302,6 +302,15 @@ def test_add_while_another_process_writes(index_copy, library):
         other.add([library.videos])
 
 
+def test_index_that_two_processes_create_holds_the_videos_of_both(library, tmp_path):
+    """Each found no index, so each would create it."""
+    folder = tmp_path / "index"
+    one, other = (VideoIndex(folder, pipeline=library.pipeline) for _ in range(2))
+    one.add([library.clip("a.mp4")])
+    other.add([library.clip("b.mp4")])
+    assert len(VideoIndex(folder)) == 2 and not damage(VideoIndex(folder))
+
+
 @pytest.mark.slow
 def test_add_after_kill_ends_as_an_unbroken_run(library, tmp_path, kill_rng):
     folder = tmp_path / "index"

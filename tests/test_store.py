@@ -1,12 +1,12 @@
 """Feature files: what is read is what was written, what is broken is named, kills lose nothing."""
 
-import errno
-import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import IDS, some_features, write_ours, write_packed, write_released
-from helpers.systems import in_a_fork
+from helpers.systems import in_a_fork, small_disk, without_locks
 from torch.utils.data import DataLoader
 
 from features.store import FeatureStore, StoreWriter
+from files import DiskError
 from padding import pad
 from utils import InputError
 
@@ -494,12 +495,62 @@ def test_writer_locks_out_other_processes(tmp_path):
     assert set(FeatureStore(path)) == {"v/0", "v/1", "v/2"}
 
 
-def test_writer_works_on_a_file_system_without_locks(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+def test_store_on_a_file_system_without_locks_is_written_and_read(tmp_path, capfd):
+    """HDF5 has locks of its own, in C."""
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert set(FeatureStore(write_ours(tmp_path / "x.hdf5", some_features()))) == set(IDS)
+    def work():
+        without_locks()
+        path = write_released(tmp_path / "theirs.hdf5", {})
+        return str(path)
+
+    def write_and_read():
+        without_locks()
+        store = FeatureStore(write_ours(tmp_path / "x.hdf5", some_features()))
+        return sorted(store), store.read_verified("plain").tolist()
+
+    assert "unable to lock file" in in_a_fork(work)[1]  # so the system is as we think
+    code, found = in_a_fork(write_and_read)
+    assert code == 0 and found == (sorted(IDS), some_features()["plain"].tolist())
+
+
+def test_store_that_another_program_writes_is_told_from_damage(tmp_path):
+    """By HDF5's own lock."""
+    path = write_released(tmp_path / "x.hdf5", some_features())
+    opened, end = multiprocessing.Event(), multiprocessing.Event()
+
+    def write():
+        with h5py.File(path, "r+"):
+            opened.set()
+            end.wait()
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    assert opened.wait(10)
+    with pytest.raises(InputError, match="is open for writing in another program") as error:
+        FeatureStore(path)
+    end.set()
+    process.join()
+    assert "cut short" not in str(error.value)
+    assert set(FeatureStore(path)) == set(IDS)
+
+
+@pytest.mark.parametrize("kilobytes", [16, 300, 450])  # while videos are added; while it is packed
+def test_writer_on_a_full_disk_says_so_and_goes_on_when_there_is_room(kilobytes, tmp_path):
+    features = {f"v{i}": np.full((100, 128), i, np.float16) for i in range(10)}  # 256 kB
+    with small_disk(tmp_path / "disk", kilobytes << 10) as disk:
+        path = disk / "x.hdf5"
+        with pytest.raises(DiskError, match="No space left"), StoreWriter(path) as writer:
+            for video, rows in features.items():
+                writer.add(video, rows)
+        stored = len(writer.done)
+        assert not path.exists() and (stored == 10) == (kilobytes > 16)
+        subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+        with StoreWriter(path) as writer:
+            assert len(writer.done) == stored
+            for video in features.keys() - writer.done:
+                writer.add(video, features[video])
+        assert content(path) == content(write_ours(tmp_path / "y.hdf5", features))
+        assert os.listdir(disk) == ["x.hdf5"]
 
 
 def test_refused_writer_releases_its_lock(tmp_path):

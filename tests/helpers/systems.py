@@ -1,4 +1,4 @@
-"""Machines that are not as ours: file systems without locks, small disks."""
+"""Trouble from outside: other processes, file systems without locks, small disks."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,8 @@ import struct
 import subprocess
 
 import pytest
+
+from files import Lock
 
 FLOCK = {"x86_64": (0xC000003E, 73), "aarch64": (0xC00000B7, 32)}  # architecture, system call
 
@@ -70,3 +72,21 @@ def small_disk(folder, size):
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def holder_of(place, folder=False):
+    """Another process that holds a place until the block ends; gives its number."""
+    locked, end = multiprocessing.Event(), multiprocessing.Event()
+
+    def hold():
+        with Lock(place, folder):
+            locked.set()
+            end.wait()
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    assert locked.wait(10)
+    yield process.pid
+    end.set()
+    process.join()
