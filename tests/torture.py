@@ -30,6 +30,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 import torch
@@ -338,6 +339,9 @@ def _content_of(path):
         assert not list(store.find_damage())
         rows = [(store.paths(c.id), c.sha256, c.num_frames) for c in store.contents()]
         return sorted(rows), store.settings["ends"]
+    if path.suffix in (".webm", ".mkv", ".mp4", ".avi"):  # FFmpeg gives some a random number
+        with av.open(str(path)) as video:
+            return [frame.pts for frame in video.decode(video=0)]
     data = path.read_bytes()
     if path.suffix in (".png", ".html", ".md", ".faiss"):  # times, random numbers of HNSW
         assert data, path
