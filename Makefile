@@ -1,13 +1,14 @@
-# Every target first installs .venv, if requirements.txt changed since. Commands:
+# Every target first installs .venv, if requirements.txt changed since. PYTHON=python3.13 chooses the
+# Python; an .venv of another version is made anew. Commands:
 #
 #   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
-#   make test          style, and all tests; with Horovod if there is a C++ compiler to build it
+#   make test          style, and all tests; with Horovod if it can be built
 #   make test-fast     style, and the tests that are quick and need one process; about a minute
 #   make lint          style alone
 #   make tables        every table of the paper on the demo's film, in results/demo
 #   make bench         the benchmarks of benchmarks/README.md
 #   make search-model  the model that search.py ships, and its calibration
-#   make horovod       Horovod, for horovodrun; four minutes on two cores
+#   make horovod       Horovod, for horovodrun; four minutes on two cores. Again: make -B horovod
 #   make clean         remove runs/
 
 PYTHON ?= python3
@@ -22,20 +23,34 @@ SEEDS := 0 1 2
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 
-.venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
+# .venv is made if there is none that runs, and made anew if PYTHON=... asks for another version.
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+PRESENT := $(call version,.venv/bin/python)
+ifneq ($(origin PYTHON),file)
+ASKED := $(or $(call version,$(PYTHON)),$(PYTHON))
+endif
+NEW_VENV := $(if $(PRESENT),$(filter-out $(PRESENT),$(ASKED)),yes)
+SUPPORTED := 3.11 3.12 3.13
+define make_venv
+@$(if $(filter $(SUPPORTED),$(call version,$(PYTHON))),,\
+  echo "error: $(PYTHON) is not one of Python $(SUPPORTED); name one by PYTHON=" >&2; exit 1)
+$(PYTHON) -m venv --clear .venv
+endef
+.venv/ready: requirements.txt $(if $(NEW_VENV),FORCE)
+	$(if $(NEW_VENV),$(make_venv))
 	.venv/bin/pip install --quiet -r requirements.txt
 	touch $@
+.PHONY: FORCE
 
 # --- tests ----------------------------------------------------------------------------------------
 
 # Two test processes; a file's tests stay in one, which builds their fixtures once.
 TWO := -n 2 --dist loadfile
 
-# Without a C++ compiler and patch, the tests of Horovod are skipped and say so.
-BUILD_TOOLS := $(and $(shell command -v c++),$(shell command -v patch))
-test: .venv/ready $(if $(BUILD_TOOLS),horovod) lint
-	$(RUN) -m pytest $(TWO)
+# If Horovod cannot be built (no compiler, no network, ...), its tests are skipped and say why.
+test: .venv/ready lint
+	@$(MAKE) horovod || echo "going on without Horovod"
+	$(RUN) -m pytest $(TWO) -rs
 
 test-fast: .venv/ready lint
 	$(RUN) -m pytest $(TWO) -m "not slow and not distributed"

@@ -396,8 +396,8 @@ class HorovodDistributed(_Exchange):
     def device(self, name: str) -> str:
         if name.startswith("cuda") and self.world_size > 1 and not self._hvd.nccl_built():
             raise InputError(
-                f"--device {name}: this Horovod was built for CPUs alone; run `make horovod` where"
-                " a CUDA toolkit is installed, start with torchrun, or give --device cpu"
+                f"--device {name}: this Horovod was built for CPUs alone; install a CUDA toolkit"
+                " and run `make -B horovod`, start with torchrun, or give --device cpu"
             )
         return super().device(name)
 

@@ -13,7 +13,7 @@ from helpers.distributed_worker import (
     rows,
     start_values,
 )
-from helpers.launchers import HOROVOD, finish, launch
+from helpers.launchers import NO_HOROVOD, finish, launch
 from helpers.threads import run_in_threads
 
 import distributed
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.distributed
 
 def run_worker(launcher, *arguments):
     """Run the worker under a launcher and give its result."""
-    if launcher.startswith("horovodrun") and not HOROVOD:
-        pytest.skip("Horovod is not built; `make horovod` builds it")
+    if launcher.startswith("horovodrun") and NO_HOROVOD:
+        pytest.skip(NO_HOROVOD)
     return finish(launch(launcher, WORKER, *arguments), timeout=300)
 
 
@@ -186,6 +186,16 @@ def test_processes_that_name_one_gpu_do_not_exchange_by_nccl(monkeypatch):
         dist.local_rank, dist.local_world_size, dist._nccl = 1, 2, True
         dist.device(name)
         assert dist._nccl == by_nccl, name
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
+def test_cuda_under_horovod_without_nccl_is_refused_with_what_to_do(results, launcher):
+    for result in results(launcher):
+        if result["nccl"]:
+            pytest.skip("this Horovod was built with NCCL")
+        assert "Horovod was built for CPUs alone" in result["cuda_refusal"]
+        for advice in ("make -B horovod", "torchrun", "--device cpu"):
+            assert advice in result["cuda_refusal"]
 
 
 @pytest.mark.parametrize("launcher", PROCESSES)

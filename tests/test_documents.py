@@ -24,8 +24,15 @@ CODE = [path for path in CODE if path.relative_to(ROOT).parts[0] not in (".venv"
 
 # Flags of programs that are not ours.
 FOREIGN_FLAGS = {
-    *("--help", "--quiet", "--check", "--fix", "--dist", "--gloo", "--dataset_ids"),
-    *("--standalone", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"),
+    *("--help", "--quiet", "--check", "--clear", "--fix", "--dist", "--gloo", "--dataset_ids"),
+    *(
+        "--index-url",
+        "--standalone",
+        "--nnodes",
+        "--nproc_per_node",
+        "--rdzv_backend",
+        "--rdzv_endpoint",
+    ),
 }
 
 
@@ -94,11 +101,13 @@ def test_makefile_help_lists_every_target():
 
 
 def test_python_versions_agree():
-    """Those of the classifiers, of requires-python, and of the workflow."""
+    """Those of the classifiers, of requires-python, of the Makefile, and of the workflow."""
     project = text_of("pyproject.toml")
     versions = re.findall(r"Python :: (3\.\d+)", project)
     assert re.findall(
         r"\"(3\.\d+)\"", re.search(r"python: \[.*", text_of(".github/workflows/ci.yml"))[0]
     ) == (versions)
+    supported = re.search(r"^SUPPORTED := (.*)", text_of("Makefile"), re.MULTILINE)[1]
+    assert supported.split() == versions
     lowest, above = re.search(r"requires-python = \">=3\.(\d+),<3\.(\d+)\"", project).groups()
     assert versions == [f"3.{minor}" for minor in range(int(lowest), int(above))]

@@ -123,10 +123,10 @@ def combine(dist, values, adasum):
     return -parameter.detach()
 
 
-def adasum_refusal(dist):
-    """The message of the InputError that Adasum raises, or None."""
+def refusal(call, *arguments, **options):
+    """The message of the InputError that a call raises, or None."""
     try:
-        combine(dist, torch.ones(2), adasum=True)
+        call(*arguments, **options)
     except InputError as error:
         return str(error)
 
@@ -196,9 +196,11 @@ def main(argv=None):
         "mean": [dist.mean(torch.tensor(2.0 * rank)), dist.mean(torch.tensor([[1.0, rank]]))],
         "device": dist.device("cpu"),
         "agree": dist.agree(None, 10 if rank == size - 1 else 0),
+        "nccl": dist.backend == "Horovod" and dist._hvd.nccl_built(),
         "lr_scale": [dist.lr_scale(adasum) for adasum in (False, True)],
         "broadcasts": broadcasts(dist),
-        "adasum_refusal": adasum_refusal(dist),
+        "adasum_refusal": refusal(combine, dist, torch.ones(2), adasum=True),
+        "cuda_refusal": refusal(dist.device, "cuda"),
         "trained": train_every_way(dist, adasum),
     }
     if adasum and size == 2:

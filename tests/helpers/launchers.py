@@ -11,10 +11,20 @@ import pytest
 from helpers.commands import ROOT, environment
 
 BIN = Path(sys.executable).parent
-HOROVOD = (BIN / "horovodrun").exists()
-needs_horovod = pytest.mark.skipif(
-    not HOROVOD, reason="Horovod is not built; `make horovod` builds it"
-)
+
+
+def why_no_horovod(bin=BIN):
+    """Why Horovod cannot be used, or an empty string; a failed `make horovod` leaves its reason."""
+    failed = bin.parent / "horovod" / "failed"
+    if failed.exists():
+        return f"Horovod was not built: {failed.read_text().strip()}"
+    if not (bin / "horovodrun").exists():
+        return "Horovod is not built; `make horovod` builds it"
+    return ""
+
+
+NO_HOROVOD = why_no_horovod()
+needs_horovod = pytest.mark.skipif(bool(NO_HOROVOD), reason=NO_HOROVOD)
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
     "horovodrun": ["horovodrun", "-np", "2", "-H", "localhost:2", "python"],  # with MPI
@@ -25,18 +35,20 @@ LAUNCHERS = {
 ENGINES = ["torchrun", pytest.param("horovodrun", marks=needs_horovod)]
 
 
-def launch(launcher, *arguments, **changes):
-    """Start a script under a launcher, in a process group of its own; `changes` to the environment.
-
-    PATH is that of an activated environment.
-    """
-    command = [*map(str, LAUNCHERS[launcher]), *map(str, arguments)]
-    env = environment(
+def launch_environment(**changes):
+    """The environment of a launcher; PATH is that of an activated environment."""
+    return environment(
         PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
         # MPI waits in a busy loop by default: slow with more processes than cores.
         OMPI_MCA_mpi_yield_when_idle="1",
         **changes,
     )
+
+
+def launch(launcher, *arguments, **changes):
+    """Start a script under a launcher, in a process group of its own; `changes` the environment."""
+    command = [*map(str, LAUNCHERS[launcher]), *map(str, arguments)]
+    env = launch_environment(**changes)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
