@@ -126,26 +126,23 @@ def train(run, frames, criterion, learning_rate, val, notes):
     print0(dist, run_summary(args, run, val, learning_rate, notes))
 
     # A signal ends the run after the current step, with a checkpoint.
-    with (
-        run.stop_on_signals(),
-        TrainingLog(run, args.print_freq) as log,
-        load_batches(data, args, dist) as loader,
-    ):
-        for epoch in run.remaining_epochs():
-            adjust_learning_rate(optimizer, learning_rate, epoch, args.epochs)
-            # A resumed epoch already has its own hard negatives, from the checkpoint.
-            if args.hard_negatives and run.at_epoch_start:
-                data.hard_negatives = find_hard_negatives(encoder, data, args, dist)
-            batches = loader.epoch(run.epoch, run.seen)  # those that are left
-            train_one_epoch(model, criterion, optimizer, batches, frames, run, log)
-            if run.epoch_complete:  # else a signal came in the middle of it
-                if val:
-                    metrics = validate(encoder, val, args, dist)
-                    log.write(epoch, held_out=metrics)
-                    run.keep_best(next(iter(metrics.values())))  # by the first metric
-                run.next_epoch()
-                run.save()  # after validation: no resumed run skips a score
-    return write_result(run, val)
+    with run.stop_on_signals(), load_batches(data, args, dist) as loader:
+        with TrainingLog(run, args.print_freq) as log:
+            for epoch in run.remaining_epochs():
+                adjust_learning_rate(optimizer, learning_rate, epoch, args.epochs)
+                # A resumed epoch already has its own hard negatives, from the checkpoint.
+                if args.hard_negatives and run.at_epoch_start:
+                    data.hard_negatives = find_hard_negatives(encoder, data, args, dist)
+                batches = loader.epoch(run.epoch, run.seen)  # those that are left
+                train_one_epoch(model, criterion, optimizer, batches, frames, run, log)
+                if run.epoch_complete:  # else a signal came in the middle of it
+                    if val:
+                        metrics = validate(encoder, val, args, dist)
+                        log.write(epoch, held_out=metrics)
+                        run.keep_best(next(iter(metrics.values())))  # by the first metric
+                    run.next_epoch()
+                    run.save()  # after validation: no resumed run skips a score
+        return write_result(run, val)
 
 
 def train_one_epoch(model, criterion, optimizer, batches, frames, run, log):
@@ -337,6 +334,7 @@ def write_result(run, val):
     """Write model.pth, unless a signal interrupted the run, and report. Returns the exit status."""
     if run.interrupted:
         print0(run.dist, f"stopped at step {run.step}; the same command resumes from here")
+        run.dist.barrier()  # a launcher ends the others when the first exits
         return 128 + run.interrupted
     run.save_encoder()
     best = ""
