@@ -25,14 +25,10 @@ CODE = [path for path in CODE if path.relative_to(ROOT).parts[0] not in (".venv"
 # Flags of programs that are not ours.
 FOREIGN_FLAGS = {
     *("--help", "--quiet", "--check", "--clear", "--fix", "--dist", "--gloo", "--dataset_ids"),
-    *(
-        "--index-url",
-        "--standalone",
-        "--nnodes",
-        "--nproc_per_node",
-        "--rdzv_backend",
-        "--rdzv_endpoint",
-    ),
+    *("--standalone", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"),
+    *("--rdzv_id", "--signals_to_handle", "--shutdown_timeout", "--mpi-args", "--prefix"),
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--signal", "--requeue"),
+    *("--open-mode",),
 }
 
 
