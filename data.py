@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from untrusted import load_pickle
-from utils import InputError, digest, require_path, seeded_rng
+from untrusted import load_pickle, read_text
+from utils import InputError, digest, seeded_rng
 
 # --- augmentations: frames (T, C) and a NumPy generator -> frames (T', C) ---
 
@@ -278,7 +278,7 @@ class PairDataset(Dataset):
                     row = ids.get(video, -1), source, float(start), float(end)
                     if video in ids:  # others may be anchors, which need no row
                         rows.append(row)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}"
             ) from None
@@ -379,16 +379,25 @@ def read_vcdb_annotation(path):
     pairs = []
     try:
         for pair in annotation["video_pairs"]:
-            anchor, positive = pair["videos"]
+            anchor, positive = _texts(pair["videos"])
             pairs.append((anchor, positive, float(min(pair.get("overlap", [1.0])))))
-        negatives = annotation["negs"]
-        if isinstance(negatives, set | frozenset):
-            negatives = sorted(negatives)  # a set's order depends on the hash seed
-        return pairs, list(dict.fromkeys(negatives)), annotation.get("segments")
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        negatives = _texts(annotation["negs"])
+        if isinstance(annotation["negs"], set | frozenset):
+            negatives.sort()  # a set's order depends on the hash seed
+        segments = annotation.get("segments")
+        digest(segments)  # raises what it cannot hold, now
+        return pairs, list(dict.fromkeys(negatives)), segments
+    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"annotation file {str(path)!r} is not of VCDB's form (video_pairs, negs): {error!r}"
         ) from None
+
+
+def _texts(ids):
+    """The ids as a list; TypeError unless they are a collection of texts."""
+    if isinstance(ids, str | bytes) or not all(isinstance(video, str) for video in ids):
+        raise TypeError(f"{str(ids)[:40]} are not ids")
+    return list(ids)
 
 
 def read_video_list(path, store):
@@ -399,13 +408,7 @@ def read_video_list(path, store):
         pairs, negatives, segments = read_vcdb_annotation(path)
         videos = [video for pair in pairs for video in pair[:2]]
         return list(dict.fromkeys(videos + negatives)), segments
-    try:
-        lines = require_path(path, "list of ids").read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(
-            f"list of ids {str(path)!r} is not a text; give one id per line,"
-            " or a .pickle of VCDB's form"
-        ) from None
+    lines = read_text(path, "list of ids", "or give a .pickle of VCDB's form").split("\n")
     return list(dict.fromkeys(line.strip() for line in lines if line.strip())), None
 
 

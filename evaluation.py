@@ -43,7 +43,7 @@ import torch
 
 from datasets.evaluation_set import videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
-from datasets.similarity_files import read_ids, read_similarities
+from datasets.similarity_files import read_similarities
 from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
 from features.store import FeatureStore, warn_if_features_differ
 from files import write_json
@@ -68,6 +68,7 @@ from retrieval.report import (
 )
 from retrieval.settings import TrainedModel, label_settings, read_setting, repeated_seeds
 from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
+from untrusted import read_ids
 from utils import InputError, Parser, check_ranges, provenance
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names

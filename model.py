@@ -517,6 +517,8 @@ class MoCo(nn.Module):
             return encode_by_length(encoder, x, num_frames).float()
 
 
+MAX_FEATURE_SIZE = 1 << 20  # the largest size in a model file that is built: the paper's is 1024
+
 # --- model files --------------------------------------------------------------------------------
 
 
@@ -537,7 +539,10 @@ def load_encoder(path: str | Path, nhead: int = 8) -> tuple[str, nn.Module, dict
     state = load_torch(file)
     encoder = build_encoder(state, f"model file {str(file)!r}", nhead)
     names = {kind: name for name, kind in ENCODERS.items()}
-    return names[type(encoder)], encoder, state.get("features") or {}
+    features = state.get("features") or {}
+    if not isinstance(features, dict):
+        raise InputError(f"model file {str(file)!r}: its features are not named; save it again")
+    return names[type(encoder)], encoder, features
 
 
 def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
@@ -560,9 +565,9 @@ def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
     if isinstance(state.get("encoder"), str) and state["encoder"] in ENCODERS:
         # Written by train.py.
         try:
-            encoder = ENCODERS[state["encoder"]](**state["arguments"])
+            kind, arguments = ENCODERS[state["encoder"]], dict(state["arguments"])
             tensors = state["state_dict"] if "state_dict" in state else _encoder_q(state["moco"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{source} lacks what rebuilds its encoder: {error!r}; save it again"
             ) from None
@@ -570,14 +575,41 @@ def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
         # A bare state dict, perhaps of a model inside DataParallel.
         tensors = {str(key).removeprefix("module."): value for key, value in state.items()}
         tensors = _encoder_q(tensors)
-        encoder = _untrained_tca(tensors, source, nhead)
+        kind, arguments = TCA, _tca_arguments(tensors, source, nhead)
+    _check_fit(kind, arguments, tensors, source)
+    encoder = kind(**arguments)
+    encoder.load_state_dict(tensors)
+    return encoder.eval()
+
+
+def _check_fit(kind, arguments, tensors, source):
+    """Raise InputError unless an encoder of these arguments has these tensors. It takes no memory.
+
+    What a file declares (a billion layers) is built only if the file holds its tensors.
+    """
+    largest = max(MAX_FEATURE_SIZE, len(tensors) if isinstance(tensors, dict) else 0)
+    for name, value in arguments.items():
+        limit = len(tensors) if "layers" in str(name) else largest
+        if not isinstance(value, int | float | str) or (type(value) is int and value > limit):
+            raise InputError(f"{source}: {name} {str(value)[:40]!r} cannot be; save it again")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and not value.is_complex()
+        for name, value in tensors.items()
+    ):
+        raise InputError(f"{source}: its weights are not named tensors; save it again")
     try:
-        encoder.load_state_dict(tensors)
+        with torch.device("meta"):
+            kind(**arguments).load_state_dict(tensors, assign=True)
+    except (TypeError, ValueError, AssertionError, ArithmeticError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{source} lacks what rebuilds its encoder: {reason}; save it again"
+        ) from None
     except RuntimeError as error:
         # PyTorch's message is a headline, then a line for each kind of misfit.
-        reasons = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise InputError(f"{source} does not fit its encoder: {'; '.join(reasons)}") from None
-    return encoder.eval()
+        lines = [line.strip()[:200] for line in str(error).splitlines()]
+        reasons = "; ".join(lines[1:3] or lines)
+        raise InputError(f"{source} does not fit its encoder: {reasons}") from None
 
 
 def _encoder_q(tensors):
@@ -590,8 +622,8 @@ def _encoder_q(tensors):
     return found or tensors
 
 
-def _untrained_tca(tensors, source, nhead):
-    """A TCA of the sizes that a state dict's tensors have."""
+def _tca_arguments(tensors, source, nhead):
+    """The arguments of a TCA of the sizes that a state dict's tensors have."""
     prefix = "transformer_encoder.layers."
     try:  # the sizes are those of the first layer
         feature_size = tensors[f"{prefix}0.self_attn.in_proj_weight"].shape[1]
@@ -602,4 +634,9 @@ def _untrained_tca(tensors, source, nhead):
             f"{source} is not a TCA model (its first keys: {some}); pass the encoder's state dict"
         ) from None
     layers = {key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}
-    return TCA(feature_size, nhead, len(layers), dim_feedforward)
+    return {
+        "feature_size": feature_size,
+        "nhead": nhead,
+        "nlayers": len(layers),
+        "dim_feedforward": dim_feedforward,
+    }

@@ -33,6 +33,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import NoneType
 
 from tqdm import tqdm
 
@@ -49,6 +50,7 @@ from retrieval.comparator import load_comparator
 from retrieval.compare import Comparison
 from retrieval.encode import VideoEncoder
 from retrieval.report import format_mean_std
+from untrusted import is_object, read_json
 from utils import InputError, Parser, check_ranges, provenance
 
 ROOT = Path(__file__).resolve().parent
@@ -177,25 +179,28 @@ def error_line(command, status, stderr):
 def read_results(row: Row) -> bool:
     """Fill a row in from its results file; false if that is absent, older, or not the row's."""
     try:
-        record = json.loads(row.results.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(row.results, "results file")
+    except (OSError, InputError):
         return False
     newest = max(need.path.stat().st_mtime for need in row.needs)
-    if record.get("command") != " ".join(row.evaluate):
+    if not is_object(record) or record.get("command") != " ".join(row.evaluate):
         return False
     if newest > row.results.stat().st_mtime:
         return False
-    models = list(record.get("models_of_rows", {}).values())  # older files lack it
+    models = list((record.get("models_of_rows") or {}).values())  # older files lack it
     if models and len(models[-1]) < len(row.runs):
         row.status = (
             f"failed: {row.results} has several rows of models, so its runs were not trained alike;"
             " remove their folders"
         )
         return False
+    try:
+        row.measured = metrics_and_speed(record)
+        row.missing = missing_note(record["coverage"])
+        row.revision = str(record["revision"])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return False  # edited since
     row.status = "finished"
-    row.measured = metrics_and_speed(record)
-    row.missing = missing_note(record["coverage"])
-    row.revision = record["revision"]
     return True
 
 
@@ -210,6 +215,8 @@ def metrics_and_speed(record):
     for metrics, seconds in zip(
         record["figures"][row], record["compare_seconds"][row], strict=True
     ):
+        if not is_object(metrics, int, float, NoneType):
+            raise TypeError("a metric is not a number")
         per_model.append(metrics | {SPEED: 1000 * seconds / queries})
     return per_model
 

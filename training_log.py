@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from distributed import Distributed
 from files import atomic, nan_to_none
+from untrusted import is_object, read_text
 from utils import InputError, require_path
 
 # --- definitions ---
@@ -191,14 +193,14 @@ class TrainingLog:
 def drop_lines_past(path: Path, step: int):
     """Drop the lines of a log.jsonl past `step`, and those cut short by a kill."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in read_text(path, "log").split("\n") if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             continue
     with atomic(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 # --- reading ---
@@ -220,11 +222,12 @@ def read_log(path: str | Path) -> list[dict]:
     path = require_path(path / "log.jsonl", "log") if path.is_dir() else path
     lines = []
     try:
-        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if text.endswith("\n"):
-                line = json.loads(text)
-                lines.append({"step": line["step"], **line})
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        for text in read_text(path, "log").split("\n")[:-1]:
+            line = json.loads(text)
+            if not _is_line(line):
+                raise ValueError(f"it has the line {text[:60]!r}")
+            lines.append(line)
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{str(path)!r} is not a log of train.py ({error}); give a run's folder"
         ) from None
@@ -233,6 +236,15 @@ def read_log(path: str | Path) -> list[dict]:
             f"{str(path)!r} has no line yet; wait for the run's first --print-freq steps"
         )
     return lines
+
+
+def _is_line(line):
+    """Whether a value is {"step", metric: number, "held_out": {metric: number}}."""
+    if not is_object(line) or type(line.get("step")) is not int:
+        return False
+    metrics = {**line, **(line.get("held_out") or {"step": 0})}
+    metrics.pop("held_out", None)
+    return is_object(metrics, int, float, NoneType)
 
 
 def series(lines: list[dict]) -> dict[str, dict[str, tuple[list, list]]]:

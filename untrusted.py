@@ -79,6 +79,20 @@ def read_json(
         raise InputError(f"{what} {str(path)!r} is not JSON ({error}); {advice}") from None
 
 
+def read_ids(path: str | os.PathLike, what: str = "id list") -> list[str]:
+    """The ids of a text file, one a line. Empty lines are skipped.
+
+    Raises:
+        InputError: the file is absent, is not UTF-8 text, or has no id
+    """
+    # Not str.splitlines, which also splits at separators that an id may hold.
+    lines = read_text(path, what, "it must have an id a line").split("\n")
+    ids = [line.strip(" \t\r") for line in lines if line.strip(" \t\r")]
+    if not ids:
+        raise InputError(f"{what} {str(path)!r} is empty; it must have an id a line")
+    return ids
+
+
 def is_object(value: Any, *kinds: type) -> bool:
     """Whether a value is {string: value}, each of one of `kinds` if given: an object of JSON."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -143,6 +143,9 @@ class EvaluationSet:
         self._set_ids(list(queries), list(database))
 
     def _set_ids(self, queries, database):
+        for name in (*queries, *database):
+            if not isinstance(name, str):
+                raise ValueError(f"id {name!r} is not a text")
         self.queries, self.database = queries, database
         self._query_index = positions_by_id(queries, f"{self.source}: query")
         self._position = positions_by_id(database, f"{self.source}: video")
@@ -443,7 +446,7 @@ def annotation_errors(path: str | Path, form: str) -> Iterator[None]:
     """In this block, an annotation that is not of the `form` raises an InputError that names it."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"annotation file {str(path)!r} is not of {form}"
             f" ({type(error).__name__}: {error}); fetch it again"

@@ -1,14 +1,11 @@
 """FIVR-5K and FIVR-200K, and any set in FIVR's form (the demo's)."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from datasets.evaluation_set import EvaluationSet, Judgement, annotation_errors
-from datasets.similarity_files import read_ids
-from untrusted import load_pickle
-from utils import require_path
+from untrusted import is_object, load_pickle, read_ids, read_json
 
 FORM = "FIVR's form {query: {label: [ids]}}"
 EASY_DUPLICATES = "fivr_easy_duplicates.txt"
@@ -62,7 +59,10 @@ class FIVR(EvaluationSet):
             for task, labels in self.TASKS.items():
                 relevant = set()
                 for label in labels:
-                    relevant.update(annotation[query].get(label, ()))
+                    videos = annotation[query].get(label, ())
+                    if isinstance(videos, str):
+                        raise ValueError(f"label {label} of {query!r} is a text, not a list")
+                    relevant.update(videos)
                 tasks[task] = Judgement(self.positions_of(relevant))
             self.judgements.append(tasks)
 
@@ -141,9 +141,8 @@ def _read_easy_duplicates(path):
 
 
 def _read_labels(path):
-    text = require_path(path, "annotation file").read_bytes()
+    annotation = read_json(path, "annotation file", "fetch it again")
     with annotation_errors(path, FORM):
-        annotation = json.loads(text.decode("utf-8"))
-        if not isinstance(annotation, dict):
+        if not is_object(annotation):
             raise ValueError(f"a {type(annotation).__name__}, not an object")
         return annotation

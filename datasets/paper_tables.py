@@ -6,12 +6,13 @@
 import re
 import shlex
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import InputError, require_path
+from untrusted import is_object, read_text, reading
+from utils import InputError
 
 TABLES = Path(__file__).resolve().parent / "paper_tables.toml"
 
@@ -61,9 +62,34 @@ class Row:
 def read_tables(path: str | Path = TABLES) -> dict:
     """The tables file: "tables" {name: table} and "settings" {paper, demo}."""
     try:
-        return tomllib.loads(require_path(path, "tables file").read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"tables file {str(path)!r}: {error}") from None
+        tables = tomllib.loads(read_text(path, "tables file"))
+        _check_tables(tables)
+        return tables
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"tables file {str(path)!r}: {type(error).__name__} {error}") from None
+
+
+def _check_tables(tables):
+    """Raise what is wrong with the types of the file's values."""
+    kinds = {"name": str, "published": dict, "unverified": bool, "source": str, "note": str}
+    kinds |= dict.fromkeys(("features", "evaluate", "needs", "train"), str)
+    for table in tables["tables"].values():
+        texts = [table["set"], table["source"]]
+        for row in table["rows"]:
+            texts.append(row["name"])
+            for name, value in row.items():
+                if not isinstance(value, kinds.get(name, str)):
+                    raise TypeError(f"{name} {str(value)[:40]!r}")
+            if not is_object(row.get("published", {}), int, float):
+                raise TypeError(f"published {str(row['published'])[:40]!r}")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"{str(texts)[:60]!r}")
+    for setting in ("paper", "demo"):
+        settings = tables["settings"][setting]
+        if not isinstance(settings["annotation"] + settings["train"], str):
+            raise TypeError(setting)
+        if not all(isinstance(width, int) for width in settings["widths"].values()):
+            raise TypeError(f"widths of {setting}")
 
 
 def select_tables(names: Sequence[str], tables: dict) -> list[str]:
@@ -80,10 +106,14 @@ def select_tables(names: Sequence[str], tables: dict) -> list[str]:
 
 def plan(tables: dict, name: str, args) -> list[Row]:
     """The rows of table `name`, with the commands that run them on --set."""
+    with reading(TABLES, "tables file", f"correct its table {name!r}"):
+        return list(_plan_rows(tables, name, args))
+
+
+def _plan_rows(tables, name, args) -> Iterator[Row]:
     table = tables["tables"][name]
     evaluated_on = args.set or table["set"]
     setting = "demo" if args.set and args.set.startswith("DEMO") else "paper"
-    rows = []
     for entry in table["rows"]:
         row = Row(
             name=entry["name"],
@@ -95,8 +125,7 @@ def plan(tables: dict, name: str, args) -> list[Row]:
         if "evaluate" in entry:
             row.results = args.output / name / f"{slug(row.name)}.json"
             plan_row(row, entry, tables["settings"][setting], setting, evaluated_on, args)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def plan_row(row, entry, settings, setting, evaluated_on, args):

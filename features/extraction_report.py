@@ -10,6 +10,7 @@ from pathlib import Path
 
 from features.decoding import Video
 from files import write_json
+from untrusted import is_object, read_json
 from utils import InputError, digest, provenance
 
 
@@ -20,6 +21,12 @@ def file_stamp(path: str | Path) -> str:
     except OSError:
         return ""
     return f"{facts.st_size} bytes, {facts.st_mtime_ns}"
+
+
+def _is_row(row):
+    """Whether a value is a row of a report, as far as a later run relies on it."""
+    texts = ("path", "source", "status", "reason")
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in texts)
 
 
 class ExtractionReport:
@@ -45,27 +52,26 @@ class ExtractionReport:
         self._finished = self._read()
         self.rows = dict(self._finished)
         if self._log.exists():
-            self._replay(self._log.read_text(encoding="utf-8").splitlines())
+            self._replay(self._log.read_text(encoding="utf-8", errors="replace").splitlines())
 
     def _read(self):
         """The rows of NAME.json; none if it is of other settings."""
         if not self.path.exists():
             return {}
-        try:
-            report = json.loads(self.path.read_text(encoding="utf-8"))
-            return report["videos"] if report["settings"] == self.settings else {}
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{str(self.path)!r}, where the report goes, is not a report; "
-                "move it, or name another --output"
-            ) from None
+        advice = "it is where the report goes; move it, or name another --output"
+        report = read_json(self.path, "file", advice)
+        if not (is_object(report) and is_object(report.get("videos"), dict)):
+            raise InputError(f"file {str(self.path)!r} is not a report; {advice}")
+        if not all(_is_row(row) for row in report["videos"].values()):
+            raise InputError(f"file {str(self.path)!r} is not a report of videos; {advice}")
+        return report["videos"] if report.get("settings") == self.settings else {}
 
     def _replay(self, lines):
         """Take over the rows that a killed run logged: a line [id, settings digest, row] each."""
         for line in lines:
-            with contextlib.suppress(ValueError):  # cut short by the kill
+            with contextlib.suppress(ValueError, TypeError):  # cut short by the kill
                 name, settings, row = json.loads(line)
-                if settings == digest(self.settings):
+                if settings == digest(self.settings) and isinstance(name, str) and _is_row(row):
                     self.rows[name] = row
 
     def stored_source(self, name: str) -> str | None:

@@ -1,6 +1,5 @@
 """PCA of frame features: exact fit in bounded memory, parameter files, projection."""
 
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from features.store import FeatureStore
+from untrusted import load_npz, reading
 from utils import InputError, file_sha256, require_path
 
 
@@ -51,15 +51,14 @@ def load_projection(path: str | Path, components: int | None = None) -> Projecti
             few components.
     """
     path = require_path(path, "pca")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name], np.float64) for name in file.files}
+    advice = "is it a .npz of pca.py or of the released code (U, lams, mu, Utmu)?"
+    stored = load_npz(path, "pca", advice)
+    with reading(path, "pca", advice), np.errstate(all="ignore"):
+        arrays = {name: array.astype(np.float64) for name, array in stored.items()}
         read = _read_released if "U" in arrays else _read_ours
         matrix, offset, scale = read(arrays)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
-        raise InputError(
-            f"pca {str(path)!r} is not a .npz of pca.py or of the released code (U, lams, mu, Utmu)"
-        ) from None
+        if not all(np.isfinite(part).all() for part in (matrix / scale[:, None], offset / scale)):
+            raise ValueError("it holds NaN or infinity, or a direction that does not vary")
     keep = components or len(matrix)
     if keep > len(matrix):
         raise InputError(

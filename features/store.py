@@ -332,6 +332,22 @@ def write_store(
         file.attrs.update({**meta, "checksum": checksum})
 
 
+def _is_header(line):
+    """Whether a line of a journal may be its first: {"dtype", "meta"}."""
+    if not isinstance(line, dict) or line.keys() != {"dtype", "meta"}:
+        return False
+    return isinstance(line["meta"], dict) and line["dtype"] in ("float16", "float32", "float64")
+
+
+def _is_entry(line, width):
+    """Whether a line of a journal may be a video's: {"id", "T", "C", "source"}, C as `width`."""
+    if not isinstance(line, dict) or line.keys() != {"id", "T", "C", "source"}:
+        return False
+    T, C = line["T"], line["C"]
+    is_sized = type(T) is int and type(C) is int and T > 0 and C > 0 and C == (width or C)
+    return is_sized and isinstance(line["id"], str) and isinstance(line["source"], str | None)
+
+
 class StoreWriter:
     """Writes a feature file of the packed layout, and resumes after a kill without losing a video.
 
@@ -398,10 +414,15 @@ class StoreWriter:
         for raw in journal.splitlines(keepends=True):
             try:
                 line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 line = None
             if line is None:
                 break  # the run was killed while it wrote this line
+            width = lines[1]["C"] if len(lines) > 1 else None
+            if not (_is_entry(line, width) if lines else _is_header(line)):
+                raise InputError(
+                    f"{str(self._journal)!r} is not the journal of an extraction; remove it"
+                )
             if lines:
                 # Row size comes from the journal's own dtype: if that is refused below, the spool
                 # must stay complete.

@@ -78,7 +78,8 @@ def load_comparator(path: str | Path) -> VideoComparator:
     tensors, wrong = {}, []
     for key, own in comparator.state_dict().items():
         tensors[key] = state.get(prefix + key)
-        if getattr(tensors[key], "shape", None) != own.shape:
+        tensor = tensors[key]
+        if not isinstance(tensor, Tensor) or tensor.shape != own.shape or tensor.is_complex():
             wrong.append(prefix + key)
     if wrong:
         raise InputError(

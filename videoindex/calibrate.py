@@ -86,8 +86,7 @@ def pack(args):
     """Write pca.npz and model.pth with the large arrays in half precision."""
     output = Path(args.output)
     pca_path = utils.require_path(args.pca, "pca")
-    with np.load(pca_path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = untrusted.load_npz(pca_path, "pca", "is it a .npz of pca.py?")
     for name, array in arrays.items():
         if array.ndim:
             # Mean and variances span orders of magnitude, so they stay in float32.
@@ -98,7 +97,7 @@ def pack(args):
 
     path = model_file(args.model_path)
     saved = untrusted.load_torch(path)
-    if "state_dict" not in saved:
+    if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
         raise utils.InputError(f"{str(path)!r} is not a model.pth of train.py; give a run's folder")
     halves = {}
     for name, value in saved["state_dict"].items():

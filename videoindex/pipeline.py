@@ -4,8 +4,8 @@ The parts are those of the other scripts (pre-processing/, evaluation.py); `Pipe
 Its `identity` names everything that decides the values of the descriptors.
 """
 
+import inspect
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ import utils
 from distributed import Distributed, default_device
 from model import ENCODERS, load_encoder, model_file
 from padding import pad
+from retrieval.alignment import align
+from untrusted import is_object, read_json
 from utils import InputError, available_cores
 
 # The shipped model: pca.npz, model.pth, calibration.json.
@@ -280,13 +282,31 @@ def read_calibration(folder: Path | None, identity: dict[str, Any]) -> dict[str,
     path = Path(folder, CALIBRATION) if folder else None
     if path is None or not path.exists():
         return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return next((entry for entry in entries.values() if entry["identity"] == identity), {})
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{str(path)!r} is not a calibration ({error!r}); make it again or remove it"
-        ) from None
+    advice = "make it again or remove it"
+    entries = read_json(path, "calibration", advice)
+    if not is_object(entries, dict):
+        raise InputError(f"calibration {str(path)!r} is not one; {advice}")
+    for entry in entries.values():
+        if entry.get("identity") == identity:
+            check_calibration(entry, f"calibration {str(path)!r}")
+            return entry
+    return {}
+
+
+def check_calibration(entry: dict[str, Any], source: str) -> None:
+    """Raise InputError unless what `search.py` takes from a calibration has the right types."""
+    numbers = ("threshold", "copies_threshold", "radius")
+    good = all(isinstance(entry.get(name, 0.0), float | int) for name in numbers)
+    good = good and isinstance(entry.get("metric", ""), str)
+    arguments = entry.get("align", {})
+    if not good or not is_object(arguments, float, int):
+        raise InputError(f"{source} holds values of other types; make it again")
+    parameters = inspect.signature(align).parameters
+    for name, value in arguments.items():
+        default = getattr(parameters.get(name), "default", None)
+        is_number = isinstance(default, float) or type(value) is type(default) is int
+        if not is_number or not 0 <= value <= 1000:
+            raise InputError(f"{source}: align cannot take {name} {value}; make it again")
 
 
 def make_thumbnail(frame: np.ndarray) -> bytes:

@@ -31,22 +31,9 @@ import numpy as np
 import utils
 from files import Lock, atomic, remove_leftovers
 from utils import InputError
+from videoindex import schema
 
-VERSION = 1  # of the format
 PATIENCE = 30  # seconds to wait for another process that is writing the database
-SCHEMA = """
-CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE contents (
-    id INTEGER PRIMARY KEY, sha256 TEXT UNIQUE NOT NULL, seconds REAL NOT NULL,
-    frames INTEGER NOT NULL, frame INTEGER NOT NULL,      -- how many rows of frames-G, the first
-    pieces INTEGER NOT NULL, piece INTEGER NOT NULL,      -- the same of videos-G
-    sizes BLOB NOT NULL, thumbnail INTEGER NOT NULL,      -- bytes of each JPEG (int32), the first
-    checksum INTEGER NOT NULL);                           -- CRC-32 of all three
-CREATE TABLE files (
-    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
-    content INTEGER NOT NULL REFERENCES contents);
-CREATE INDEX files_by_content ON files (content);
-"""
 # The kinds of data, in the order in which a checksum runs over them.
 FILES = {"frames": "frames-{}.f16", "videos": "videos-{}.f32", "thumbnails": "thumbnails-{}.jpg"}
 
@@ -137,16 +124,13 @@ class IndexStore:
                 " make one with `search.py index`"
             )
         with database_errors(folder):
-            self.db = sqlite3.connect(
-                self.folder / "index.db", timeout=PATIENCE, isolation_level=None
-            )
+            schema.require_own_files(self.folder)
+            self.db = schema.connect(self.folder / "index.db", PATIENCE)
+            schema.check_tables(self.db, self.folder)
+            self.db.execute("BEGIN")  # settings and rows of one moment
             self.settings = self._read_settings()
-        version = self.settings.get("version")
-        if version != VERSION:
-            raise InputError(
-                f"index {str(folder)!r} has version {version} of the format, this program writes"
-                f" {VERSION}; index the videos again, into another folder"
-            )
+            schema.check_rows(self.db, self.settings, self.folder)
+            self.db.execute("COMMIT")
 
     @classmethod
     def create(cls, folder: str | os.PathLike, size: int, settings: dict[str, Any]) -> "IndexStore":
@@ -156,7 +140,7 @@ class IndexStore:
         """
         folder = Path(folder)
         initial = {
-            "version": VERSION,
+            "version": schema.VERSION,
             "size": size,
             "generation": 0,
             "ends": [0, 0, 0],  # frames, windows, bytes of thumbnails
@@ -171,8 +155,7 @@ class IndexStore:
     # --- settings -------------------------------------------------------------------------------
 
     def _read_settings(self):
-        rows = self.db.execute("SELECT name, value FROM settings")
-        return {name: json.loads(value) for name, value in rows}
+        return schema.read_settings(self.db, self.folder)
 
     def _write_settings(self, **values):
         rows = [(name, json.dumps(value)) for name, value in values.items()]
@@ -194,7 +177,12 @@ class IndexStore:
 
     def _contents(self, where="1", values=()):
         query = f"SELECT * FROM contents WHERE {where} ORDER BY id"
-        return map(Content._make, self.db.execute(query, values))
+        return map(Content._make, self._rows(query, values))
+
+    def _rows(self, query, values=()):
+        """Yield the rows of a query."""
+        with database_errors(self.folder):
+            yield from self.db.execute(query, values)
 
     def contents(self) -> Iterator[Content]:
         """All contents in the order in which they were added."""
@@ -207,29 +195,29 @@ class IndexStore:
     def paths(self, number: int) -> list[str]:
         """The files that have this content, sorted."""
         query = "SELECT path FROM files WHERE content = ? ORDER BY path"
-        return [os.fsdecode(path) for (path,) in self.db.execute(query, (number,))]
+        return [os.fsdecode(path) for (path,) in self._rows(query, (number,))]
 
     def known_files(self) -> dict[str, KnownFile]:
         """Every file of the index: {path: KnownFile}."""
-        rows = self.db.execute("SELECT path, size, mtime, content FROM files")
+        rows = self._rows("SELECT path, size, mtime, content FROM files")
         return {os.fsdecode(path): KnownFile(*facts) for path, *facts in rows}
 
     def num_files(self) -> int:
-        return self.db.execute("SELECT count(*) FROM files").fetchone()[0]
+        return next(self._rows("SELECT count(*) FROM files"))[0]
 
     def totals(self) -> tuple[int, int, float]:
         """How many contents there are, their frames, their seconds."""
         columns = "count(*), coalesce(sum(frames), 0), coalesce(sum(seconds), 0)"
-        return self.db.execute(f"SELECT {columns} FROM contents").fetchone()
+        return next(self._rows(f"SELECT {columns} FROM contents"))
 
     def frame_counts(self) -> dict[int, int]:
         """The number of frames of every content, by its number."""
-        return dict(self.db.execute("SELECT id, frames FROM contents"))
+        return dict(self._rows("SELECT id, frames FROM contents"))
 
     def shared_contents(self) -> set[int]:
         """The contents that several files have."""
         query = "SELECT content FROM files GROUP BY content HAVING count(*) > 1"
-        return {number for (number,) in self.db.execute(query)}
+        return {number for (number,) in self._rows(query)}
 
     def frame_descriptors(self, content: Content) -> np.ndarray:
         """The frame descriptors (T, D) float16 of a content, a view of the memory map."""
@@ -249,7 +237,7 @@ class IndexStore:
     def window_owners(self) -> np.ndarray:
         """(sum P,) int64: the content that each window descriptor belongs to, -1 for a hole."""
         owners = np.full(self.settings["ends"][1], -1)
-        rows = self.db.execute("SELECT id, piece, pieces FROM contents")
+        rows = self._rows("SELECT id, piece, pieces FROM contents")
         for number, first, count in rows:
             owners[first : first + count] = number
         return owners
@@ -262,14 +250,14 @@ class IndexStore:
         path = self.data_path(kind)
         try:
             return np.memmap(path, dtype, "r", shape=shape)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise InputError(
                 f"index {str(self.folder)!r}: {path.name} is missing or cut short ({error})"
             ) from None
 
     def thumbnails(self, content: Content, frame_numbers: Iterable[int]) -> list[bytes]:
         """The JPEGs of some frames of a content."""
-        sizes = np.frombuffer(content.jpeg_sizes, np.int32)
+        sizes = self._jpeg_sizes(content)
         starts = content.first_byte + np.cumsum([0, *sizes])
         jpegs = []
         with database_errors(self.folder), open(self.data_path("thumbnails"), "rb") as file:
@@ -277,6 +265,16 @@ class IndexStore:
                 file.seek(starts[i])
                 jpegs.append(file.read(sizes[i]))
         return jpegs
+
+    def _jpeg_sizes(self, content):
+        """The bytes (T,) int32 of a content's thumbnails, which lie in their file."""
+        sizes = np.frombuffer(content.jpeg_sizes, np.int32)
+        end = content.first_byte + int(sizes.sum(dtype=np.int64))
+        if sizes.min() < 0 or end > self.settings["ends"][2]:
+            raise InputError(
+                f"index {str(self.folder)!r}: the thumbnails of video {content.id} are damaged"
+            )
+        return sizes
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -286,9 +284,14 @@ class IndexStore:
         with database_errors(self.folder), Lock(self.folder, folder=True) as lock:
             for path in self.folder.glob(".*"):  # temporary files are .NAME.OWNER.RANDOM.SUFFIX
                 remove_leftovers(path.with_name(path.name[1:].rsplit(".", 3)[0]), lock)
+            schema.require_own_files(self.folder)
+            schema.allow_writing(self.db, True)
             self.settings = self._read_settings()  # another process may have written meanwhile
             self._remove_leftovers()
-            yield self
+            try:
+                yield self
+            finally:
+                schema.allow_writing(self.db, False)
 
     @contextlib.contextmanager
     def _transaction(self):
@@ -463,7 +466,7 @@ class IndexStore:
 
     def stored_bytes(self, content: Content) -> dict[str, bytes]:
         """The data of a content as it is stored: {kind: bytes}."""
-        total = int(np.frombuffer(content.jpeg_sizes, np.int32).sum())
+        total = int(self._jpeg_sizes(content).sum())
         with open(self.data_path("thumbnails"), "rb") as file:
             file.seek(content.first_byte)
             thumbnails = file.read(total)
@@ -478,7 +481,7 @@ class IndexStore:
         with database_errors(self.folder):
             for (line,) in self.db.execute("PRAGMA integrity_check"):
                 if line != "ok":
-                    yield f"index.db: {line}"
+                    yield f"index.db: {utils.printable(line)}"
             for content in self.contents():
                 try:
                     intact = checksum(self.stored_bytes(content)) == content.checksum
@@ -497,7 +500,7 @@ def _write_database(path, settings):
     """Write the database of an empty index; it appears complete, or not at all."""
     with atomic(path) as temporary:
         db = sqlite3.connect(temporary)
-        db.executescript(SCHEMA)
+        db.executescript(schema.SCHEMA)
         rows = [(name, json.dumps(value)) for name, value in settings.items()]
         db.executemany("INSERT INTO settings VALUES (?, ?)", rows)
         db.commit()
