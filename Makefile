@@ -8,6 +8,7 @@
 #   make tables        every table of the paper on the demo's film, in results/demo
 #   make bench         the benchmarks of benchmarks/README.md
 #   make search-model  the model that search.py ships, and its calibration
+#   make fuzz          damaged files for every reader; MINUTES=60
 #   make horovod       Horovod, for horovodrun; four minutes on two cores. Again: make -B horovod
 #   make clean         remove runs/
 
@@ -16,7 +17,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test test-fast tables bench search-model horovod lint clean
+.PHONY: help demo test test-fast fuzz tables bench search-model horovod lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -58,6 +59,12 @@ test-fast: .venv/ready lint
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Damaged files for every reader, each in a child process with limits of memory and time.
+MINUTES := 60
+fuzz: .venv/ready
+	mkdir -p runs
+	OMP_NUM_THREADS=1 PYTHONPATH=pre-processing $(RUN) tests/fuzz.py --minutes $(MINUTES) --output runs/fuzz.json
 
 clean:
 	rm -rf runs

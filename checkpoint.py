@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from data import PairDataset
 from distributed import Distributed
 from files import Lock, remove_leftovers, save_torch, write_json
-from untrusted import load_torch
+from untrusted import load_torch, reading
 from utils import InputError, provenance
 
 RESTART = 5  # seconds in which the processes of a run whose launcher was killed have ended
@@ -29,6 +30,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM, before its ti
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.
 ATOMIC_FILES = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")
+
+VALUE = torch.Tensor | int | float
+STATE_TYPES = {
+    **dict.fromkeys(("moco", "inputs", "args"), dict),
+    **dict.fromkeys(("processes", "step", "epoch", "seen", "best_epoch"), int),
+    "best": float | int,
+    "best_weights": dict | NoneType,
+    "mined": torch.Tensor | NoneType,
+    "optimizers": list,
+}
 
 # Arguments
 MAY_CHANGE_ON_RESUME = {
@@ -288,7 +299,9 @@ class Run:
                 state = newest_readable_checkpoint(self.folder, self.STATE_FIELDS)
                 if state:
                     check_same_run(state, self.args, self.inputs, self.folder)
-                    self.model.load_state_dict(state.pop("moco"))  # both encoders and the bank
+                    with self._fitting():
+                        self.model.load_state_dict(state.pop("moco"))  # both encoders and the bank
+                        self._check_hard_negatives(state["mined"])
                     optimizers = state.pop("optimizers")  # one, or under Adasum one per process
                     state["optimizers"] = len(optimizers)
         state = self.dist.broadcast(state)
@@ -298,13 +311,27 @@ class Run:
             optimizer = self.dist.scatter_from_main(optimizers)
         else:
             optimizer = self.dist.broadcast(optimizers[0] if optimizers else None)
-        self.optimizer.load_state_dict(optimizer)
+        with self._fitting():
+            self.optimizer.load_state_dict(optimizer)
         self.data.hard_negatives = state["mined"]
         for name in self.PROGRESS_FIELDS:
             setattr(self, name, state[name])
         if self.dist.is_main:
             for note in resume_notes(state, self.args.batch_sz, self.dist, len(self.data)):
                 print(note)
+
+    def _fitting(self):
+        """In this block, a state that does not fit this run is an InputError."""
+        return reading(self.folder / NEWEST, "checkpoint", "choose another --model_path")
+
+    def _check_hard_negatives(self, ids):
+        """Raise ValueError unless `ids` are (anchors, H) negatives' ids or -1, or None."""
+        if ids is None:
+            return
+        if ids.ndim != 2 or ids.dtype != torch.int64 or len(ids) != len(self.data.anchors):
+            raise ValueError(f"its hard negatives are {ids.dtype} {tuple(ids.shape)}")
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(self.data.negatives):
+            raise ValueError("its hard negatives are of other data")
 
     def save_encoder(self):
         """Write model.pth: the encoder to share, of the best epoch if there is a validation set."""
@@ -405,7 +432,30 @@ def read_checkpoint(path: Path, keys) -> dict:
             f"checkpoint {str(path)!r} was not written by train.py"
             f" (it has no {', '.join(missing[:3])})"
         )
+    for name in keys & STATE_TYPES.keys():
+        if not isinstance(state[name], STATE_TYPES[name]):
+            raise InputError(
+                f"checkpoint {str(path)!r} was not written by train.py"
+                f" (its {name} is a {type(state[name]).__name__})"
+            )
+    if not all(map(_is_optimizer_state, state.get("optimizers", ()))):
+        raise InputError(
+            f"checkpoint {str(path)!r} was not written by train.py (its optimizers are none)"
+        )
     return state
+
+
+def _is_optimizer_state(state):
+    """Whether a value is {"state": {parameter: {name: number or tensor}}, "param_groups": []}."""
+    if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
+        return False
+    parameters = state.get("state")
+    if not isinstance(parameters, dict):
+        return False
+    return all(
+        isinstance(values, dict) and all(isinstance(v, VALUE | None) for v in values.values())
+        for values in parameters.values()
+    )
 
 
 def check_same_run(state: dict, args: argparse.Namespace, inputs: dict, folder: Path):

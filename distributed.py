@@ -24,7 +24,7 @@ import torch.distributed
 from torch import Tensor
 
 from processes import end_with_parent, end_with_starter
-from utils import InputError, available_cores
+from utils import InputError, available_cores, one_line
 
 # --- the interface ------------------------------------------------------------------------------
 
@@ -508,6 +508,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         1    the exchange between processes failed, mostly because another process ended
     """
     end_with_starter()
+    open_standard_streams()
     status = _call_main(main)
     if TorchDistributed.started:
         # gloo's threads may still need the interpreter to free a tensor. If the interpreter shuts
@@ -516,6 +517,26 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         os._exit(status or 0)
     sys.exit(status)
+
+
+def open_standard_streams() -> None:
+    """Let a process write to its streams, whatever they are.
+
+    Closed ones (`>&-`) lead nowhere. Otherwise the next file that is opened takes their number, and
+    what a library prints goes into it. Text that the encoding lacks is shown as escapes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+        if getattr(sys, name) is None:  # Python found it closed
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _call_main(main):
@@ -532,11 +553,15 @@ def _call_main(main):
         _print_error(str(stop.code))  # sys.exit("a text") means: print it, status 1
         return 1
     except BrokenPipeError:
-        # What is still buffered goes nowhere, or the flush at exit would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:  # OSError: no permission, a full disk, ...
         _print_error(error)
+        with contextlib.suppress(AttributeError):
+            try:
+                sys.stdout.flush()
+            except OSError:  # a full disk: the flush at exit would raise again
+                _discard_output()
         return 2
     except KeyboardInterrupt:
         _print_error("interrupted")
@@ -555,6 +580,11 @@ def _call_main(main):
         return 1
 
 
+def _discard_output():
+    """Let what is still buffered go nowhere, or the flush at exit would raise again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_error(error: Exception | str) -> None:
     """Print an error, or a notice, as one line on stderr."""
     # The message of a data-loading worker comes at the end of that worker's traceback.
@@ -566,8 +596,9 @@ def _print_error(error: Exception | str) -> None:
             line = f"process {rank} of {size}: {line}"
     if isinstance(error, Exception):
         line = f"error: {line}"
-    sys.stderr.write(f"{line}\n")  # one write: launchers may cut the output between two
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads it
+        sys.stderr.write(f"{one_line(line)}\n")  # one write: launchers cut between two
+        sys.stderr.flush()
 
 
 def _is_engine_error(error: RuntimeError) -> bool:

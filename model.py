@@ -587,16 +587,15 @@ def _check_fit(kind, arguments, tensors, source):
 
     What a file declares (a billion layers) is built only if the file holds its tensors.
     """
-    largest = max(MAX_FEATURE_SIZE, len(tensors) if isinstance(tensors, dict) else 0)
-    for name, value in arguments.items():
-        limit = len(tensors) if "layers" in str(name) else largest
-        if not isinstance(value, int | float | str) or (type(value) is int and value > limit):
-            raise InputError(f"{source}: {name} {str(value)[:40]!r} cannot be; save it again")
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) and not value.is_complex()
         for name, value in tensors.items()
     ):
         raise InputError(f"{source}: its weights are not named tensors; save it again")
+    for name, value in arguments.items():
+        limit = len(tensors) if "layers" in str(name) else MAX_FEATURE_SIZE
+        if not isinstance(value, int | float | str) or (type(value) is int and value > limit):
+            raise InputError(f"{source}: {name} {str(value)[:40]!r} cannot be; save it again")
     try:
         with torch.device("meta"):
             kind(**arguments).load_state_dict(tensors, assign=True)

@@ -187,14 +187,14 @@ def read_results(row: Row) -> bool:
         return False
     if newest > row.results.stat().st_mtime:
         return False
-    models = list((record.get("models_of_rows") or {}).values())  # older files lack it
-    if models and len(models[-1]) < len(row.runs):
-        row.status = (
-            f"failed: {row.results} has several rows of models, so its runs were not trained alike;"
-            " remove their folders"
-        )
-        return False
     try:
+        models = list(record.get("models_of_rows", {}).values())  # older files lack it
+        if models and len(models[-1]) < len(row.runs):
+            row.status = (
+                f"failed: {row.results} has several rows of models, so its runs were not trained"
+                " alike; remove their folders"
+            )
+            return False
         row.measured = metrics_and_speed(record)
         row.missing = missing_note(record["coverage"])
         row.revision = str(record["revision"])

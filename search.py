@@ -29,6 +29,7 @@ from tqdm import tqdm
 import utils
 from distributed import run_main
 from model import ENCODERS
+from retrieval.compare import MEMORY
 from utils import InputError, available_cores
 from videoindex.index import METRIC, METRICS, SHORTLIST, VideoIndex
 from videoindex.pipeline import DEFAULT_OPTIONS, FILE_OPTIONS, WINDOW
@@ -44,9 +45,6 @@ PARTIAL = 3  # exit status: the command was carried out, but not for all files
 
 
 def main(argv=None):
-    # A name that the terminal cannot show must not end the program.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
     utils.tune_malloc()
     return args.run(args)
@@ -64,7 +62,7 @@ def run_index(args):
         def on_file(path, reason):
             bar.update()
             if reason:
-                bar.write(f"skipped {printable(path)}: {reason}", file=sys.stderr)
+                bar.write(f"skipped {printable(path)}: {utils.one_line(reason)}", file=sys.stderr)
 
         update = index.add(args.videos, args.prune, on_file)
     if index.store.settings["index_type"] != "Flat" and len(index):
@@ -79,7 +77,11 @@ def run_index(args):
 
 def run_query(args):
     index = VideoIndex.load(
-        args.index, index_type=args.index_type, device=args.device, **model_options(args)
+        args.index,
+        index_type=args.index_type,
+        device=args.device,
+        memory=args.memory,
+        **model_options(args),
     )
     if args.threshold is None and "threshold" not in index.calibration:
         print(
@@ -98,7 +100,8 @@ def run_query(args):
     results = [results[str(Path(clip))] for clip in args.clips]
     for video, _ in results:
         if video.reason:
-            print(f"skipped {printable(video.path)}: {video.reason}", file=sys.stderr)
+            reason = utils.one_line(video.reason)
+            print(f"skipped {printable(video.path)}: {reason}", file=sys.stderr)
     encoded = [(video, matches) for video, matches in results if not video.reason]
     if args.report:
         write_query(args.report, index, encoded)
@@ -111,7 +114,7 @@ def run_query(args):
 
 
 def run_duplicates(args):
-    index = VideoIndex.load(args.index, index_type=args.index_type)
+    index = VideoIndex.load(args.index, index_type=args.index_type, memory=args.memory)
     groups = index.duplicates(args.threshold, args.radius, args.metric)
     if args.report:
         write_duplicates(args.report, index, groups)
@@ -143,7 +146,7 @@ def run_info(args):
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{part} {what}" for part, what in value.items())
-        print(f"{name:12}{value}")
+        print(f"{name:12}{utils.one_line(str(value))}")
 
 
 def run_verify(args):
@@ -360,6 +363,13 @@ def add_result_options(command):
         "--metric",
         choices=METRICS,
         help=f"frame-level score (default: the calibrated one, else {METRIC})",
+    )
+    command.add_argument(
+        "--memory",
+        type=float,
+        default=MEMORY,
+        help="GiB that the comparison of frames may take, with what the process holds then"
+        " (default %(default)s)",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
     command.add_argument(

@@ -56,21 +56,26 @@ def require_path(path: str | os.PathLike, what: str) -> Path:
     return path
 
 
-def printable(text: str) -> str:
-    """Text of a file's on one line of a terminal: different texts stay different.
+def one_line(text: str) -> str:
+    """Text with escapes for what a terminal would act on.
 
-    Control characters, line ends, marks of direction and bytes that are not UTF-8 are shown as
-    escapes, and so are a backslash and a space at either end.
+    Control characters, line ends, marks of direction, and bytes that are not UTF-8.
     """
-    ends = {0, len(text) - 1}
-    shown = []
-    for i, c in enumerate(text):
-        if c == "\\" or not c.isprintable():
-            c = c.encode("unicode_escape").decode()
-        elif c == " " and i in ends:
-            c = "\\x20"
-        shown.append(c)
+    if text.isprintable():
+        return text
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
     return "".join(shown)
+
+
+def printable(text: str) -> str:
+    """An id as `one_line`; a backslash and a space at either end are escaped too.
+
+    So different ids stay different, and a list of them can be read again.
+    """
+    shown = one_line(text.replace("\\", "\\\\"))
+    if shown.startswith(" "):
+        shown = "\\x20" + shown[1:]
+    return shown[:-1] + "\\x20" if shown.endswith(" ") else shown
 
 
 # --- hashes -------------------------------------------------------------------------------------

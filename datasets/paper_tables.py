@@ -84,8 +84,7 @@ def _check_tables(tables):
                 raise TypeError(f"published {str(row['published'])[:40]!r}")
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"{str(texts)[:60]!r}")
-    for setting in ("paper", "demo"):
-        settings = tables["settings"][setting]
+    for setting, settings in tables["settings"].items():
         if not isinstance(settings["annotation"] + settings["train"], str):
             raise TypeError(setting)
         if not all(isinstance(width, int) for width in settings["widths"].values()):

@@ -27,7 +27,7 @@ from features.pca import Projection
 from features.pooling import POOLINGS
 from features.store import FeatureStore, StoreWriter
 from files import DiskError, Lock
-from utils import InputError, available_cores, tune_malloc
+from utils import InputError, available_cores, one_line, printable, tune_malloc
 
 # Frames (B, 224, 224, 3) uint8 -> rows (B, C).
 FeatureFunction = Callable[[np.ndarray], np.ndarray]
@@ -333,7 +333,8 @@ def _extract_into(writer, videos, report, sources, compute_features, options):
                 frames = write_video(writer, video)
                 report.add(video, sources[video.id], frames)
                 if video.reason:
-                    bar.write(f"skipped {video.id}: {video.reason}", file=sys.stderr)
+                    reason = one_line(video.reason)
+                    bar.write(f"skipped {printable(video.id)}: {reason}", file=sys.stderr)
                 bar.update()
     except InputError as error:
         if writer.done or isinstance(error, DiskError):

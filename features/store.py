@@ -527,9 +527,11 @@ class StoreWriter:
                 parts[entry["id"]] = slice(start, end)
             start = end
         lengths = {video: part.stop - part.start for video, part in parts.items()}
-        spool = np.memmap(self._spool, self.dtype, "r").reshape(-1, width)  # (sum of T, C)
+        pages = np.memmap(self._spool, self.dtype, "r")
+        spool = pages.reshape(-1, width)  # (sum of T, C)
 
         def read(video):
+            pages._mmap.madvise(mmap.MADV_DONTNEED)  # those of the videos before are no longer held
             return spool[parts[video]]
 
         write_store(self.path, lengths, read, self.dtype, width, self.meta)

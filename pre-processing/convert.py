@@ -36,7 +36,7 @@ from distributed import run_main
 from features.layouts import LAYOUTS, open_source
 from features.store import FeatureStore, cast_rows, rows_checksum, store_checksum
 from untrusted import read_text
-from utils import InputError, Parser, printable
+from utils import InputError, Parser, one_line, printable
 
 
 def layout_of(path: str | Path, layout: str | None = None) -> str:
@@ -74,6 +74,7 @@ def write(
 
         def read(video):
             bar.update()
+            videos[video].release_pages()  # of the videos before
             return cast_rows(video, videos[video].read_verified(video), dtype)
 
         LAYOUTS[layout](path, lengths, read, dtype, feature_size, meta)
@@ -229,7 +230,7 @@ def run_info(options: argparse.Namespace) -> None:
         facts["checksum"] = "none: made by another program, or by an older version of this one"
     meta = facts.pop("meta")
     for name, value in [*facts.items(), *meta.items()]:
-        print(f"{printable(name):12} {printable(str(value))}")
+        print(f"{one_line(name):12} {one_line(str(value))}")
 
 
 def check_rows(rows: np.ndarray, stored: str | None) -> tuple[str, str]:
@@ -256,7 +257,7 @@ def run_verify(options: argparse.Namespace) -> int:
         if reason:
             bad[video] = reason
     for video, reason in sorted(bad.items()):
-        print(f"{printable(video)}\t{printable(reason)}")  # what --without reads
+        print(f"{printable(video)}\t{one_line(reason)}")  # what --without reads
 
     # The rows may all be good, and yet a video lost or renamed: the store's own checksum tells.
     checksum = store_checksum(store.dtype, store.feature_size, store.lengths, sums)

@@ -5,7 +5,7 @@ All work on frame similarities: one query of Tq frames against targets side by s
 something open, such as how a path becomes one number, the docstring says what is done here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NONE = -torch.inf
+BLOCK_ROWS = 8  # of a matrix, that `tn` looks at together
 
 
 def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
@@ -74,21 +75,22 @@ def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
     return torch.empty_like(best).index_copy_(0, order, best)
 
 
-def longest_paths(weights: Tensor, step: int, gap: float = 0.0) -> Iterator[Tensor]:
+def longest_paths(weights: Iterable[Tensor], step: int, gap: float = 0.0) -> Iterator[Tensor]:
     """Yield, row by row, the weight of the heaviest path that ends in each node: (columns,).
 
-    A node is a cell of weights (rows, columns) above -inf. Edges go from (i-a, j-b) to (i, j) for
-    1 <= a, b <= step, at a cost of gap * (max(a-2, 0) + max(b-2, 0)). Steps of 1 and 2 are free, so
-    half and double speed are.
+    weights: (rows, columns), or its rows one by one. A node is a cell above -inf. Edges go from
+    (i-a, j-b) to (i, j) for 1 <= a, b <= step, at a cost of gap * (max(a-2, 0) + max(b-2, 0)).
+    Steps of 1 and 2 are free, so half and double speed are.
 
         L(i, j) = w(i, j) + max(0, max over a, b of L(i-a, j-b) - cost(a, b))
     """
-    columns = weights.shape[1]
     cost = [gap * max(b - 2, 0) for b in range(1, step + 1)]
-    costs = weights.new_tensor(cost)[:, None]
-    # reach[a - 1, j]: the heaviest path that ends a rows back, for a node in column j.
-    reach = weights.new_full((step, columns), NONE)
+    reach = None
     for row in weights:
+        if reach is None:
+            columns, costs = len(row), row.new_tensor(cost)[:, None]
+            # reach[a - 1, j]: the heaviest path that ends a rows back, for a node in column j.
+            reach = row.new_full((step, columns), NONE)
         L = row + (reach - costs).amax(0).clamp_(min=0)
         yield L
         reach = reach.roll(1, 0)
@@ -117,16 +119,24 @@ def tn(
     top and step are those of VCSL (He et al., CVPR 2022) and of the TCA release, min_similarity
     that of VCSL. The release has .8, which copies do not reach in whitened features.
     """
-    parts = []
-    for part in matrix.split(list(lengths), 1):
-        least = part.topk(min(top, part.shape[1]), 1).values[:, -1:].clamp(min=min_similarity)
-        nodes = part.masked_fill(part < least, NONE)
-        parts.append(F.pad(nodes, (0, step), value=NONE))  # no edge reaches the next target
-    best = matrix.new_full((sum(lengths) + step * len(parts),), NONE)
-    for L in longest_paths(torch.cat(parts, 1), step):
+
+    def nodes() -> Iterator[Tensor]:
+        for rows in matrix.split(BLOCK_ROWS):  # a few at a time: the matrix may be large
+            parts = []
+            for part in rows.split(list(lengths), 1):
+                least = part.topk(min(top, part.shape[1]), 1).values[:, -1:]
+                part = part.masked_fill(part < least.clamp(min=min_similarity), NONE)
+                parts.append(F.pad(part, (0, step), value=NONE))  # no edge reaches the next target
+            yield from torch.cat(parts, 1)
+
+    best = matrix.new_full((sum(lengths) + step * len(lengths),), NONE)
+    for L in longest_paths(nodes(), step):
         torch.maximum(best, L, out=best)
     best = best.split([length + step for length in lengths])
     return torch.stack([part.amax() for part in best]).clamp(min=0) / len(matrix)
+
+
+ALIGN_BYTES = 14  # that `align` takes for each cell, the matrix included
 
 
 class Segment(NamedTuple):
@@ -181,8 +191,10 @@ def align(
     least = min(min_length, *matrix.shape)
     segments = []
     closed = torch.zeros_like(matrix, dtype=torch.bool)  # the rectangles of the segments
+    L = torch.empty_like(weights)
     for _ in range(5 * limit):
-        L = torch.stack(list(longest_paths(weights, step, gap)))
+        for i, row in enumerate(longest_paths(weights, step, gap)):
+            L[i] = row
         path = _best_path(L, weights, step, gap)
         score = float(L[path[-1]]) if path else NONE
         if score < min_score or len(segments) == limit:

@@ -114,7 +114,7 @@ FRAME_METRICS = {
 METRICS = VIDEO_METRICS | FRAME_METRICS
 
 # Bytes that a metric allocates for each cell of the matrix, beside the matrix itself.
-WORKING_BYTES = {"comparator": 8, "dp": 8, "tn": 32}
+WORKING_BYTES = {"comparator": 8, "dp": 8, "tn": 8}
 
 
 # --- descriptors --------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def similarity_tables(
     The work is cut into chunks. A chunk allocates at most `chunk_bytes` beside the tables and the
     packed queries: its targets' packed descriptors, the matrix of similarities, the reductions.
     A pair is never cut. It takes 4 Tq Tt bytes (467 MB for two videos of 3 hours), 3 times that for
-    dp and comparator, 9 times for tn; the comparator's network takes 64 MiB more, or what 32 query
+    dp and comparator, twice for tn; the comparator's network takes 64 MiB more, or what 32 query
     frames need. The cut changes nothing but the last bits.
 
     Args:
@@ -310,7 +310,7 @@ def _chunks(queries, targets, metrics, chunk_bytes, bar) -> Iterator[tuple[slice
     cell = 4  # bytes: float32, or bfloat16 and its transposed copy
     # Metrics that work on one query at a time allocate this for each row of a target.
     working = max(WORKING_BYTES.get(metric, 0) for metric in metrics)
-    working *= max(columns, default=0) + 8
+    working *= max(columns, default=0) + 32  # tn: 256 bytes, for a few rows at a time
 
     def target_bytes(length):
         """What a target takes for any queries: descriptors as given and packed, working memory."""

@@ -1,5 +1,6 @@
 """Damaged files for every reader, each read under a limit of memory and of time: `make fuzz`.
 
+    export PYTHONPATH=pre-processing
     python tests/fuzz.py --minutes 60 --output runs/fuzz.json
     python tests/fuzz.py --reader index --seed 17      # one input again, with its traceback
 
@@ -23,9 +24,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "pre-processing")]
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from helpers.readers import READERS, Damaged
 

@@ -25,8 +25,10 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from retrieval.alignment import align
-from retrieval.similarity import FRAME_METRICS, similarity_table
+from retrieval.alignment import ALIGN_BYTES, align
+from retrieval.compare import MEMORY
+from retrieval.encode import resident_bytes
+from retrieval.similarity import CHUNK_BYTES, FRAME_METRICS, WORKING_BYTES, similarity_table
 from utils import InputError, file_sha256
 from videoindex.nearest import NearestVideos
 from videoindex.pipeline import EncodedVideo, Pipeline, calibration_folder, read_calibration
@@ -52,6 +54,7 @@ class VideoIndex:
             what was stored, or Flat.
         device, workers: see Pipeline.
         pipeline: one that exists already, instead of options.
+        memory: GiB that this process may hold while it compares videos frame by frame.
         options: those of the Pipeline. An index remembers them.
 
     Raises:
@@ -65,8 +68,10 @@ class VideoIndex:
         device: str | None = None,
         workers: int | None = None,
         pipeline: Pipeline | None = None,
+        memory: float = MEMORY,
         **options: Any,
     ):
+        self.memory = memory * 2**30  # bytes
         self.folder, self.index_type = Path(folder), index_type
         self._device, self._workers = device, workers
         self._options = {name: value for name, value in options.items() if value is not None}
@@ -338,9 +343,39 @@ class VideoIndex:
         return metric
 
     def _scores(self, frames, contents, metric):
-        """Frame-level similarities (N,) of a video's frames (T, D) with N contents."""
-        targets = [l2_normalise(self.store.frame_descriptors(content)) for content in contents]
-        return similarity_table([l2_normalise(frames)], targets, metric)[0]
+        """Frame-level similarities (N,) of a video's frames (T, D) with N contents.
+
+        Contents are read a few at a time: as float32, two hours of film are 15 MB.
+        """
+        query, scores = l2_normalise(frames), []
+        for group, chunk_bytes in self._groups(query, contents, metric):
+            targets = [l2_normalise(self.store.frame_descriptors(content)) for content in group]
+            scores.append(similarity_table([query], targets, metric, chunk_bytes=chunk_bytes)[0])
+            self.store.release_pages()
+        return np.concatenate(scores)
+
+    def _groups(self, query, contents, metric):
+        """Yield (contents that are read together, bytes for their comparison)."""
+        longest = max(content.num_frames for content in contents)
+        left = self.memory - resident_bytes()
+        pair = len(query) * longest * max(4 + WORKING_BYTES.get(metric, 0), ALIGN_BYTES)
+        pair += 16 * query.shape[1] * longest  # its descriptors: stored, normalised, packed
+        if pair > left:
+            required = (self.memory + pair - left) / 2**30 + 0.005  # to round up
+            raise InputError(
+                f"--memory {self.memory / 2**30:.3g} GiB does not hold the comparison of videos of"
+                f" {len(query)} and {longest} frames; give {required:.2f} or more"
+            )
+        budget = min(CHUNK_BYTES, left / 2)
+        group, size = [], 0
+        for content in contents:
+            bytes_ = 4 * query.shape[1] * content.num_frames
+            if group and size + bytes_ > budget / 2:
+                yield group, budget
+                group, size = [], 0
+            group.append(content)
+            size += bytes_
+        yield group, budget
 
     def find_segments(
         self, frames: np.ndarray, seconds: float, content: Content
@@ -353,6 +388,7 @@ class VideoIndex:
         """
         fps = float(self.fps)
         matrix = self.frame_similarities(frames, content)
+        self.store.release_pages()
         segments = []
         for found in align(matrix, **self.calibration.get("align", {})):  # in frames
             segment = TimeSegment(

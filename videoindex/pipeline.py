@@ -295,6 +295,8 @@ def read_calibration(folder: Path | None, identity: dict[str, Any]) -> dict[str,
 
 def check_calibration(entry: dict[str, Any], source: str) -> None:
     """Raise InputError unless what `search.py` takes from a calibration has the right types."""
+    if not is_object(entry):
+        raise InputError(f"{source} is not one; make it again")
     numbers = ("threshold", "copies_threshold", "radius")
     good = all(isinstance(entry.get(name, 0.0), float | int) for name in numbers)
     good = good and isinstance(entry.get("metric", ""), str)

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from files import atomic
+from utils import one_line
 from videoindex.index import VideoIndex
 from videoindex.pipeline import EncodedVideo
 from videoindex.results import Group, Match, TimeSegment
@@ -35,7 +36,7 @@ def printable(path: str | os.PathLike) -> str:
     """
     here = os.path.join(os.getcwd(), "")
     name = os.fsencode(os.fspath(path).removeprefix(here)).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return one_line(name)
 
 
 def format_time(seconds: float) -> str:

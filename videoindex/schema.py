@@ -105,7 +105,8 @@ def read_settings(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: one is missing, or has another type
     """
-    settings = {}
+    settings = {"identity": {"fps": "1"}, "options": {}, "calibration": {}}
+    settings |= {"index_type": "Flat", "versions": {}}
     try:
         for name, value in db.execute("SELECT name, value FROM settings"):
             settings[name] = json.loads(value)
@@ -116,7 +117,7 @@ def read_settings(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
             f"index {str(folder)!r} has version {settings.get('version')!r} of the format, this"
             f" program writes {VERSION}; index the videos again, into another folder"
         )
-    check_calibration(settings.get("calibration", {}), f"index {str(folder)!r}: its calibration")
+    check_calibration(settings["calibration"], f"index {str(folder)!r}: its calibration")
     wrong = [name for name, is_right in SETTINGS.items() if not is_right(settings.get(name))]
     if wrong:
         raise InputError(

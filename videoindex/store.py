@@ -19,6 +19,7 @@ Files of identical content (equal SHA-256) share one entry.
 
 import contextlib
 import json
+import mmap
 import os
 import sqlite3
 import zlib
@@ -118,6 +119,7 @@ class IndexStore:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = utils.require_path(folder, "index")
+        self._mapped_frames: np.memmap | None = None  # as it was mapped last
         if not (self.folder / "index.db").is_file():
             raise InputError(
                 f"{str(folder)!r} is not an index (it has no index.db);"
@@ -223,7 +225,14 @@ class IndexStore:
         """The frame descriptors (T, D) float16 of a content, a view of the memory map."""
         first = content.first_frame
         num_rows = self.settings["ends"][0]
-        return self._map("frames", num_rows, np.float16)[first : first + content.num_frames]
+        frames = self._map("frames", num_rows, np.float16)
+        self._mapped_frames = frames if isinstance(frames, np.memmap) else None
+        return frames[first : first + content.num_frames]
+
+    def release_pages(self) -> None:
+        """Release the frame descriptors' pages (MADV_DONTNEED): they count as resident memory."""
+        if self._mapped_frames is not None:
+            self._mapped_frames._mmap.madvise(mmap.MADV_DONTNEED)
 
     def all_window_descriptors(self) -> np.ndarray:
         """The window descriptors (sum P, D) float32 of the whole index, holes included."""
@@ -481,7 +490,7 @@ class IndexStore:
         with database_errors(self.folder):
             for (line,) in self.db.execute("PRAGMA integrity_check"):
                 if line != "ok":
-                    yield f"index.db: {utils.printable(line)}"
+                    yield f"index.db: {utils.one_line(line)}"
             for content in self.contents():
                 try:
                     intact = checksum(self.stored_bytes(content)) == content.checksum
