@@ -51,7 +51,7 @@ def load_projection(path: str | Path, components: int | None = None) -> Projecti
             few components.
     """
     path = require_path(path, "pca")
-    advice = "is it a .npz of pca.py or of the released code (U, lams, mu, Utmu)?"
+    advice = "it is not a .npz of pca.py or of the released code (U, lams, mu, Utmu)"
     stored = load_npz(path, "pca", advice)
     with reading(path, "pca", advice), np.errstate(all="ignore"):
         arrays = {name: array.astype(np.float64) for name, array in stored.items()}
