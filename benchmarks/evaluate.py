@@ -102,7 +102,7 @@ class RandomStore:
     Each video is another excerpt from one block of noise.
     """
 
-    path, feature_size, meta = "random features", C, {}
+    path, feature_size, meta, dtype = "random features", C, {}, np.dtype(np.float16)
 
     def __init__(self, lengths, rng):
         self.lengths = {f"v{i:06}": int(T) for i, T in enumerate(lengths)}

@@ -36,10 +36,13 @@ def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
     all targets at once.
     """
     Tq, total = matrix.shape
-    lengths = torch.as_tensor(lengths, device=matrix.device)
+    lengths = torch.as_tensor(lengths)
     offsets = lengths.cumsum(0) - lengths  # the first column of each target
     lengths, order = lengths.sort(descending=True)  # finished targets are dropped from the end
-    offsets = offsets[order][:, None]  # (n, 1)
+    ends = (lengths + Tq - 1).tolist()
+    on_device = torch.stack([lengths, order, offsets[order]])
+    lengths, order, offsets = on_device.to(matrix.device, non_blocking=True)
+    offsets = offsets[:, None]  # (n, 1)
     i = torch.arange(Tq, device=matrix.device)
     flat = matrix.reshape(-1)
     best = matrix.new_full((len(lengths),), NONE)
@@ -47,7 +50,6 @@ def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
     D = matrix.new_full((len(lengths), 1 + Tq), NONE)
     m, W = torch.zeros_like(D), torch.zeros_like(D)
     previous = (D, m, W)
-    ends = (lengths + Tq - 1).tolist()
     active = len(ends)
     for diagonal in range(ends[0] if ends else 0):
         while ends[active - 1] <= diagonal:

@@ -30,7 +30,13 @@ from retrieval.encode import (
     require_frame_descriptors,
     resident_bytes,
 )
-from retrieval.similarity import CHUNK_BYTES, PackedDescriptors, similarity_tables
+from retrieval.similarity import (
+    CHUNK_BYTES,
+    PackedDescriptors,
+    similarity_tables,
+    similarity_tensors,
+)
+from retrieval.transfer import free_memory
 from utils import InputError
 
 MEMORY = 4.0  # GiB, the default of command lines
@@ -38,6 +44,10 @@ MEMORY = 4.0  # GiB, the default of command lines
 # Smaller batches and chunks do too little work in one call.
 MIN_BATCH_FRAMES = 512
 MIN_CHUNK_BYTES = 16 << 20
+
+# On a GPU: the largest chunk, and the share of the free memory that evaluation takes.
+GPU_CHUNK_BYTES = 4 << 30
+GPU_SHARE = 0.9
 
 
 class Comparison:
@@ -49,7 +59,8 @@ class Comparison:
 
     Args:
         video_encoder: its batches are made smaller where the memory bound requires it.
-        memory: GiB that this process may hold, including what it has allocated already.
+        memory: GiB of the host that this process may hold, including what it has allocated
+            already. Descriptors and similarities on a GPU count against its free memory instead.
         cache: folder in which descriptors are stored (`cache_descriptors`).
         use_faiss: compute cosine by FAISS over all of this process's video descriptors at once,
             which then stay in memory.
@@ -60,7 +71,7 @@ class Comparison:
         seconds: time this process has compared so far, without encoding.
 
     Raises:
-        InputError: the queries, the tables and one batch do not fit into `memory`.
+        InputError: the queries, the tables and one batch do not fit into `memory`, or the GPU.
     """
 
     def __init__(
@@ -118,31 +129,59 @@ class Comparison:
     def _plan(self, memory, metrics, dtype):
         """(frames of a batch, bytes of a chunk of similarities) for a total of `memory` bytes."""
         Q, N, D = len(self.queries), len(self.database), self.video_encoder.encoder.descriptor_size
-        needed_bytes = 4 * Q * D  # the queries' video descriptors
+        query_bytes = 4 * Q * D  # the queries' video descriptors
         if "frame" in self.levels:
-            needed_bytes += dtype.itemsize * D * sum(self.lengths[query] for query in self.queries)
+            query_bytes += dtype.itemsize * D * sum(self.lengths[query] for query in self.queries)
         # Tables: this process's columns, then all columns in order.
-        needed_bytes += 4 * Q * N * (2 * len(metrics) + 1)
+        table_bytes = 4 * Q * N * (2 * len(metrics) + 1)
         if self.use_faiss:  # vectors, values and their positions
-            needed_bytes += (4 * N * D + 12 * Q * N) // self.dist.world_size
-        left = memory - resident_bytes() - needed_bytes
+            table_bytes += (4 * N * D + 12 * Q * N) // self.dist.world_size
 
-        # First smaller batches, then smaller chunks.
-        longest, frames = max(self.lengths.values()), self.video_encoder.batch_frames
-        batch_bytes = self.video_encoder.batch_bytes
-        while frames > MIN_BATCH_FRAMES and batch_bytes(longest, frames) > left - CHUNK_BYTES:
+        frames, free = self.video_encoder.batch_frames, free_memory(self.video_encoder.device)
+        if free is None:
+            left = memory - resident_bytes() - table_bytes - query_bytes
+            return self._fit_batch(frames, left, CHUNK_BYTES, memory)
+        # With a GPU, the host holds the tables and the batches that are read ahead.
+        longest, host_bytes = max(self.lengths.values()), self.video_encoder.host_bytes
+        left = memory - resident_bytes(libraries=False) - table_bytes
+        while frames > MIN_BATCH_FRAMES and host_bytes(longest, frames) > left:
             frames //= 2
-        left -= batch_bytes(longest, frames)
-        if left < MIN_CHUNK_BYTES:
-            required = (memory + MIN_CHUNK_BYTES - left) / 2**30 + 0.005  # to round up
+        if host_bytes(longest, frames) > left:
+            required = (memory + host_bytes(longest, frames) - left) / 2**30 + 0.005  # to round up
             raise InputError(
-                f"--memory {memory / 2**30:.3g} GiB does not hold the queries, the tables and"
-                f" a batch of {max(frames, longest)} frames; give {required:.2f} or more,"
+                f"--memory {memory / 2**30:.3g} GiB does not hold the tables and a batch of"
+                f" {max(frames, longest)} frames; give {required:.2f} or more,"
                 " or a smaller --padding_size"
             )
-        if left >= CHUNK_BYTES:
-            return frames, CHUNK_BYTES
-        return frames, 1 << int(left).bit_length() - 1  # the power of 2 below
+        return self._fit_batch(frames, GPU_SHARE * free - query_bytes, GPU_CHUNK_BYTES, None)
+
+    def _fit_batch(self, frames, left, chunk_bytes, memory):
+        """(frames of a batch, bytes of a chunk) of at most these values, in `left` bytes.
+
+        memory: what --memory allows in all; None where `left` is of a GPU.
+        """
+        longest, batch_bytes = max(self.lengths.values()), self.video_encoder.batch_bytes
+        # First smaller batches, then smaller chunks.
+        while frames > MIN_BATCH_FRAMES and batch_bytes(longest, frames) > left - chunk_bytes:
+            frames //= 2
+        left -= batch_bytes(longest, frames)
+        if left >= chunk_bytes:
+            return frames, chunk_bytes
+        if left >= MIN_CHUNK_BYTES:
+            return frames, 1 << int(left).bit_length() - 1  # the power of 2 below
+        batch = f"a batch of {max(frames, longest)} frames"
+        missing = MIN_CHUNK_BYTES - left
+        if memory is None:
+            raise InputError(
+                f"{self.video_encoder.device} does not hold the queries and {batch}: it lacks"
+                f" {missing / 2**30:.2f} GiB; free it, give a smaller --padding_size, or"
+                " --device cpu"
+            )
+        required = (memory + missing) / 2**30 + 0.005  # to round up
+        raise InputError(
+            f"--memory {memory / 2**30:.3g} GiB does not hold the queries, the tables and"
+            f" {batch}; give {required:.2f} or more, or a smaller --padding_size"
+        )
 
     def _encode_queries(self, dtype):
         """{level: PackedDescriptors} of all queries, in their order."""
@@ -156,8 +195,10 @@ class Comparison:
             data = torch.empty(sum(lengths), D, dtype=kind, device=self.video_encoder.device)
             packed[level] = PackedDescriptors(data, lengths)
             views[level] = dict(zip(self.queries, data.split(lengths), strict=True))
-        for batch in self.video_encoder.batches(self.queries):
-            for level, (data, lengths) in self.video_encoder(batch, self.levels).items():
+        batches = list(self.video_encoder.batches(self.queries))
+        encoded = self.video_encoder.stream(batches, self.levels)
+        for batch, descriptors in zip(batches, encoded, strict=True):
+            for level, (data, lengths) in descriptors.items():
                 for video, rows in zip(batch, data.split(lengths), strict=True):
                     views[level][video].copy_(rows)
         return packed
@@ -201,9 +242,9 @@ class Comparison:
         with tqdm(
             total=n, desc="compare", unit="video", disable=not self.progress, leave=False
         ) as bar:
-            for batch in batches:
+            encoded = self.video_encoder.stream(batches, levels)
+            for batch, targets in zip(batches, encoded, strict=True):  # {level: PackedDescriptors}
                 start, end = end, end + len(batch)
-                targets = self.video_encoder(batch, levels)  # {level: PackedDescriptors}
                 began = time.perf_counter()
                 if vectors is not None:  # FAISS compares them when all are there
                     vectors[start:end] = targets["video"].data.cpu()
@@ -234,15 +275,22 @@ class Comparison:
         blocks = {metric: np.full(pairs.shape, np.nan, np.float32) for metric in metrics}
         query_rows = queries.data.split(queries.lengths)
         target_rows = targets.data.split(targets.lengths)
+        chosen, parts = [], {metric: [] for metric in metrics}
         for i in np.flatnonzero(pairs.any(1)):
             # One query with its own targets of this batch.
             query = PackedDescriptors(query_rows[i], [len(query_rows[i])])
-            chosen = np.flatnonzero(pairs[i])
-            rows = [target_rows[j] for j in chosen]
+            columns = np.flatnonzero(pairs[i])
+            rows = [target_rows[j] for j in columns]
             chosen_targets = PackedDescriptors(torch.cat(rows), [len(part) for part in rows])
-            tables = similarity_tables(query, chosen_targets, metrics, **self.options)
-            for metric, table in tables.items():  # (1, len(chosen))
-                blocks[metric][i, chosen] = table[0]
+            tables = similarity_tensors(query, chosen_targets, metrics, **self.options)
+            chosen.append((i, columns))
+            for metric, table in tables.items():  # (1, len(columns))
+                parts[metric].append(table[0])
+        for metric in metrics if chosen else ():
+            values = torch.cat(parts[metric]).cpu().numpy()  # one copy from a GPU for all queries
+            ends = np.cumsum([len(columns) for _, columns in chosen])
+            for (i, columns), part in zip(chosen, np.split(values, ends[:-1]), strict=True):
+                blocks[metric][i, columns] = part
         return blocks
 
     def cost(self, pair_mask: np.ndarray) -> float:

@@ -17,14 +17,12 @@ from tqdm import tqdm
 
 from distributed import Distributed
 from features.store import FeatureStore, StoreWriter
-from padding import bucket_by_length, frame_mask, pad
+from padding import bucket_by_length, bucket_rule, pack, pad, pad_packed, unpad
 from retrieval.similarity import VIDEO_METRICS, PackedDescriptors
+from retrieval.transfer import AHEAD, is_cuda, read_ahead
 from utils import InputError, digest
 
 LEVELS = ("video", "frame")
-
-# Frames of a batch, padding included: enough for the full rate of matrix products.
-BATCH_FRAMES = 8192
 
 # Sort by length only within windows of 16 batches of consecutive videos, so that reading stays
 # sequential.
@@ -70,10 +68,13 @@ def crop(rows: np.ndarray, padding_size: int) -> np.ndarray:
 class VideoEncoder:
     """Encodes the videos of a feature store.
 
+    To a GPU features travel as they are stored, packed, from page-locked memory, and are padded
+    there. Reading the next batches goes on meanwhile (`stream`).
+
     Args:
         padding_size: frames of a video that count (`crop`); 0 for all.
         amp: type to encode in under autocast (torch.bfloat16). Descriptors are float32.
-        batch_frames: frames of a batch, padding included.
+        batch_frames: frames of a batch, padding included; by default what suits the device.
     """
 
     def __init__(
@@ -83,14 +84,16 @@ class VideoEncoder:
         padding_size: int = 300,
         device: str = "cpu",
         amp: torch.dtype | None = None,
-        batch_frames: int = BATCH_FRAMES,
+        batch_frames: int | None = None,
     ):
         self.encoder = encoder.to(device).eval()
         self.store = store
         self.padding_size = padding_size
         self.device = device
         self.amp = amp
-        self.batch_frames = batch_frames
+        self.packs = torch.device(device).type != "cpu"  # batches travel packed
+        max_frames, self.slack = bucket_rule(device)
+        self.batch_frames = batch_frames or max_frames
 
     def length(self, video: str) -> int:
         """How many frames of a video count."""
@@ -118,18 +121,37 @@ class VideoEncoder:
 
     def _bucket(self, window):
         lengths = [self.length(video) for video in window]
-        for batch in bucket_by_length(lengths, self.batch_frames):
+        for batch in bucket_by_length(lengths, self.batch_frames, self.slack):
             yield [window[i] for i in batch]
 
-    @torch.inference_mode()
     def __call__(
         self, videos: Sequence[str], levels: Iterable[str]
     ) -> dict[str, PackedDescriptors]:
         """{level: descriptors} of a batch of videos, in their order, from one pass."""
+        return self.encode(self.read(videos), levels)
+
+    def stream(
+        self, batches: Iterable[Sequence[str]], levels: Iterable[str]
+    ) -> Iterator[dict[str, PackedDescriptors]]:
+        """Yield {level: descriptors} of each batch; batches to come are read meanwhile."""
+        for features in read_ahead(self.read, batches, self.device):
+            yield self.encode(features, levels)
+
+    def read(self, videos: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The features of a batch on the host, padded or packed, and num_frames (n,)."""
         rows = [crop(self.store[video], self.padding_size) for video in videos]
-        x, num_frames = pad(rows)
+        features = pack(rows, pin=is_cuda(self.device)) if self.packs else pad(rows)
         self.store.release_pages()  # mapped pages count as memory of this process
-        x, num_frames = x.to(self.device), num_frames.to(self.device)  # (n, T, C), (n,)
+        return features
+
+    @torch.inference_mode()
+    def encode(
+        self, features: tuple[Tensor, Tensor], levels: Iterable[str]
+    ) -> dict[str, PackedDescriptors]:
+        """{level: descriptors} of what `read` gave."""
+        x, num_frames = features
+        if self.packs:
+            x = pad_packed(x.to(self.device, non_blocking=True), num_frames)  # (n, T, C)
         frames = None
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             if "frame" in levels:
@@ -139,9 +161,9 @@ class VideoEncoder:
 
         descriptors = {}
         if "video" in levels:
-            descriptors["video"] = self._pack("video", video, [1] * len(videos))
+            descriptors["video"] = self._pack("video", video, [1] * len(num_frames))
         if frames is not None:  # (n, T, D)
-            rows = frames[frame_mask(num_frames, frames.shape[1])]  # (sum T, D)
+            rows = unpad(frames, num_frames)  # (sum T, D)
             descriptors["frame"] = self._pack("frame", rows, num_frames.tolist())
         return descriptors
 
@@ -154,8 +176,13 @@ class VideoEncoder:
             )
         return PackedDescriptors(rows, lengths)
 
+    def host_bytes(self, longest: int, frames: int) -> int:
+        """Bytes of the host that batches take while a GPU encodes: those read ahead."""
+        row = self.store.dtype.itemsize * self.store.feature_size
+        return (AHEAD + 2) * max(frames, longest) * row
+
     def batch_bytes(self, longest: int, frames: int) -> int:
-        """Bytes that encoding a batch and its descriptors may take.
+        """Bytes that encoding a batch and its descriptors may take, on the encoder's device.
 
         Measured on one TCA layer: 50 bytes for each channel of a frame, and in attention 4 bytes
         for each pair of frames and each of 8 heads.
@@ -208,13 +235,14 @@ def encode_collection(
     """
     device, D = video_encoder.device, video_encoder.encoder.descriptor_size
     total = sum(map(len, batches))
+    own_descriptors = video_encoder.stream(batches[dist.rank :: dist.world_size], levels)
     with tqdm(total=total, desc="encode", unit="video", disable=not progress, leave=False) as bar:
         for start in range(0, len(batches), dist.world_size):
             shared = batches[start : start + dist.world_size]  # fewer in the last round
             own = {}
             with dist.exit_together_on_error():
                 if dist.rank < len(shared):
-                    own = video_encoder(shared[dist.rank], levels)
+                    own = next(own_descriptors)
             videos = [video for batch in shared for video in batch]
             descriptors = {}
             for level in levels:
@@ -267,13 +295,31 @@ class CachedDescriptors:
     def __call__(
         self, videos: Sequence[str], levels: Iterable[str]
     ) -> dict[str, PackedDescriptors]:
+        return self._to_device(self._read(videos, levels))
+
+    def stream(
+        self, batches: Iterable[Sequence[str]], levels: Iterable[str]
+    ) -> Iterator[dict[str, PackedDescriptors]]:
+        for descriptors in read_ahead(
+            lambda batch: self._read(batch, levels), batches, self.device
+        ):
+            yield self._to_device(descriptors)
+
+    def _read(self, videos, levels):
+        """{level: (rows, lengths)} on the host."""
         descriptors = {}
         for level in levels:
             rows = [self.stores[level][video] for video in videos]
-            data = torch.from_numpy(np.concatenate(rows)).to(self.device)
-            descriptors[level] = PackedDescriptors(data, [len(part) for part in rows])
+            descriptors[level] = pack(rows, pin=is_cuda(self.device))
             self.stores[level].release_pages()
         return descriptors
+
+    def _to_device(self, descriptors):
+        packed = {}
+        for level, (data, lengths) in descriptors.items():
+            data = data.to(self.device, non_blocking=True)
+            packed[level] = PackedDescriptors(data, lengths.tolist())
+        return packed
 
 
 def cache_descriptors(
@@ -332,9 +378,14 @@ def _write_cache(files, video_encoder, videos, dist, progress):
 # --- memory -------------------------------------------------------------------------------------
 
 
-def resident_bytes() -> int:
-    """Bytes of this process's resident memory, or its peak where the system lacks /proc."""
+def resident_bytes(libraries: bool = True) -> int:
+    """Bytes of this process's resident memory, or its peak where the system lacks /proc.
+
+    libraries: count pages of files too. CUDA maps libraries by the gigabyte, which the system
+    drops and reads again as it needs.
+    """
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    except (OSError, ValueError, IndexError):
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident if libraries else resident - shared) * mmap.PAGESIZE
+    except (OSError, ValueError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

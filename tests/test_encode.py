@@ -160,11 +160,11 @@ class StoppingEncoder(VideoEncoder):
         super().__init__(*arguments, **options)
         self.allowed = allowed
 
-    def __call__(self, videos, levels):
+    def encode(self, features, levels):
         if not self.allowed:
             raise KeyboardInterrupt
         self.allowed -= 1
-        return super().__call__(videos, levels)
+        return super().encode(features, levels)
 
 
 def test_cached_descriptors_equal_fresh_ones_without_encoding(world, store, tmp_path):
