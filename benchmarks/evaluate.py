@@ -28,19 +28,20 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.made_up import RandomStore, random_lengths
+from benchmarks.released import compare_plain, encode_plain
 from datasets.fivr import FIVR
 from distributed import run_main
 from features.store import FeatureStore, write_store
 from files import write_json
 from model import TCA, Mean
 from retrieval.compare import MEMORY, compare_collections
-from retrieval.encode import VideoEncoder, crop
+from retrieval.encode import VideoEncoder
 from retrieval.similarity import pack_descriptors, similarity_tables
 from utils import Parser, check_ranges, provenance
 
 C = 1024
 PADDING_SIZE = 300
-LONGEST = 300
 TYPES = {"float32": None, "bfloat16": torch.bfloat16}
 ROWS = {"TCA_c": "cosine", "TCA_f": "chamfer"}
 
@@ -88,38 +89,7 @@ def main(argv=None):
         write_json(args.output, settings | results | provenance())
 
 
-# --- random features ----------------------------------------------------------------------------
-
-
-def random_lengths(count, rng):
-    lengths = np.exp(rng.normal(np.log(60), 0.8, count))
-    return np.clip(lengths, 3, LONGEST).astype(int)
-
-
-class RandomStore:
-    """A feature store whose rows are computed as they are read.
-
-    Each video is another excerpt from one block of noise.
-    """
-
-    path, feature_size, meta, dtype = "random features", C, {}, np.dtype(np.float16)
-
-    def __init__(self, lengths, rng):
-        self.lengths = {f"v{i:06}": int(T) for i, T in enumerate(lengths)}
-        self._block = rng.normal(size=(8192, C)).astype(np.float16)
-
-    def __getitem__(self, video):
-        start = int(video[1:]) * 7919 % (len(self._block) - LONGEST)
-        return self._block[start : start + self.lengths[video]]
-
-    def __iter__(self):
-        return iter(self.lengths)
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def release_pages(self):
-        pass
+# --- timing -------------------------------------------------------------------------------------
 
 
 def timed(function, *arguments, **options):
@@ -140,21 +110,6 @@ def measure_rate(dtype, seconds=3.0):
 
 
 # --- the plain way ------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def encode_plain(encoder, rows):
-    """One video, padded to 300 frames: frame descriptors (T, D), video descriptor (D,)."""
-    rows = torch.from_numpy(crop(rows, PADDING_SIZE).astype(np.float32))
-    T = len(rows)
-    x = F.pad(rows, (0, 0, 0, PADDING_SIZE - T))[None]  # (1, 300, C)
-    padding = (torch.arange(PADDING_SIZE) >= T)[None]
-    out = encoder.transformer_encoder(x, src_key_padding_mask=padding)[0, :T]
-    return F.normalize(out, dim=1), F.normalize(out.mean(0), dim=0)
-
-
-def compare_plain(query, target):
-    return torch.einsum("ik,jk->ij", query, target).max(1)[0].mean()
 
 
 def measure_plain(encoder, store, queries, database, sample):
@@ -219,7 +174,7 @@ def measure_efficiency(encoder, store, queries, database, amp, peak):
 def compare_ways(args):
     """Measure the plain way and ours; print and return the results."""
     rng, encoder = np.random.default_rng(0), TCA(C).eval()
-    source = RandomStore(random_lengths(args.queries + args.videos, rng), rng)
+    source = RandomStore(random_lengths(args.queries + args.videos, rng), rng, C)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "features.hdf5"
         write_store(path, source.lengths, source.__getitem__, np.float16, C, {})
@@ -285,7 +240,7 @@ def measure_scaled(minutes, encoder, store, queries, database, metric, options):
 def run_fivr200k(args):
     """Evaluate at FIVR-200K's size; print and return the results."""
     rng = np.random.default_rng(0)
-    store = RandomStore(random_lengths(args.videos, rng), rng)
+    store = RandomStore(random_lengths(args.videos, rng), rng, C)
     database = list(store)
     queries = database[:: args.videos // args.queries][: args.queries]
     options = {"memory": args.memory}

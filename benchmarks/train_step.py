@@ -17,133 +17,32 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.made_up import LONG, make_videos
+from benchmarks.released import PlainStore, PlainTraining, pad_all
 from data import VCDBPairDataset
 from distributed import run_main
-from features.store import StoreWriter
 from files import write_json
-from losses import circle
-from model import TCA, MoCo
 from training_log import read_log
 from utils import InputError, Parser, check_ranges, provenance, seed_torch, seeded_rng
 
 SIDES = {"plain": None, "ours": [], "ours, bfloat16": ["--amp", "bfloat16"]}  # flags of train.py
-MEDIAN, LONG, LONG_SHARE = 60, 300, 0.05  # seconds, seconds, share of videos longer than that
 NEGATIVES = 16  # of an anchor
 
 
-def make_videos(folder, args):
-    """The same random videos in both layouts, and an annotation of VCDB's form."""
-    rng = np.random.default_rng(0)
-    normal_quantile = 1.6449  # of 1 - LONG_SHARE
-    sigma = math.log(LONG / MEDIAN) / normal_quantile
-    lengths = rng.lognormal(math.log(MEDIAN), sigma, args.videos).round().clip(2, 1500).astype(int)
-    names = [f"v{i:05}" for i in range(args.videos)]
-    with (
-        StoreWriter(folder / "packed.hdf5") as packed,
-        h5py.File(folder / "plain.hdf5", "w") as plain,
-    ):
-        for name, T in zip(names, lengths, strict=True):
-            frames = rng.standard_normal((T, args.channels), np.float32)
-            frames += rng.standard_normal((1, args.channels), np.float32)
-            frames /= np.linalg.norm(frames, axis=1, keepdims=True)
-            frames = frames.astype(np.float16)
-            packed.add(name, frames)
-            plain[name] = frames.astype(np.float32)
-    count = (args.steps + 4) * args.anchors  # more steps than are measured
-    pairs = [{"videos": [names[2 * i], names[2 * i + 1]]} for i in range(count)]
-    annotation = {"video_pairs": pairs, "negs": names[2 * count :]}
-    (folder / "pairs.pickle").write_bytes(pickle.dumps(annotation))
-
-
 # --- the plain recipe ---------------------------------------------------------------------------
-
-
-class PlainStore(dict):
-    """Video id -> (T, C), from one HDF5 dataset per video; each process opens the file itself."""
-
-    def __init__(self, path):
-        self.path, self.file = path, None
-        with h5py.File(path) as file:
-            super().__init__(dict.fromkeys(file))
-
-    def __getitem__(self, video):
-        if self.file is None:
-            self.file = h5py.File(self.path)
-        return self.file[video][:]
-
-
-def pad_all(items):
-    """Anchors, positives and negatives, each x (N, 300, C) and a padding mask (N, 300)."""
-    _, anchors, positives, _, negatives = zip(*items, strict=True)
-    batch = []
-    for videos in (anchors, positives, [video for group in negatives for video in group]):
-        x = torch.zeros(len(videos), LONG, videos[0].shape[1])
-        padding = torch.ones(len(videos), LONG, dtype=torch.bool)
-        for i, video in enumerate(videos):
-            x[i, : len(video)] = torch.from_numpy(video)
-            padding[i, : len(video)] = False
-        batch.append((x, padding))
-    return batch
-
-
-class PlainModel(nn.Module):
-    """An encoder layer, a masked mean, L2."""
-
-    def __init__(self, channels, dropout):
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(channels, 8, 2048, dropout, batch_first=True)
-
-    def forward(self, x, padding):
-        out = self.layer(x, src_key_padding_mask=padding).masked_fill(padding[..., None], 0)
-        return F.normalize(out.sum(1) / (~padding).sum(1, keepdim=True), dim=1)
-
-
-class PlainTraining:
-    """MoCo with circle loss, from the weights and the bank that train.py --seed 0 starts with."""
-
-    def __init__(self, channels, dropout, bank):
-        seed_torch(0)
-        start = MoCo(TCA(channels, dropout=dropout), channels, bank)
-        prefix = "transformer_encoder.layers.0."
-        weights = start.encoder_q.state_dict()
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-        self.query, self.key = (PlainModel(channels, dropout) for _ in range(2))
-        self.query.layer.load_state_dict(weights)
-        self.queue, self.pointer = start.queue, 0
-        self.optimizer = torch.optim.Adam(self.query.parameters(), 1e-5, weight_decay=1e-4)
-
-    def step(self, anchors, positives, negatives):
-        q = self.query(*anchors)
-        with torch.no_grad():
-            parameters = zip(self.key.parameters(), self.query.parameters(), strict=True)
-            for key, query in parameters:
-                key.data = key.data * 0.0 + query.data * 1.0
-            p, n = self.key(*positives), self.key(*negatives)
-        logits = torch.cat([(q * p).sum(1, keepdim=True), q @ self.queue.clone()], 1)
-        loss = circle(logits, torch.zeros(len(q), dtype=torch.long))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.queue[:, self.pointer : self.pointer + len(n)] = n.T
-        self.pointer = (self.pointer + len(n)) % self.queue.shape[1]
-        return loss.item()
 
 
 def run_plain(args):
@@ -162,7 +61,7 @@ def run_plain(args):
         batch = next(loader)
         waits.append(time.perf_counter() - start)
         seed_torch(0, number)
-        losses.append(training.step(*batch))
+        losses.append(training.step(*training.to_device(batch)))
         seconds.append(time.perf_counter() - start)
     (worker,) = multiprocessing.active_children()
     print(json.dumps(summary(losses, seconds, waits, os.getpid(), worker.pid)))

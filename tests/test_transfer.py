@@ -2,7 +2,6 @@
 
 import threading
 
-import numpy as np
 import pytest
 import torch
 from helpers.encoders import untrained_tca
@@ -166,16 +165,3 @@ def test_encode_collection_streams_each_process_its_own_batches(store):
     run_in_threads(2, encode)
     shares = sorted(read.values(), key=lambda share: batches.index(list(share[0])))
     assert shares == [[tuple(batch) for batch in batches[rank::2]] for rank in range(2)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_tables_on_a_gpu_equal_those_of_the_cpu(world, store):
-    queries, database = list(world.test.labels), world.test.database
-    metrics = ["cosine", "chamfer", "sym_chamfer", "dp", "tn"]
-    tables = {}
-    for device in ("cpu", "cuda"):
-        encoder = VideoEncoder(untrained_tca(3), store, device=device)
-        tables[device] = Comparison(encoder, queries, database, metrics).tables(metrics)
-    for metric in metrics:
-        np.testing.assert_allclose(tables["cuda"][metric], tables["cpu"][metric], atol=1e-4)
