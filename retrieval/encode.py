@@ -51,7 +51,7 @@ def check_feature_size(encoder: nn.Module, store: FeatureStore) -> None:
 def require_frame_descriptors(encoder: nn.Module, device: str = "cpu") -> None:
     """Raise the encoder's own InputError, before work begins, if it has no frame descriptors."""
     x = torch.zeros(1, 1, encoder.feature_size, device=device)
-    encoder.encode(x, torch.ones(1, dtype=torch.long, device=device))
+    encoder.encode(x, torch.ones(1, dtype=torch.long))
 
 
 def crop(rows: np.ndarray, padding_size: int) -> np.ndarray:

@@ -610,7 +610,7 @@ def test_frames_in_memory_follow_the_batch_and_not_the_video(tmp_path, monkeypat
         ("cpu", 2, None, (8, 1, 2)),
         ("cpu", 5, None, (8, 2, 2)),  # the odd core decodes
         ("cpu", 5, "bfloat16", (8, 5, 1)),
-        ("cuda:1", 16, None, (64, 1, 1)),
+        ("cuda:1", 16, None, (64, 2, 1)),
     ],
 )
 def test_default_parallelism(device, cores, amp, expected):

@@ -119,7 +119,7 @@ def buckets(options: Namespace) -> dict:
     """Encoding by buckets of several slacks: fewer batches against less padding."""
     made = Made(options)
     encoder: nn.Module = TCA(made.channels).to(options.device).eval()
-    names = made.part[: 50 if options.small else 2048]
+    names = made.part[: 8 if options.small else 2048]
     x, num_frames = pack([made.store[name] for name in names])
     x, rows = x.to(options.device), []
     for kind in ("float32", "bfloat16"):
