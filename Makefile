@@ -1,4 +1,4 @@
-# Every target first installs .venv, if requirements.txt changed since. PYTHON=python3.13 chooses the
+# Every target but gpu first installs .venv, if requirements.txt changed since. PYTHON=python3.13 chooses the
 # Python; an .venv of another version is made anew. Commands:
 #
 #   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
@@ -7,6 +7,7 @@
 #   make lint          style alone
 #   make tables        every table of the paper on the demo's film, in results/demo
 #   make bench         the benchmarks of benchmarks/README.md
+#   make gpu           what a GPU computes against the CPU, and how fast; 8 minutes on one GPU
 #   make search-model  the model that search.py ships, and its calibration
 #   make fuzz          damaged files for every reader; MINUTES=60
 #   make horovod       Horovod, for horovodrun; four minutes on two cores. Again: make -B horovod
@@ -17,7 +18,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test test-fast fuzz tables bench search-model horovod lint clean
+.PHONY: help demo test test-fast fuzz tables bench gpu search-model horovod lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -176,3 +177,7 @@ bench: .venv/ready
 	for name in $(BENCHMARKS); do \
 	  $(RUN) benchmarks/$$name.py --output runs/bench/$$name.json || exit 1; \
 	done
+
+# Installs nothing: it runs with the Python that is there, and skips what that lacks.
+gpu:
+	$(if $(PRESENT),.venv/bin/python,$(PYTHON)) benchmarks/gpu.py --output runs/gpu/gpu.json
