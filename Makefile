@@ -4,6 +4,7 @@
 #   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
 #   make test          style, and all tests; with Horovod if it can be built
 #   make test-fast     style, and the tests that are quick and need one process; about a minute
+#   make torture       kills, two writers at once and full disks for every command; an hour, and root to mount
 #   make lint          style alone
 #   make tables        every table of the paper on the demo's film, in results/demo
 #   make bench         the benchmarks of benchmarks/README.md
@@ -18,7 +19,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test test-fast fuzz tables bench gpu search-model horovod lint clean
+.PHONY: help demo test test-fast fuzz torture tables bench gpu search-model horovod lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -56,6 +57,12 @@ test: .venv/ready lint
 
 test-fast: .venv/ready lint
 	$(RUN) -m pytest $(TWO) -m "not slow and not distributed"
+
+TRIALS := kill_100 pair_5 disk_20
+torture: .venv/ready
+	for trial in $(TRIALS); do \
+	  PYTHONPATH=.:tests:pre-processing $(RUN) tests/torture.py $${trial%_*} $${trial#*_} || exit 1; \
+	done
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -87,7 +87,7 @@ def test_download_of_a_file_that_another_process_fetches_is_refused(tmp_path, mo
 def test_commands_keep_their_promises(trial, count, capsys):
     if trial == "disk" and not _may_mount():
         pytest.skip("mounting a small disk needs root")
-    status = torture.main([trial, "--count", str(count)])
+    status = torture.main([trial, str(count)])
     assert status == 0, capsys.readouterr().out
 
 

@@ -1,15 +1,16 @@
 """Kill every command at random moments, run it twice at once, and let its disk fill up.
 
-    python tests/torture.py kill --count 100       # SIGKILL, then the same command again
-    python tests/torture.py pair --count 5         # two of each command at once, in one place
-    python tests/torture.py disk --count 20        # each command on 20 disks that are too small
-    python tests/torture.py disk --only train apply --seed 7
+    export PYTHONPATH=.:tests:pre-processing
+    python tests/torture.py kill 100       # SIGKILL, then the same command again
+    python tests/torture.py pair 5         # two of each command at once, in one place
+    python tests/torture.py disk 20        # each command on 20 disks that are too small
+    python tests/torture.py disk 20 --only train apply --seed 7
 
 After a kill or a full disk every file is whole, the old one or the new one, and the same command
 ends as an unbroken run does. Of two at once one ends so, and the other does too or is told in one
 line who is writing. Nothing is left over. Exit status 1, with the seeds, if a promise is broken.
 
-`make torture` takes an hour on two cores; tests/test_torture.py takes a few of each. A command is
+`make torture` does all three; tests/test_durability.py a few of each. A command is
 the script's `main` in a forked process: so torch is imported once. `disk` mounts, which needs root.
 """
 
@@ -31,19 +32,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
-import h5py
-import numpy as np
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "pre-processing")]
-
 import convert
 import extract_features
+import h5py
+import numpy as np
 import pca
+import torch
 from helpers.clips import textured, write_video
-from helpers.files import write_ours
-from helpers.worlds import C, make_pairs, make_set, write_pickle, write_set
+from helpers.files import write_ours, write_pickle
+from helpers.worlds import C, make_pairs, make_set, write_set
 
 import evaluation
 import reproduce
@@ -51,7 +48,7 @@ import search
 import train
 import visualize
 from datasets.demo import make_demo
-from distributed import _call_main
+from distributed import _call_main, run_main
 from videoindex import calibrate
 from videoindex.store import IndexStore
 
@@ -545,7 +542,7 @@ class Unmounted(Cleaned):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trial", choices=("kill", "pair", "disk"))
-    parser.add_argument("--count", type=int, default=20, help="kill: in all; else of each command")
+    parser.add_argument("count", type=int, help="kill: in all; else of each command")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     options = parser.parse_args(argv)
@@ -567,4 +564,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
