@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from untrusted import load_pickle, read_text
-from utils import InputError, digest, seeded_rng
+from utils import InputError, describe_ids, digest, seeded_rng
 
 # --- augmentations: frames (T, C) and a NumPy generator -> frames (T', C) ---
 
@@ -282,7 +282,12 @@ class PairDataset(Dataset):
             raise InputError(
                 f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}"
             ) from None
-        owner, source, start, end = np.array(rows or np.zeros((0, 4))).T
+        if not (rows and self.anchors.keys() & self.segments.keys()):
+            raise InputError(
+                "the annotation's segments are of no negative or of no anchor, so nothing would be"
+                f" masked: {describe_ids([*self.anchors, *self.negatives], self.segments)}"
+            )
+        owner, source, start, end = np.array(rows).T
         return sources, owner.astype(int), source, start, end
 
 
@@ -319,7 +324,7 @@ class VCDBPairDataset(PairDataset):
                 f"{len(pairs)} of {len(listed)} pairs and {len(negatives)} of"
                 f" {len(listed_negatives)} negatives of {str(annotation_path)!r} can be used with"
                 f" {str(store.path)!r}; a pair and {neg_num} negatives are needed:"
-                " do the ids of the two files agree?"
+                f" {describe_ids([*_ids_of(listed), *listed_negatives], store)}"
             )
         super().__init__(store, pairs, negatives, segments, neg_num=neg_num, **options)
         self.self_pairs = sum(a == b for a, b, _ in listed)
@@ -354,7 +359,8 @@ class AugmentedPairDataset(PairDataset):
         if len(videos) <= neg_num:
             raise InputError(
                 f"{len(videos)} of {len(listed)} videos have features in {str(store.path)!r};"
-                f" a video and {neg_num} others are needed: do the ids agree? Or lower --neg_num"
+                f" a video and {neg_num} others are needed; lower --neg_num, or see to the ids:"
+                f" {describe_ids(listed, store)}"
             )
         pairs = [(video, video) for video in videos]
         super().__init__(store, pairs, videos, segments, neg_num=neg_num, **options)
@@ -371,6 +377,11 @@ class AugmentedPairDataset(PairDataset):
     def sample_random_negatives(self, index, rng):
         ids = rng.choice(len(self.negatives) - 1, self.neg_num, replace=False)
         return ids + (ids >= index)  # skips the anchor itself
+
+
+def _ids_of(pairs):
+    """The videos of (anchor, positive, ...) tuples, each once."""
+    return dict.fromkeys(video for pair in pairs for video in pair[:2])
 
 
 def read_vcdb_annotation(path):
@@ -406,7 +417,7 @@ def read_video_list(path, store):
         return sorted(store), None
     if Path(path).suffix in (".pickle", ".pkl"):
         pairs, negatives, segments = read_vcdb_annotation(path)
-        videos = [video for pair in pairs for video in pair[:2]]
+        videos = list(_ids_of(pairs))
         return list(dict.fromkeys(videos + negatives)), segments
     lines = read_text(path, "list of ids", "or give a .pickle of VCDB's form").split("\n")
     return list(dict.fromkeys(line.strip() for line in lines if line.strip())), None

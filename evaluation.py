@@ -41,10 +41,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.evaluation_set import videos_with_features
+from datasets.evaluation_set import missing_note, videos_with_features
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from datasets.similarity_files import read_similarities
 from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
+from features.row_checks import name_some, zero_row_notes
 from features.store import FeatureStore, warn_if_features_differ
 from files import write_json
 from model import ENCODERS, load_encoder
@@ -69,7 +70,7 @@ from retrieval.report import (
 from retrieval.settings import TrainedModel, label_settings, read_setting, repeated_seeds
 from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
 from untrusted import read_ids
-from utils import InputError, Parser, check_ranges, provenance
+from utils import InputError, Parser, check_ranges, describe_ids, id_hint, provenance
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
 TASKS = ("retrieval", "detection")
@@ -89,7 +90,8 @@ def main(argv=None):
 
     with dist.exit_together_on_error():
         comparator = load_comparator(args.comparator) if args.comparator else None
-        store = FeatureStore(args.feature_path, args.pca_components)
+        # A video without usable features is named, and counts as missing.
+        store = FeatureStore(args.feature_path, args.pca_components, skip_bad=True)
         evaluation_set = load_evaluation_set(args.dataset, args.annotation_dir, store)
         queries, database = videos_with_features(evaluation_set, store)  # Q ids, N ids
 
@@ -98,7 +100,11 @@ def main(argv=None):
     with dist.exit_together_on_error():
         models = check_models(args, store)  # all of them, before the first row is computed
     if dist.is_main:
-        for note in repeated_seeds(*models):
+        for note in [
+            *skipped_notes(store),
+            *id_notes(evaluation_set, store, coverage),
+            *repeated_seeds(*models),
+        ]:
             print(f"note: {note}", file=sys.stderr)
         line = coverage_line(args.dataset, evaluation_set, coverage)
         print(f"{line}; {store.feature_size} channels")
@@ -116,17 +122,25 @@ def main(argv=None):
             last_table = row.similarities
         del comparison  # frees its descriptors before those of the next model come
 
+    zero_rows = dist.gather_to_main(store.videos_with_zero_rows())  # each read its share
     if dist.is_main:
+        zero_rows = sorted(set().union(*zero_rows))
         run_info = {
             "models": args.model_path,
             "models_of_rows": models_of_rows(results),
-            "features": {"path": str(store.path), "meta": store.meta},
+            "features": {
+                "path": str(store.path),
+                "meta": store.meta,
+                "skipped": store.bad,
+                "with_zero_rows": zero_rows,
+            },
             "padding_size": args.padding_size,
             "amp": args.amp,
             "processes": dist.world_size,
             "compare_seconds": compare_seconds(results),
         }
-        report(args, evaluation_set, coverage, results, run_info)
+        notes = zero_row_notes(zero_rows, store.path)
+        report(args, evaluation_set, coverage, results, run_info, notes)
         if args.save_similarities:
             # `validate_args` made sure that there was one row, so the last one is the only one.
             save_similarities(args.save_similarities, queries, database, last_table)
@@ -334,10 +348,17 @@ def score_similarity_file(args):
     coverage = coverage_of(evaluation_set, searched, args.task)
     print(coverage_line(args.dataset, evaluation_set, coverage))
     unknown = evaluation_set.count_unknown_ids(similarities, ids - set(similarities))
+    known = {*evaluation_set.queries, *evaluation_set.database}
+    if unknown["queries"] == len(similarities):
+        raise InputError(
+            f"similarity file {args.similarities!r} has no query of the {evaluation_set.source}:"
+            f" {describe_ids(evaluation_set.queries, similarities)}"
+        )
     if any(unknown.values()):
+        hint = id_hint(known, ids)
         print(
             f"ignored: {unknown['queries']} queries and {unknown['videos']} videos that the set"
-            " does not contain"
+            f" does not contain{'; ' if hint else ''}{hint}"
         )
 
     def rank(evaluation_set):
@@ -364,6 +385,12 @@ def searched_ids(evaluation_set, similarities, path):
     if not path:
         return {*evaluation_set.queries, *evaluation_set.database}
     searched = set(read_ids(path, "--searched list"))
+    known = {*evaluation_set.queries, *evaluation_set.database}
+    if not searched & known:
+        raise InputError(
+            f"--searched {path!r} has no id of the {evaluation_set.source}:"
+            f" {describe_ids(known, searched)}"
+        )
     for query in evaluation_set.queries:
         row = similarities.get(query, {})
         named = [query, *evaluation_set.database_ids(row)] if query in similarities else []
@@ -382,6 +409,25 @@ def compare_seconds(results):
     for name, per_model in results.items():
         seconds[name] = [round(result.seconds, 6) for result in per_model]
     return seconds
+
+
+def id_notes(evaluation_set, store, coverage):
+    """A line if many ids of the set are missing that the feature file has in another spelling."""
+    if not missing_note(coverage):
+        return []
+    hint = id_hint([*evaluation_set.queries, *evaluation_set.database], [*store, *store.bad])
+    return [f"ids of the set and of {str(store.path)!r}: {hint}"] if hint else []
+
+
+def skipped_notes(store):
+    """A line on the videos of the feature file that cannot be used."""
+    if not store.bad:
+        return []
+    first = next(iter(store.bad))
+    return [
+        f"{str(store.path)!r}: {len(store.bad)} videos cannot be used and count as missing:"
+        f" {name_some(store.bad)}; {first!r} {store.bad[first]}"
+    ]
 
 
 def models_of_rows(results):

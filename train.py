@@ -61,6 +61,7 @@ from datasets.evaluation_set import EvaluationSet, missing_note, videos_with_fea
 from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
 from distributed import default_device, init_distributed, run_main
 from features.on_device import FramesOnDevice
+from features.row_checks import zero_row_notes
 from features.store import FeatureStore, warn_if_features_differ
 from losses import LOSSES
 from model import ENCODERS, MoCo, encoder_arguments
@@ -142,6 +143,8 @@ def train(run, frames, criterion, learning_rate, val, notes):
                         run.keep_best(next(iter(metrics.values())))  # by the first metric
                     run.next_epoch()
                     run.save()  # after validation: no resumed run skips a score
+        if not run.interrupted:
+            print_zero_rows(dist, data.store, val)
         return write_result(run, val)
 
 
@@ -367,6 +370,15 @@ def run_summary(args, run, val, learning_rate, notes):
             " more of them take fewer steps of more pairs"
         )
     return "\n".join(lines)
+
+
+def print_zero_rows(dist, store, val):
+    """Name the videos with rows of zeros that any process has read."""
+    for one in [store, *([val.store] if val else [])]:
+        videos = dist.gather_to_main(one.videos_with_zero_rows())  # each process read its share
+        if dist.is_main:
+            for note in zero_row_notes(set().union(*videos), one.path):
+                print(f"note: {note}")
 
 
 def own_negative_notes(args, data):

@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,57 @@ def printable(text: str) -> str:
     if shown.startswith(" "):
         shown = "\\x20" + shown[1:]
     return shown[:-1] + "\\x20" if shown.endswith(" ") else shown
+
+
+# --- ids that should agree ----------------------------------------------------------------------
+
+# What tells the ids of one program from those of another: {what to do without: how}.
+ID_CHANGES = {
+    "suffix": lambda name: re.sub(r"\.[A-Za-z]\w{1,4}$", "", name),
+    "folder": lambda name: name.rpartition("/")[2],
+    "case": lambda name: name.casefold(),
+    "surrounding space": lambda name: name.strip(),
+    "form of Unicode": lambda name: unicodedata.normalize("NFC", name),
+}
+
+
+def describe_ids(expected: Iterable[str], found: Iterable[str]) -> str:
+    """Three ids of either side, and in what they differ if that is plain: the end of a message."""
+    expected, found = list(dict.fromkeys(expected)), list(dict.fromkeys(found))
+    text = f"expected ids such as {_three(expected)}, found {_three(found)}"
+    hint = id_hint(expected, found)
+    return f"{text}; {hint}" if hint else text
+
+
+def id_hint(expected: Iterable[str], found: Iterable[str]) -> str:
+    """Without what more of the `expected` ids would be among the `found` ones; "" if unknown."""
+    expected, found = set(expected), set(found)
+    others, strangers = expected - found, found - expected
+    changes = list(ID_CHANGES)
+    agreeing = _count_agreeing(others, strangers, changes)
+    if not agreeing:
+        return ""
+    for name in ID_CHANGES:  # keep the changes that matter
+        fewer = [change for change in changes if change != name]
+        if _count_agreeing(others, strangers, fewer) == agreeing:
+            changes = fewer
+    return f"without their {' and '.join(changes)}, {agreeing} more of {len(expected)} would agree"
+
+
+def _count_agreeing(expected, found, changes):
+    """How many expected ids are among the found ones after these changes of both."""
+    changed = {_change(name, changes) for name in found}
+    return sum(_change(name, changes) in changed for name in expected)
+
+
+def _change(name, changes):
+    for change in changes:
+        name = ID_CHANGES[change](name)
+    return name
+
+
+def _three(ids):
+    return ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "") or "none"
 
 
 # --- hashes -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import InputError, digest
+from utils import InputError, describe_ids, digest
 
 # Videos vanish from the web, so few people have whole sets, and what is missing moves the third
 # digit of a mAP. Above this share of queries or videos, the metrics are printed with a note.
@@ -389,9 +389,10 @@ def videos_with_features(
     database = [video for video in evaluation_set.database if video in store]
     if not queries or not database:
         side = "video" if queries else "query"
+        expected = evaluation_set.database if queries else evaluation_set.queries
         raise InputError(
-            f"{str(store.path)!r} has features of no {side} of the {evaluation_set.source};"
-            " is it the right file?"
+            f"{str(store.path)!r} has features of no {side} of the {evaluation_set.source}:"
+            f" {describe_ids(expected, store)}"
         )
     return queries, database
 

@@ -303,7 +303,7 @@ def update_store(
         writer = StoreWriter(output, dtype, settings, present, renew=True, lock=lock)
         # Unchanged rows are copied into the spool: the finished file stays until it is replaced.
         for name in sorted(unchanged - writer.done):
-            writer.add(name, old.read_verified(name))
+            writer.add(name, old[name])
         before = len(writer.done.intersection(sources))
         if before:
             print(f"resuming: {before} of {len(videos)} videos are stored", file=sys.stderr)

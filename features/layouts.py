@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from features.hdf5 import new_hdf5
-from features.store import FeatureStore, rows_checksum, store_checksum, write_store
+from features.row_checks import rows_checksum
+from features.store import FeatureStore, store_checksum, write_store
 from files import Lock, disk_errors, remove_leftovers, temporary_folder, umask, write_json
 from untrusted import is_object, read_json
 from utils import InputError
@@ -66,6 +67,11 @@ class NpyFolder(FeatureStore):
 
     def checksums(self) -> dict[str, str]:
         return self._description()["checksums"]
+
+    def _stored_checksum(self, video):
+        if self._sums is None:
+            self._sums = self.checksums()
+        return self._sums.get(video)
 
 
 def open_source(path: str | Path, **options) -> FeatureStore:

@@ -1,10 +1,12 @@
 """PCA of frame features: exact fit in bounded memory, parameter files, projection."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
 from features.store import FeatureStore
@@ -41,6 +43,29 @@ class Projection:
                 f"on width {len(self.matrix)}; "
                 "fit one on features of the same backbone, stages and pooling"
             )
+
+
+def project_videos(
+    store: Mapping[str, np.ndarray], projection: Projection, videos: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (video, its projected rows), the same to the bit with any number of threads.
+
+    BLAS splits a product by its number of threads, and its sums with it. So each product takes one
+    thread, and several videos are projected at a time: as many as BLAS would take threads.
+    """
+    blas = ThreadpoolController().select(user_api="blas")
+    threads = max([library["num_threads"] for library in blas.info()], default=1)
+    step = 16 * threads  # so many videos are in memory at a time
+
+    def project(video):
+        return projection(store[video])
+
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(videos), step):
+            block = videos[start : start + step]
+            with blas.limit(limits=1):
+                rows = list(pool.map(project, block))
+            yield from zip(block, rows, strict=True)
 
 
 def load_projection(path: str | Path, components: int | None = None) -> Projection:

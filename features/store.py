@@ -5,11 +5,11 @@ channels.
 """
 
 import contextlib
-import hashlib
 import json
 import mmap
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,9 +28,17 @@ from features.hdf5 import (
     read_offsets,
     read_texts,
 )
+from features.row_checks import (
+    RowChecks,
+    all_finite,
+    fault_of_rows,
+    name_some,
+    rows_checksum,
+)
 from files import Lock, disk_errors, write_all
 from utils import InputError, digest, require_path
 
+SCAN_SECONDS = 20  # for counting the bad videos of a file after the first was met
 PACKED = {"frames", "offsets", "ids"}  # the datasets of the packed layout, beside the checksums
 
 # --- reading -------------------------------------------------------------------------------------
@@ -68,8 +76,8 @@ class FeatureStore(Mapping):
         bad: {id: reason} of the skipped videos.
 
     Raises:
-        InputError: naming the file and the id, for a missing id, a bad video, or NaN or infinity
-            in a video's rows.
+        InputError: naming the file and the id, for a missing id, a bad video, NaN or infinity in a
+            video's rows, rows that are all zero, or that contradict their checksum.
     """
 
     def __init__(
@@ -104,6 +112,8 @@ class FeatureStore(Mapping):
                 "pass the width the features have (--pca_components), or extract that video again"
             )
         self.dtype = np.result_type(*dtypes)
+        self._checks = RowChecks(self.lengths)
+        self._faults = None  # {id: reason}, once a bad video was met
         if regions:
             counts = " or ".join(map(str, sorted(regions)))
             print(
@@ -179,38 +189,52 @@ class FeatureStore(Mapping):
             return self._frames[slice(*self._bounds[video])]
 
     def read(self, video: str) -> np.ndarray:
-        """The (T, C) rows of `video`, averaged over regions, not checked for NaN."""
+        """The (T, C) rows of `video`, averaged over regions, unchecked."""
         rows = self._read(video)
         if rows.ndim == 3:  # (T, R, C): averaged in float32 or better
             rows = rows.mean(1, dtype=np.result_type(rows, np.float32)).astype(rows.dtype)
         return rows
 
     def __getitem__(self, video: str) -> np.ndarray:
-        """The (T, C) rows of `video`, all finite."""
+        """The (T, C) rows of `video`, checked when a run first reads it (`fault_of_rows`)."""
         if video in self.bad:
             raise InputError(f"feature file {str(self.path)!r}: video {video!r} {self.bad[video]}")
         if video not in self.lengths:
             raise InputError(f"feature file {str(self.path)!r}: it has no video {video!r}")
         rows = self.read(video)
-        if not _all_finite(rows):
-            raise InputError(
-                f"feature file {str(self.path)!r}: video {video!r} holds NaN or infinity; "
-                "extract it again"
-            )
+        if not self._checks.is_checked(video):
+            if reason := fault_of_rows(rows, self._stored_checksum(video)):
+                raise InputError(self._fault_message(video, reason))
+            self._checks.mark(video, rows)
         return rows
 
-    def read_verified(self, video: str) -> np.ndarray:
-        """The (T, C) rows of `video`; InputError also if they contradict their stored checksum."""
-        rows = self[video]
-        if self._sums is None:
-            self._sums = self.checksums()
-        stored = self._sums.get(video)
-        if stored is not None and stored != rows_checksum(np.ascontiguousarray(rows)):
-            raise InputError(
-                f"feature file {str(self.path)!r}: rows of video {video!r} are not those "
-                "that were written; extract it again"
-            )
-        return rows
+    def _fault_message(self, video, reason):
+        """What to say of a video that must not be used, and of the others of the file."""
+        if self._faults is None:
+            self._faults = self._find_faults()
+        faults = {video: reason, **self._faults}
+        message = f"feature file {str(self.path)!r}: video {video!r} {reason}; "
+        if len(faults) == 1:
+            return message + "extract it again"
+        return (
+            message + f"{len(faults)} of its {len(self)} videos are bad ({name_some(faults)}); "
+            "`convert.py verify` lists them, to extract again or to leave out"
+        )
+
+    def _find_faults(self):
+        """{id: reason} of the unchecked videos that must not be used, as far as time allows."""
+        faults, end = {}, time.monotonic() + SCAN_SECONDS
+        for video in self:
+            if not self._checks.is_checked(video):
+                if reason := fault_of_rows(self.read(video), self._stored_checksum(video)):
+                    faults[video] = reason
+            if time.monotonic() > end:
+                break
+        return faults
+
+    def videos_with_zero_rows(self) -> list[str]:
+        """The videos read so far that have rows of zeros, and others."""
+        return self._checks.videos_with_zero_rows()
 
     def release_pages(self) -> None:
         """Release mapped pages (MADV_DONTNEED) so they no longer count as resident memory."""
@@ -221,6 +245,17 @@ class FeatureStore(Mapping):
         """{id: checksum of its rows} as stored in the file; empty if it stores none."""
         with hdf5_errors(self.path):
             return self._read_checksums(self._file())
+
+    def _stored_checksum(self, video):
+        """The checksum of a video's rows that the file has, or None."""
+        if self._frames is None:  # one attribute: nobody needs those of all videos
+            with hdf5_errors(self.path):
+                dataset = self._file()[video]
+                has_checksum = "checksum" in dataset.attrs
+                return str(read_attributes(dataset)["checksum"]) if has_checksum else None
+        if self._sums is None:
+            self._sums = self.checksums()
+        return self._sums.get(video)
 
     def _read_checksums(self, file):
         if self._frames is not None:
@@ -238,7 +273,7 @@ class FeatureStore(Mapping):
         """A digest of the content, the same for a copy of the file.
 
         It covers the stored checksum, and so every value. The lengths and a sample of the values
-        are added for files without a checksum, and for files edited in place under their old one.
+        are added for files without a checksum.
         """
         videos = list(self.lengths)
         sample = []
@@ -257,20 +292,7 @@ class FeatureStore(Mapping):
         return len(self.lengths)
 
 
-def _all_finite(rows):
-    """Whether no value is NaN or infinite."""
-    if rows.dtype == np.float16:
-        # By the exponent's bits: 20 times as fast as NumPy's isfinite, which casts float16.
-        return not (rows.view(np.uint16) & 0x7C00 == 0x7C00).any()
-    return bool(np.isfinite(rows).all())
-
-
 # --- checksums -----------------------------------------------------------------------------------
-
-
-def rows_checksum(rows: np.ndarray) -> str:
-    """SHA-256 of a video's contiguous rows, cut to 64 bits: against accidents, not forgery."""
-    return hashlib.sha256(rows).hexdigest()[:16]
 
 
 def store_checksum(
@@ -290,7 +312,7 @@ def cast_rows(video: str, rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """`rows` (T, C) as a contiguous array of `dtype`; InputError if a value is not finite in it."""
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, dtype)
-    if not _all_finite(rows):
+    if not all_finite(rows):
         raise InputError(
             f"video {video!r}: features hold NaN or infinity (or overflow {rows.dtype})"
         )
@@ -474,7 +496,8 @@ class StoreWriter:
 
         Raises:
             InputError: if there are none, if they have another width than the rows before, if a
-                value is not finite in the stored type, and if the id is already stored.
+                value is not finite in the stored type, if all are zero, and if the id is already
+                stored.
         """
         rows = np.asarray(rows)
         width = self._entries[0]["C"] if self._entries else rows.shape[-1]
@@ -486,6 +509,8 @@ class StoreWriter:
         if video in self.done:
             raise InputError(f"video {video!r} is given twice")
         rows = cast_rows(video, rows, self.dtype)
+        if not rows.any():  # no reader takes them
+            raise InputError(f"video {video!r}: its features are nothing but zeros")
         source = (self._sources or {}).get(video)
         entry = {"id": video, "T": len(rows), "C": width, "source": source}
         try:

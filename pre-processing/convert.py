@@ -34,9 +34,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
 from features.layouts import LAYOUTS, open_source
-from features.store import FeatureStore, cast_rows, rows_checksum, store_checksum
+from features.row_checks import rows_checksum
+from features.store import FeatureStore, cast_rows, store_checksum
 from untrusted import read_text
-from utils import InputError, Parser, one_line, printable
+from utils import InputError, Parser, id_hint, one_line, printable
 
 
 def layout_of(path: str | Path, layout: str | None = None) -> str:
@@ -74,8 +75,9 @@ def write(
 
         def read(video):
             bar.update()
-            videos[video].release_pages()  # of the videos before
-            return cast_rows(video, videos[video].read_verified(video), dtype)
+            store = videos[video]
+            store.release_pages()  # of the videos before
+            return cast_rows(video, store[video], dtype)
 
         LAYOUTS[layout](path, lengths, read, dtype, feature_size, meta)
     print(
@@ -120,7 +122,8 @@ def read_ids(path: str, known: Collection[str]) -> list[str]:
     if missing:
         examples = ", ".join(map(printable, missing[:3])) + (", ..." if len(missing) > 3 else "")
         print(
-            f"notice: {len(missing)} of the {len(ids)} ids of {path} have no features: {examples}",
+            f"notice: {len(missing)} of the {len(ids)} ids of {path} have no features: {examples}"
+            + (f"; {hint}" if (hint := id_hint(ids, known)) else ""),
             file=sys.stderr,
         )
     return [video for video in ids if video in known]

@@ -6,7 +6,8 @@
 `fit` draws 10 frames of every video, as the paper did (997,090 of VCDB's), keeps the leading
 components, and plots the variance they explain beside its output, NAME.png. `apply` gives rows of
 unit length: whitened, or after `fit --no_whiten` only centred and rotated. Whitening that is fitted
-on little film amplifies noise, but can gain far more than that costs: try both.
+on little film amplifies noise, but can gain far more than that costs: try both. The rows of `apply`
+do not depend on the number of threads.
 
 A parameter file holds arrays: mean (C,), components (D, C), variance (D,), whiten. The released
 code's files (U, lams, mu, Utmu) are read too.
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
-from features.pca import PCAFit, fit_pca, load_projection
+from features.pca import PCAFit, fit_pca, load_projection, project_videos
 from features.store import FeatureStore, StoreWriter
 from files import Lock, atomic
 from utils import InputError, Parser, check_ranges
@@ -83,9 +84,10 @@ def run_apply(options: argparse.Namespace) -> None:
     meta = {**store.meta, "pca": projection.label}
     sources = dict.fromkeys(store, store.fingerprint())  # a resumed run needs the same features
     with StoreWriter(options.output, options.dtype, meta, sources) as writer:
-        for video in tqdm(store, unit="video", disable=len(store) < 1000):
-            if video not in writer.done:  # by a run that was stopped
-                writer.add(video, projection(store.read_verified(video)))
+        left = [video for video in store if video not in writer.done]  # by a run that was stopped
+        projected = project_videos(store, projection, left)
+        for video, rows in tqdm(projected, total=len(left), unit="video", disable=len(left) < 1000):
+            writer.add(video, rows)
     size = projection.matrix.shape[1]
     print(f"{options.output}: {len(store)} videos, {store.feature_size} -> {size}")
 

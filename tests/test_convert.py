@@ -191,7 +191,7 @@ def test_to_refuses_rows_that_changed_since_they_were_written(source, target, tm
             else:
                 file["frames"][len(features["a"]), 0] += 1
     for more in ([], ["--dtype", "float32"]):
-        assert "'b' are not those that were written" in refuse("to", path, target, *more)
+        assert "'b' has other rows than were written" in refuse("to", path, target, *more)
     assert not target.exists()
     (tmp_path / "bad").write_text("b")
     run("to", path, target, "--without", tmp_path / "bad")

@@ -353,3 +353,18 @@ def test_add_to_an_index_with_leftovers(index_copy, tmp_path):
     after = stored_data(index_copy)
     assert after.pop(str(new)) and after == before and not damage(index_copy)
     assert not half_generation.exists()
+
+
+def test_query_refuses_to_show_a_video_whose_data_changed(index_copy, library):
+    """One value of its rows, of hundreds: the score would be nearly right."""
+    clip, path = library.clip("b.mp4"), library.path("b faster.mp4")
+    expected = index_copy.query(clip, top=2, threshold=-1)
+    assert {match.path for match in expected} == {library.path("b.mp4"), path}
+    content = index_copy.store.content(index_copy.store.known_files()[path].content)
+    place = index_copy.store.data_path("frames")
+    rows = np.memmap(place, np.float16, "r+").reshape(-1, index_copy.store.settings["size"])
+    rows[content.first_frame + 1, 7] += 0.01
+    rows.flush()
+    with pytest.raises(InputError, match="b faster.mp4.*its data is damaged; remove it"):
+        index_copy.query(clip, top=2, threshold=-1)
+    assert index_copy.query(clip, top=1, threshold=-1) == expected[:1]

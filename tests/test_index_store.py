@@ -98,6 +98,18 @@ def test_store_names_the_damaged_video(store, kind):
     assert line.startswith("'/v3': its data is damaged")
 
 
+def test_lost_frames_are_reported_when_they_are_read(store):
+    """Blocks that a file system lost read as zeros."""
+    content = store.content(1)
+    data = bytearray(store.data_path("frames").read_bytes())
+    size = store.frame_descriptors(content).nbytes
+    start = content.first_frame * size // content.num_frames
+    data[start : start + size] = bytes(size)
+    store.data_path("frames").write_bytes(data)
+    with pytest.raises(InputError, match="its data is damaged; remove it and index it again"):
+        IndexStore(store.folder).frame_descriptors(content)
+
+
 def test_store_reports_a_file_cut_short(store):
     path = store.data_path("frames")
     path.write_bytes(path.read_bytes()[:-1])

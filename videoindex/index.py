@@ -318,6 +318,7 @@ class VideoIndex:
             if scores[i] < threshold:
                 break
             content, similarity = contents[i], candidates[i][1]
+            self.store.require_intact(content)  # what is shown; `verify` reads everything
             segments = []
             if with_segments:
                 segments = self.find_segments(video.frame_descriptors, video.seconds, content)
@@ -452,6 +453,8 @@ class VideoIndex:
         links = []
         for other, score in zip(contents, scores, strict=True):
             if score >= threshold:
+                self.store.require_intact(content)
+                self.store.require_intact(other)
                 segments = self.find_segments(frames, content.seconds, other)
                 links.append(Link(number, other.id, min(score, 1.0), segments))
         return links

@@ -223,6 +223,13 @@ class IndexStore:
 
     def frame_descriptors(self, content: Content) -> np.ndarray:
         """The frame descriptors (T, D) float16 of a content, a view of the memory map."""
+        rows = self._frame_rows(content)
+        if len(rows) and not rows[0, 0] and not rows.any():  # lost blocks; no descriptor is zero
+            raise InputError(f"index {str(self.folder)!r}: {self._damage(content)}")
+        return rows
+
+    def _frame_rows(self, content):
+        """The same, unchecked."""
         first = content.first_frame
         num_rows = self.settings["ends"][0]
         frames = self._map("frames", num_rows, np.float16)
@@ -480,10 +487,26 @@ class IndexStore:
             file.seek(content.first_byte)
             thumbnails = file.read(total)
         return {
-            "frames": self.frame_descriptors(content).tobytes(),
+            "frames": self._frame_rows(content).tobytes(),
             "videos": self.window_descriptors(content).tobytes(),
             "thumbnails": thumbnails,
         }
+
+    def is_intact(self, content: Content) -> bool:
+        """Whether the data of a content is what was written."""
+        try:
+            return checksum(self.stored_bytes(content)) == content.checksum
+        except (OSError, InputError, ValueError):
+            return False
+
+    def require_intact(self, content: Content) -> None:
+        """Raise InputError if the data of a content is not what was written."""
+        if not self.is_intact(content):
+            raise InputError(f"index {str(self.folder)!r}: {self._damage(content)}")
+
+    def _damage(self, content):
+        names = "; ".join(map(repr, self.paths(content.id)))
+        return f"{names}: its data is damaged; remove it and index it again"
 
     def find_damage(self) -> Iterator[str]:
         """Read everything, and yield a line for what differs from what was written."""
@@ -492,13 +515,8 @@ class IndexStore:
                 if line != "ok":
                     yield f"index.db: {utils.one_line(line)}"
             for content in self.contents():
-                try:
-                    intact = checksum(self.stored_bytes(content)) == content.checksum
-                except (OSError, InputError, ValueError):
-                    intact = False
-                if not intact:
-                    names = "; ".join(map(repr, self.paths(content.id)))
-                    yield f"{names}: its data is damaged; remove it and index it again"
+                if not self.is_intact(content):
+                    yield self._damage(content)
 
     def disk_bytes(self) -> int:
         """The size of all files of the index."""
