@@ -1,5 +1,5 @@
-# Every target but gpu first installs .venv, if requirements.txt changed since. PYTHON=python3.13 chooses the
-# Python; an .venv of another version is made anew. Commands:
+# Every target but gpu first installs .venv, if requirements.txt changed since. PYTHON=python3.13
+# chooses the Python; an .venv of another version is made anew. Commands:
 #
 #   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
 #   make test          style, and all tests; with Horovod if it can be built

@@ -31,7 +31,8 @@ def pack(videos: Sequence[np.ndarray], pin: bool = False) -> tuple[Tensor, Tenso
     num_frames = torch.tensor([len(video) for video in videos])
     if not pin:
         return torch.from_numpy(np.concatenate(videos)), num_frames
-    dtype = torch.from_numpy(np.empty(0, np.result_type(*videos))).dtype
+    types = {video.dtype for video in videos}  # NumPy joins 64 at most
+    dtype = torch.from_numpy(np.empty(0, np.result_type(*types))).dtype
     shape = int(num_frames.sum()), videos[0].shape[1]
     x = torch.empty(shape, dtype=dtype, pin_memory=True)
     np.concatenate(videos, out=x.numpy())

@@ -39,6 +39,23 @@ def test_pad_packed_equals_pad(chosen, dtype):
     assert gathered.dtype == torch.float32 and torch.equal(gathered, expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_pinned_batch_equals_a_plain_one(dtype, monkeypatch):
+    """Page-locked memory needs a GPU: the allocation is replaced by a plain one."""
+    asked, empty = [], torch.empty
+
+    def plain_empty(*shape, pin_memory=False, **options):
+        asked.append(pin_memory)
+        return empty(*shape, **options)
+
+    made = videos([3] * 200, dtype)
+    expected, _ = pack(made)
+    monkeypatch.setattr(torch, "empty", plain_empty)
+    x, num_frames = pack(made, pin=True)
+    assert asked == [True]
+    assert x.dtype == expected.dtype and torch.equal(x, expected) and num_frames.sum() == 600
+
+
 def test_unpad_gives_the_packed_frames_back():
     x, num_frames = pack(videos(dtype=np.float32))
     padded = pad_packed(x, num_frames)
