@@ -580,7 +580,8 @@ def add_run_arguments(group):
         type=float,
         default=MEMORY,
         metavar="GIB",
-        help="what a process may take; lower it on a small machine (default %(default)s)",
+        help="what a process may take of the machine's memory; on a GPU, what is free there bounds"
+        " the rest (default %(default)s)",
     )
     add(
         "--cache",
