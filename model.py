@@ -258,11 +258,12 @@ class NetVLAD(VLAD):
         super().__init__(feature_size, feature_size, *settings)
         self.bn1 = nn.BatchNorm1d(feature_size)
         self.conv = nn.Conv1d(feature_size, num_clusters, 1)
-        with torch.no_grad():
-            # As released. The paper's bias is -alpha |c|^2, which differs so much between random
-            # centroids that one of them takes all frames.
-            self.conv.weight.copy_(2 * alpha * self.centroids[..., None])
-            self.conv.bias.copy_(-alpha * self.centroids.norm(dim=1))
+        if not self.centroids.is_meta:  # `_check_fit` needs the sizes alone
+            with torch.no_grad():
+                # As released. The paper's bias is -alpha |c|^2, which differs so much between
+                # random centroids that one of them takes all frames.
+                self.conv.weight.copy_(2 * alpha * self.centroids[..., None])
+                self.conv.bias.copy_(-alpha * self.centroids.norm(dim=1))
 
     def cluster_sums(self, x, mask, num_frames):
         x = apply_to_valid_frames(lambda frames: batch_norm(self.bn1, frames), x, num_frames)
