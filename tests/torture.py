@@ -54,7 +54,15 @@ from videoindex.store import IndexStore
 
 # Written with times, or by other packages: only whether they are whole is looked at.
 UNEQUAL = ("log.jsonl", "args.json", "stderr")
-TIMED = {"command", "compare_seconds", "encode_seconds", "seconds", "measured", "machine"}
+TIMED = {
+    "command",
+    "compare_seconds",
+    "encode_seconds",
+    "seconds",
+    "measured",
+    "machine",
+    "revision",
+}
 
 
 # --- what is run ----------------------------------------------------------------------------------
@@ -458,6 +466,7 @@ class Torture:
             statuses = [process.wait() for process in processes]
             for process in processes:
                 told = "is being written by" in process.output
+                told |= name == "npy" and "already exists" in process.output  # it came later
                 self.counts["told who writes"] += told and process.status == 2
                 if process.status != 0 and not (process.status in (2, 3) and told):
                     return f"status {process.status}: {process.output[-1500:]}"
