@@ -466,7 +466,8 @@ class Torture:
             statuses = [process.wait() for process in processes]
             for process in processes:
                 told = "is being written by" in process.output
-                told |= name == "npy" and "already exists" in process.output  # it came later
+                came_later = {"npy": "already exists", "remove": "not in the index"}.get(name)
+                told |= came_later is not None and came_later in process.output
                 self.counts["told who writes"] += told and process.status == 2
                 if process.status != 0 and not (process.status in (2, 3) and told):
                     return f"status {process.status}: {process.output[-1500:]}"
