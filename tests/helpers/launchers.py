@@ -53,7 +53,7 @@ def launch(launcher, *arguments, **changes):
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):  # on a busy machine a run takes minutes
     """Wait for a launched process and give its result. If it hangs, its group is killed."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
