@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import utils
 from distributed import run_main
+from features.frame_rules import FRAME_RULES
 from model import ENCODERS
 from retrieval.compare import MEMORY
 from utils import InputError, available_cores
@@ -64,7 +65,7 @@ def run_index(args):
             if reason:
                 bar.write(f"skipped {printable(path)}: {utils.one_line(reason)}", file=sys.stderr)
 
-        update = index.add(args.videos, args.prune, on_file)
+        update = index.add(args.videos, args.prune, on_file, args.retry_failed)
     if index.store.settings["index_type"] != "Flat" and len(index):
         index.nearest.save()
     print(
@@ -137,6 +138,7 @@ def run_info(args):
         "holes": round(store.hole_share(), 3),
         "index_type": settings["index_type"],
         "model": settings["identity"],
+        "frame_rule": store.frame_rule,
         "threshold": index.calibration.get("threshold"),
         "versions": settings["versions"],
     }
@@ -306,6 +308,9 @@ def add_index_arguments(command):
         "--prune", action="store_true", help="forget files of these folders that no longer exist"
     )
     command.add_argument(
+        "--retry_failed", action="store_true", help="try again what failed in an earlier run"
+    )
+    command.add_argument(
         "--workers",
         type=int,
         default=available_cores(),
@@ -405,6 +410,12 @@ def add_model_options(command, description):
         "--fps",
         help="frames a second (default 1, as in the paper; 2 locates matches more finely,"
         " at twice the work and bytes)",
+    )
+    add(
+        "--frames",
+        choices=FRAME_RULES,
+        help="which ones: see extract_features.py (default on_screen; first_after in indexes of"
+        " earlier versions)",
     )
     add(
         "--window",

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from distributed import run_main
 from features.decoding import Video, read_frames
+from features.frame_rules import EARLIER_RULE
 from features.listing import find_videos
 from features.store import FeatureStore, warn_if_features_differ
 from files import atomic
@@ -167,7 +168,7 @@ def load_side(args, store, video) -> Side:
             f"--videos has no {video!r}; give what the features were extracted from, or leave it"
             " out"
         )
-    frames = read_frames(Video(video, videos[video]), fps, store.meta.get("frames", "timestamp"))
+    frames = read_frames(Video(video, videos[video]), fps, store.meta.get("frames", EARLIER_RULE))
     return Side(name, T, fps, list(frames))
 
 

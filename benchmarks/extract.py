@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from distributed import default_device, init_distributed, run_main
 from features.backbones import BACKBONES, build_backbone
-from features.decoding import CROP, Decoder, Video, read_frames
+from features.decoding import Decoder, Video, read_frames
 from features.extraction import (
     FeatureFunction,
     default_parallelism,
@@ -44,6 +44,7 @@ from features.extraction import (
     resolve_resources,
     write_video,
 )
+from features.presentation import CROP
 from features.store import StoreWriter
 from files import write_json
 from utils import Parser, check_ranges, provenance, require_path

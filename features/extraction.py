@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from distributed import Distributed
 from features.backbones import Backbone
-from features.decoding import TIME_LIMIT, Decoder, Video
+from features.decoding import MAX_DECODE_HOURS, MAX_HOURS, TIME_LIMIT, Decoder, Video
 from features.extraction_report import ExtractionReport, file_stamp
+from features.frame_rules import DEFAULT_RULE, EARLIER_RULE
 from features.pca import Projection
 from features.pooling import POOLINGS
 from features.store import FeatureStore, StoreWriter
@@ -41,9 +42,11 @@ def extract(
     compute_features: FeatureFunction,
     *,
     fps: Fraction = Fraction(1),
-    frame_rule: str = "timestamp",
+    frame_rule: str = DEFAULT_RULE,
     workers: int | None = None,
     time_limit: float = TIME_LIMIT,
+    max_hours: float = MAX_HOURS,
+    max_decode_hours: float = MAX_DECODE_HOURS,
     batch_sz: int = 8,
     streams: int = 1,
     threads: int = 1,
@@ -59,15 +62,15 @@ def extract(
         fps: frames per second to keep.
         frame_rule: which ones, an entry of FRAME_RULES.
         workers: decoder processes; by default as many as cores.
-        time_limit: seconds without a new frame; `decoding.Decoder` describes what happens to a
-            video that hangs.
+        time_limit, max_hours, max_decode_hours: when a video is given up; see `decoding.Decoder`.
         streams, threads: batches at a time, and threads of PyTorch for each; see
             `default_parallelism`.
         on_frame: called with (video, frame) for every frame, a video's own in order, before its
             rows are computed.
     """
     workers = min(workers or available_cores(), len(videos))
-    decoders = [Decoder(fps, frame_rule, time_limit) for _ in range(workers)]
+    limits = time_limit, max_hours, max_decode_hours
+    decoders = [Decoder(fps, frame_rule, *limits) for _ in range(workers)]
     frame_queue = queue.Queue(2 * batch_sz)  # two batches: one in the making, one to come
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
     pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
@@ -325,12 +328,13 @@ def _open_finished(output, settings, dtype):
     if not output.is_file():  # absent, or a pipe to write to
         return {}
     store = FeatureStore(output)
-    found = {**store.meta, "dtype": str(store.dtype)}
+    found = {"frames": EARLIER_RULE, **store.meta, "dtype": str(store.dtype)}
     for name, value in {**settings, "dtype": dtype}.items():
         if found.get(name) != value:
+            same = f"continue it with --frames {found[name]}, or " if name == "frames" else ""
             raise InputError(
                 f"{str(output)!r} holds features of {name} {found.get(name)}, not {value}; "
-                "name another --output, or remove that file"
+                f"{same}name another --output, or remove that file"
             )
     return store
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from features.decoding import Video
+from features.frame_rules import with_current_rule
 from files import write_json
 from untrusted import is_object, read_json
 from utils import InputError, digest, provenance
@@ -64,7 +65,10 @@ class ExtractionReport:
             raise InputError(f"file {str(self.path)!r} is not a report; {advice}")
         if not all(_is_row(row) for row in report["videos"].values()):
             raise InputError(f"file {str(self.path)!r} is not a report of videos; {advice}")
-        return report["videos"] if report.get("settings") == self.settings else {}
+        settings = report.get("settings")
+        if is_object(settings):
+            settings = with_current_rule(settings)
+        return report["videos"] if settings == self.settings else {}
 
     def _replay(self, lines):
         """Take over the rows that a killed run logged: a line [id, settings digest, row] each."""

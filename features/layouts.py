@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from features.frame_rules import with_current_rule
 from features.hdf5 import new_hdf5
 from features.row_checks import rows_checksum
 from features.store import FeatureStore, store_checksum, write_store
@@ -42,7 +43,8 @@ class NpyFolder(FeatureStore):
                     f"({reason})",
                 )
         description = self._description()
-        return found, {**description["meta"], "checksum": description["checksum"]}
+        meta = with_current_rule(description["meta"])
+        return found, {**meta, "checksum": description["checksum"]}
 
     def _description(self):
         """The content of DESCRIPTION; without that file, an empty description."""

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from features.frame_rules import with_current_rule
 from features.hdf5 import (
     find_datasets,
     hdf5_errors,
@@ -140,7 +141,7 @@ class FeatureStore(Mapping):
                 shapes[name] = shape or (), dtype  # h5py.Empty has no shape
             if PACKED <= shapes.keys():
                 shapes = self._scan_packed(file, shapes)
-            return shapes, read_attributes(file)
+            return shapes, with_current_rule(read_attributes(file))
 
     def _file(self):
         """The HDF5 file, opened once in each process: its handles do not survive a fork."""
@@ -445,7 +446,9 @@ class StoreWriter:
                 raise InputError(
                     f"{str(self._journal)!r} is not the journal of an extraction; remove it"
                 )
-            if lines:
+            if not lines:
+                line["meta"] = with_current_rule(line["meta"])
+            else:
                 # Row size comes from the journal's own dtype: if that is refused below, the spool
                 # must stay complete.
                 itemsize = np.dtype(lines[0]["dtype"]).itemsize
@@ -576,7 +579,7 @@ def warn_if_features_differ(
         model: the model's name in the message.
     """
     differences = []
-    for key, value in expected.items():
+    for key, value in with_current_rule(expected).items():
         here = store.meta.get(key, value)
         if here != value:
             differences.append(f"{key} {value!r}, here {here!r}")

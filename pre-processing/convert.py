@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import run_main
+from features.frame_rules import EARLIER_RULE
 from features.layouts import LAYOUTS, open_source
 from features.row_checks import rows_checksum
 from features.store import FeatureStore, cast_rows, store_checksum
@@ -167,7 +168,8 @@ def check_same_kind(first: FeatureStore, store: FeatureStore) -> None:
     for one in (first, store):
         kinds.append({"width": one.feature_size, "dtype": one.dtype.name, **one.meta})
     for key in kinds[0] | kinds[1]:
-        here, there = (kind.get(key) for kind in kinds)
+        default = EARLIER_RULE if key == "frames" else None
+        here, there = (kind.get(key, default) for kind in kinds)
         if here != there:
             raise InputError(
                 f"{str(first.path)!r} has {key} {here!r}, {str(store.path)!r} has {there!r}; "

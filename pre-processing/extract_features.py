@@ -33,13 +33,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
 from features.backbones import BACKBONES, build_backbone
-from features.decoding import FRAME_RULES, TIME_LIMIT, Video
+from features.decoding import MAX_DECODE_HOURS, MAX_HOURS, TIME_LIMIT, Video
 from features.extraction import (
     extraction_settings,
     feature_function,
     resolve_resources,
     update_store,
 )
+from features.frame_rules import DEFAULT_RULE, EARLIER_NAMES, FRAME_RULES
 from features.listing import find_videos, shard_of
 from features.pca import load_projection
 from features.pooling import POOLINGS
@@ -47,7 +48,16 @@ from files import Lock
 from utils import InputError, Parser
 
 # Options that go to `features.extraction.extract` and `update_store` as they are.
-EXTRACT_OPTIONS = ("fps", "workers", "time_limit", "batch_sz", "streams", "threads")
+EXTRACT_OPTIONS = (
+    "fps",
+    "workers",
+    "time_limit",
+    "max_hours",
+    "max_decode_hours",
+    "batch_sz",
+    "streams",
+    "threads",
+)
 STORE_OPTIONS = ("dtype", "retry_failed")
 
 
@@ -70,10 +80,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def add_frame_arguments(add) -> None:
     fps = "frames per second (default 1, the paper's)"
     add("--fps", type=parse_fps, default=Fraction(1), help=fps)
-    rule = "which ones: by time (default), or by the released code's rule"
-    add("--frames", choices=FRAME_RULES, default="timestamp", help=rule)
+    rule = (
+        "which ones: on_screen, what a player shows at each second (default); first_after, the "
+        "first frame from there on, which earlier versions took; or the released code's rule"
+    )
+    add("--frames", choices=FRAME_RULES, type=rule_name, default=DEFAULT_RULE, help=rule)
     limit = "give a video up after so many seconds without a new frame (default %(default)s)"
     add("--time_limit", type=float, default=TIME_LIMIT, help=limit)
+    limit = "give a video up that lasts longer, or gives as many frames (default %(default)s)"
+    add("--max_hours", type=float, default=MAX_HOURS, help=limit)
+    limit = "give a video up that takes longer to decode (default %(default)s)"
+    add("--max_decode_hours", type=float, default=MAX_DECODE_HOURS, help=limit)
 
 
 def add_feature_arguments(add) -> None:
@@ -99,6 +116,11 @@ def add_machine_arguments(add) -> None:
     add("--batch_sz", type=int, help=size)
 
 
+def rule_name(text: str) -> str:
+    """The name of a rule, also by its earlier name."""
+    return EARLIER_NAMES.get(text, text)
+
+
 def parse_fps(text: str) -> Fraction:
     """A number such as 1, 0.5 or 30000/1001."""
     try:
@@ -122,7 +144,8 @@ def validate(options: argparse.Namespace) -> None:
         raise InputError(
             "--components must be at least 1, and needs --pca; correct it or leave it out"
         )
-    for name in ("fps", "workers", "batch_sz", "time_limit"):
+    limits = ("time_limit", "max_hours", "max_decode_hours")
+    for name in ("fps", "workers", "batch_sz", *limits):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} must be positive, and not {value}")

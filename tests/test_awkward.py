@@ -6,6 +6,7 @@ Theora, DV and H.261 are missing: this FFmpeg has no encoder for them. AV1 is SV
 import json
 import os
 import socket
+import struct
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from helpers.clips import textured, turn, write_audio, write_video
 from helpers.commands import python
 
-from features.decoding import Decoder, FrameTransform, Video, read_frames
+from features.decoding import Decoder, Video, read_frames
 from features.extraction import extract
+from features.presentation import FrameTransform
 from features.store import FeatureStore
 
 IMAGES = textured(0, 15)  # a second and a half: rows 0 and 1
@@ -110,7 +112,7 @@ def add_odd_timing(zoo):
 def add_damaged(zoo):
     whole = zoo.video("long.mkv", 4, LONG).read_bytes()
     zoo.file("cut.mkv", 2, first_half(whole))
-    # A changed timestamp may pass for a still of up to ten minutes.
+    # A changed timestamp may pass for a still.
     zoo.file("scrambled.mkv", range(1, 601), scramble(whole, 0, 5))
     faststart = {"movflags": "faststart"}
     fast = zoo.video("fast start.mp4", 4, LONG, container=faststart, **H264)
@@ -340,6 +342,41 @@ def test_playlist_is_not_followed_onto_the_network(tmp_path, decoder):
     assert not calls
 
 
+# --- broken clocks -------------------------------------------------------------------------------
+
+
+def write_pictures(path, n, rate):
+    images = [np.full((32, 48, 3), i % 256, np.uint8) for i in range(n)]
+    write_video(path, images, rate, codec="mjpeg", pix_fmt="yuvj444p")
+
+
+@pytest.mark.parametrize("rule", ["on_screen", "first_after", "released"])
+def test_one_frame_in_a_lifetime_ends(tmp_path, rule):
+    """A rate that nobody means is taken for 25: 30 frames are a second and a bit."""
+    write_pictures(tmp_path / "v.avi", 30, Fraction(1, 2_000_000_000))
+    video = Video("v", tmp_path / "v.avi")
+    rows = list(read_frames(video, rule=rule))
+    assert len(rows) in (2, 3) and video.seconds == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("rule", ["on_screen", "first_after"])
+def test_video_over_max_hours_is_given_up_and_named(tmp_path, rule):
+    write_pictures(tmp_path / "v.avi", 20, Fraction(1, 500))  # 2.8 hours
+    decoder, video = Decoder(rule=rule, max_hours=1), Video("v", tmp_path / "v.avi")
+    assert len(list(decoder.frames(video))) <= 3600
+    assert video.reason == "it lasts longer than 1 hours (--max_hours)"
+    decoder.close()
+    assert 9500 < len(list(read_frames(Video("v", tmp_path / "v.avi"), rule=rule))) <= 10_000
+
+
+def test_video_over_max_decode_hours_is_given_up_and_named(tmp_path):
+    write_pictures(tmp_path / "v.avi", 20, 1)
+    decoder, video = Decoder(max_decode_hours=1e-9), Video("v", tmp_path / "v.avi")
+    assert len(list(decoder.frames(video))) < 20
+    assert video.reason == "decoding it takes over 1e-09 hours (--max_decode_hours)"
+    decoder.close()
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 
@@ -371,6 +408,13 @@ def test_decoder_takes_no_more_than_its_memory_limit(tmp_path):
     decoder.close()
 
 
-def test_still_of_ten_minutes_is_the_longest(tmp_path):
-    write_video(tmp_path / "v.mkv", IMAGES[:3], times=[0, 599_000, 1_300_000])
-    assert len(list(read_frames(Video("v", tmp_path / "v.mkv"), Fraction(1)))) == 600
+def test_still_over_ten_minutes_needs_a_duration_that_holds_it(tmp_path):
+    path = tmp_path / "v.mkv"
+    write_video(path, IMAGES[:3], times=[0, 599_000, 1_300_000])
+    assert len(list(read_frames(Video("v", path)))) == 1301
+    assert len(list(read_frames(Video("v", path), rule="first_after"))) == 600
+    data = path.read_bytes().replace(b"DURATION", b"a tag...")
+    at = data.index(b"\x44\x89\x88") + 3  # the duration of the file, a double
+    assert struct.unpack_from(">d", data, at) == (1_300_100,)
+    path.write_bytes(data[:at] + struct.pack(">d", 1000) + data[at + 8 :])
+    assert len(list(read_frames(Video("v", path)))) == 600

@@ -1,5 +1,6 @@
 """Which frames of a video are kept, and how they look: by time, upright, cropped."""
 
+import itertools
 from fractions import Fraction
 
 import av
@@ -12,7 +13,9 @@ from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
 
 from features import decoding
-from features.decoding import Clock, FrameRule, FrameTransform, Video, read_frames
+from features.decoding import Video, read_frames
+from features.frame_rules import FRAME_RULES, Clock, always
+from features.presentation import FrameTransform
 
 
 def kept_indices(path, **options):
@@ -25,26 +28,34 @@ def kept_indices(path, **options):
 @pytest.mark.parametrize(
     "rate", [Fraction(10), Fraction(25), Fraction(30000, 1001), Fraction(2, 3)]
 )
-def test_row_k_is_the_first_frame_at_or_after_second_k_at_a_constant_rate(tmp_path, rate):
+def test_row_k_is_the_frame_at_second_k_at_a_constant_rate(tmp_path, rate):
     n = int(7 * rate) + 3
     times = [round(1000 * i / rate) for i in range(n)]  # Matroska counts milliseconds
+    end = times[-1] + round(1000 / rate)
     write_video(tmp_path / "v.mkv", numbered(n), rate)
-    expected = []
-    for k in range(times[-1] // 1000 + 1):
-        expected.append(next(i for i, t in enumerate(times) if t >= 1000 * k))
-    assert kept_indices(tmp_path / "v.mkv") == expected
+    shown, after = [], []
+    for k in range(0, end, 1000):
+        shown.append(max(i for i, t in enumerate(times) if t <= k))
+        after += [i for i, t in enumerate(times) if t >= k][:1]
+    assert kept_indices(tmp_path / "v.mkv") == shown
+    assert kept_indices(tmp_path / "v.mkv", rule="first_after") == after
+    if rate.denominator == 1:  # so a frame comes at each second, and the rules agree
+        assert shown == after
 
 
 @pytest.mark.parametrize("fps", [Fraction(1), Fraction(2), Fraction(1, 2)])
-def test_row_k_is_the_first_frame_at_or_after_its_time_at_a_variable_rate(tmp_path, fps):
+def test_row_k_is_the_frame_at_its_time_at_a_variable_rate(tmp_path, fps):
     times = [0, 100, 900, 1001, 1300, 1400, 2900, 3000]
     times += [3050, 7200, 7300, 8000]  # 3050 is a still of four seconds
     write_video(tmp_path / "v.mkv", numbered(len(times)), 10, times)
-    expected = []
+    shown, after = [], []
     for k in range(100):
-        at_or_after = [i for i, t in enumerate(times) if t >= k * 1000 / fps]
-        expected += at_or_after[:1]
-    assert kept_indices(tmp_path / "v.mkv", fps=fps) == expected
+        time = k * 1000 / fps
+        if time < 8100:
+            shown.append(max(i for i, t in enumerate(times) if t <= time))
+        after += [i for i, t in enumerate(times) if t >= time][:1]
+    assert kept_indices(tmp_path / "v.mkv", fps=fps) == shown
+    assert kept_indices(tmp_path / "v.mkv", fps=fps, rule="first_after") == after
 
 
 def test_clock_starts_at_the_first_frame_and_survives_breaks():
@@ -97,20 +108,33 @@ def decoded_pts(monkeypatch):
     return timestamps
 
 
+RATES = [Fraction(1), Fraction(7, 2), Fraction(1, 3)]
+
+
+def rows_by_rule(rule, seconds, fps):
+    """The index of each row's frame, from the frames' times; the last one stays for 1/25 s."""
+    expected = []
+    for k in range(100):
+        if rule == "first_after":
+            expected += [i for i, t in enumerate(seconds) if t >= k / fps][:1]
+        elif k / fps < seconds[-1] + Fraction(1, 25):
+            expected.append(max(i for i, t in enumerate(seconds) if t <= k / fps))
+    return expected
+
+
 def write_h264(path, times, params, **options):
     options = {"bf": "3", "x264-params": params, **options}
     images = textured(0, len(times))
     write_video(path, images, 25, times, "libx264", "yuv420p", options=options)
 
 
-@pytest.mark.parametrize("fps", [Fraction(1), Fraction(7, 2), Fraction(1, 3)])
 @pytest.mark.parametrize("times", [STEADY, UNSTEADY], ids=["steady", "unsteady"])
 @pytest.mark.parametrize("pyramid", ["none", "normal"])
 @pytest.mark.parametrize(
     "suffix, params", [("mp4", "open-gop=1:keyint=40"), ("ts", "keyint=250"), ("flv", "ref=1")]
 )
 def test_h264_rows_are_those_of_a_full_decode(
-    tmp_path, decoded_pts, suffix, params, pyramid, times, fps
+    tmp_path, decoded_pts, suffix, params, pyramid, times
 ):
     path = tmp_path / f"v.{suffix}"
     write_h264(path, times, params, **{"b-pyramid": pyramid, "preset": "veryfast"})
@@ -118,18 +142,19 @@ def test_h264_rows_are_those_of_a_full_decode(
     with av.open(str(path)) as file:
         frames = sorted(file.decode(video=0), key=lambda frame: frame.pts)
     seconds = [(frame.pts - frames[0].pts) * frame.time_base for frame in frames]
-    expected = []
-    for k in range(100):
-        at_or_after = [frame for frame, t in zip(frames, seconds, strict=True) if t >= k / fps]
-        expected += at_or_after[:1]
-    transform = FrameTransform()
-
-    video = Video("v", path)
-    rows = list(read_frames(video, fps))
-    np.testing.assert_array_equal(rows, [transform(frame) for frame in expected])
-    assert 0 < video.seconds - seconds[-1] < 0.1  # a frame's own duration
-    assert not video.corrupt_packets
-    assert len(decoded_pts) < 0.8 * len(frames)  # and not all were decoded
+    transform, images = FrameTransform(), {}
+    for fps, rule in itertools.product(RATES, ("on_screen", "first_after")):
+        expected = []
+        for i in rows_by_rule(rule, seconds, fps):
+            if i not in images:
+                images[i] = transform(frames[i])
+            expected.append(images[i])
+        decoded_pts.clear()
+        video = Video("v", path)
+        np.testing.assert_array_equal(list(read_frames(video, fps, rule)), expected)
+        assert 0 < video.seconds - seconds[-1] < 0.1  # a frame's own duration
+        assert not video.corrupt_packets
+        assert len(decoded_pts) < 0.8 * len(frames)  # and not all were decoded
 
 
 def end_edit_list(path, milliseconds):
@@ -180,16 +205,16 @@ def test_h264_rows_of_odd_timing_are_those_of_a_full_decode(
         end_edit_list(path, 3080)
     if kind == "three in a packet":
         join_packets(path)
-    for fps in rates:
+    for fps, rule in itertools.product(rates, ("on_screen", "first_after")):
         ours, full = Video("ours", path), Video("full", path)
         decoded_pts.clear()
-        rows = list(read_frames(ours, fps))
+        rows = list(read_frames(ours, fps, rule))
         if kind == "interlaced":  # fields may be packets of their own: none may be skipped
             assert len(decoded_pts) == len(times)
         with monkeypatch.context() as patch:
             # A rule that cannot tell beforehand what it keeps, so that every frame is decoded.
-            patch.setitem(decoding.FRAME_RULES, "timestamp", FrameRule(decoding.at_timestamps))
-            np.testing.assert_array_equal(rows, list(read_frames(full, fps)))
+            patch.setitem(FRAME_RULES, rule, FRAME_RULES[rule]._replace(may_keep=always))
+            np.testing.assert_array_equal(rows, list(read_frames(full, fps, rule)))
         assert ours.seconds == full.seconds > 1
 
 

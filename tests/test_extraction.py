@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import av
 import extract_features
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -24,9 +25,10 @@ from helpers.pooling_loops import l3_imac_by_loop
 
 from features import decoding, extraction, listing
 from features.backbones import build_backbone, import_torchvision
-from features.decoding import Decoder, FrameTransform, Video, read_frames
+from features.decoding import Decoder, Video, read_frames
 from features.extraction import cut_batches, extract
 from features.listing import find_videos, shard_of
+from features.presentation import FrameTransform
 from features.store import FeatureStore
 from utils import InputError
 
@@ -76,6 +78,73 @@ def test_videos_that_share_an_id_are_refused(tmp_path):
     touch(tmp_path / "a.avi")
     with pytest.raises(InputError, match="share the id 'a'"):
         find_videos(str(tmp_path))
+
+
+def test_video_beside_other_files_of_its_name_is_taken(tmp_path):
+    beside = [
+        "description",
+        "info.json",
+        "webp",
+        "en.vtt",
+        "HEIC",
+        "aae",
+        "jpg",
+        "mp3",
+        "zip",
+        "dat",
+    ]
+    for name in (
+        "ID.mp4",
+        "IMG.MOV",
+        *(f"{stem}.{suffix}" for stem in ("ID", "IMG") for suffix in beside),
+    ):
+        touch(tmp_path / name)
+    assert find_videos(str(tmp_path)) == {"ID": tmp_path / "ID.mp4", "IMG": tmp_path / "IMG.MOV"}
+
+
+NOT_VIDEO = {  # by how they begin, under a suffix that says nothing
+    "text": b"The quick brown fox jumps over the lazy dog, again and again.\n" * 9,
+    "umlauts": "Übergrößenträger äußern sich über ihre Füße, schön für Öl.\n".encode() * 40,
+    "zip": b"PK\3\4" + bytes(99),
+    "pdf": b"%PDF-1.7" + bytes(99),
+    "heic": b"\0\0\0\x18ftypheic" + bytes(99),
+    "png": b"\x89PNG\r\n" + bytes(99),
+    "tar": bytes(257) + b"ustar" + bytes(99),
+    "vorbis": b"OggS" + bytes(24) + b"\1vorbis" + bytes(99),
+}
+
+
+def test_files_of_a_folder_that_are_certainly_not_videos_are_passed_over(tmp_path):
+    for name in (
+        "a.bmp",
+        "b.tiff",
+        "c.avif",
+        "d.ico",
+        "e.nfo",
+        "f.pdf",
+        "g.zip",
+        "h.docx",
+        "i.svg",
+    ):
+        touch(tmp_path / name)
+    for name, data in NOT_VIDEO.items():
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / f"{name}.xyz").write_bytes(data)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "code.ts").write_bytes(NOT_VIDEO["text"])
+    write_video(tmp_path / "stream.ts", textured(0, 10), codec="mpeg4", pix_fmt="yuv420p")
+    write_video(tmp_path / "film.mkv", textured(0, 10))
+    (tmp_path / "film.mkv").rename(tmp_path / "film")
+    (tmp_path / "few").write_bytes(b"letters")  # too little to tell
+    assert sorted(find_videos(str(tmp_path))) == ["few", "film", "stream"]
+    (tmp_path / "list.tsv").write_text("a\ta.bmp\n")  # what is named is tried
+    assert find_videos(str(tmp_path / "list.tsv")) == {"a": tmp_path / "a.bmp"}
+
+
+def test_list_lines_end_at_line_ends_only(tmp_path):
+    names = ["a\x0bb", "c\x85d", "e\u2028f", "g\x1ch", "i\u2029", "j\rk", "l m"]
+    (tmp_path / "list.tsv").write_bytes("\r\n".join(f"{n}\t{n}.mp4" for n in names).encode())
+    assert find_videos(str(tmp_path / "list.tsv")) == {n: tmp_path / f"{n}.mp4" for n in names}
 
 
 def test_list_line_without_a_tab_is_refused(tmp_path):
@@ -380,6 +449,37 @@ def test_features_of_listed_files_that_are_gone_stay(tmp_path, decoded):
         np.testing.assert_array_equal(extended[name], rows[name])
     report = report_rows(tmp_path / "f.json")
     assert [row["status"] for row in report.values()] == ["ok"] * 4
+
+
+def test_store_of_one_frame_rule_refuses_another_and_says_how_to_continue(tmp_path, decoded):
+    output = tmp_path / "f.hdf5"
+    write_clips(tmp_path, "a")
+
+    def run_by(rule):
+        listed = tmp_path / "list.tsv"
+        listed.write_text("".join(f"{path.stem}\t{path}\n" for path in tmp_path.glob("*.mkv")))
+        words = [listed, "--output", output, "--stages", "_blocks.0"]
+        return run(*words, *(["--frames", rule] if rule else []))
+
+    assert run_by("timestamp") == 0  # the earlier name
+    assert FeatureStore(output).meta["frames"] == "first_after"
+    for stated in ("timestamp", None):  # as earlier versions wrote it, or did not
+        with h5py.File(output, "r+") as file:
+            del file.attrs["frames"]
+            if stated:
+                file.attrs["frames"] = stated
+        report = json.loads((tmp_path / "f.json").read_text())
+        report["settings"]["frames"] = "timestamp"
+        (tmp_path / "f.json").write_text(json.dumps(report))
+        before = output.read_bytes()
+        with pytest.raises(InputError, match="first_after, not on_screen; continue it with"):
+            run_by(None)
+        assert output.read_bytes() == before
+        write_clips(tmp_path, "b" if stated else "c")
+        decoded.ids.clear()
+        assert run_by("first_after") == 0 and decoded.ids == ["b" if stated else "c"]
+    output.unlink()
+    assert run_by(None) == 0 and FeatureStore(output).meta["frames"] == "on_screen"
 
 
 @pytest.mark.parametrize("still_listed", [True, False])

@@ -311,6 +311,31 @@ def test_index_that_two_processes_create_holds_the_videos_of_both(library, tmp_p
     assert len(VideoIndex(folder)) == 2 and not damage(VideoIndex(folder))
 
 
+def test_file_that_failed_is_remembered_by_size_and_time(index_copy, library, tmp_path):
+    path = tmp_path / "v.mp4"
+    good = (library.videos / "a.mp4").read_bytes()
+    path.write_bytes(bytes(len(good)))
+    os.utime(path, ns=(1, 1))
+    ((_, reason),) = index_copy.add([path]).failed
+    path.write_bytes(good)
+    os.utime(path, ns=(1, 1))
+    ((_, known),) = index_copy.add([path]).failed  # without reading it, or it would have succeeded
+    assert known == f"{reason} (known; --retry_failed tries it again)"
+    assert not index_copy.add([path], retry_failed=True).failed
+    assert index_copy.add([path]).unchanged == 1
+    path.write_bytes(bytes(10))
+    ((_, changed),) = index_copy.add([path]).failed
+    assert "known" not in changed
+
+
+def test_index_of_an_earlier_version_keeps_its_frame_rule(index_copy, library):
+    assert index_copy.store.frame_rule == "on_screen"
+    index_copy.store.db.execute("DELETE FROM settings WHERE name = 'frame_rule'")
+    assert VideoIndex(index_copy.folder).pipeline.frame_rule == "first_after"
+    with pytest.raises(InputError, match="frames 'first_after', this model has 'on_screen'"):
+        VideoIndex(index_copy.folder, pipeline=library.pipeline)
+
+
 @pytest.mark.slow
 def test_add_after_kill_ends_as_an_unbroken_run(library, tmp_path, kill_rng):
     folder = tmp_path / "index"

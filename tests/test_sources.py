@@ -22,6 +22,15 @@ def test_find_files_in_a_folder(tmp_path):
     assert found[0].size == 5 and found[0].mtime == (tmp_path / "a.mkv").stat().st_mtime_ns
 
 
+def test_find_files_passes_over_what_is_not_video(tmp_path):
+    for name in ("a.mp4", "a.description", "b.heic", "c.zip", "d.nfo"):
+        (tmp_path / name).write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    found, failed = find_files([tmp_path], tmp_path / "index")
+    assert [file.path for file in found] == [str(tmp_path / "a.mp4")]
+    assert failed == [(str(tmp_path / "pipe"), "it is not a regular file")]
+
+
 def test_find_files_takes_a_named_file_with_any_suffix(tmp_path):
     path = tmp_path / "video.txt"
     path.write_bytes(b"x")

@@ -93,15 +93,19 @@ class VideoIndex:
     def pipeline(self) -> Pipeline:
         """The Pipeline that made the index, or will make it."""
         if self._pipeline is None:
-            stored = self.store.settings["options"] if self.store else {}
+            stored = {}
+            if self.store:
+                stored = self.store.settings["options"] | {"frames": self.store.frame_rule}
             self._pipeline = Pipeline(self._device, self._workers, **(stored | self._options))
             if self.store:  # the files that the options name may have changed since
                 self._check_identity(self._pipeline)
         return self._pipeline
 
     def _check_identity(self, pipeline):
-        for part, value in self.store.settings["identity"].items():
-            other = pipeline.identity.get(part)
+        stored = self.store.settings["identity"] | {"frames": self.store.frame_rule}
+        given = pipeline.identity | {"frames": pipeline.frame_rule}
+        for part, value in stored.items():
+            other = given.get(part)
             if other != value:
                 raise InputError(
                     f"index {str(self.folder)!r} was made with {part} {value!r}, this model has"
@@ -144,16 +148,19 @@ class VideoIndex:
         sources: Iterable[str | os.PathLike],
         prune: bool = False,
         on_file: Callable[[str, str], None] = lambda path, reason: None,
+        retry_failed: bool = False,
     ) -> IndexUpdate:
         """Bring the index up to date with files and folders.
 
         Every video is stored as soon as it is encoded, so a killed call can simply be repeated. A
         changed file replaces its old entry. A file that cannot be read is reported and keeps its
-        entry.
+        entry. One that could not be encoded is remembered by its size and time, and reported again
+        without being read.
 
         Args:
             prune: forget files of these folders that no longer exist.
             on_file: called as on_file(path, reason) when a file is finished; "" means success.
+            retry_failed: try again unchanged files that could not be encoded before.
         """
         sources = list(sources)
         found, failed = find_files(sources, self.folder)
@@ -170,10 +177,13 @@ class VideoIndex:
         with self.store.writing():
             self._nearest = None
             known = counter.known = self.store.known_files()
+            failed_before = {} if retry_failed else self.store.failed_files()
             changed = []
             for file in found:
                 if file.path in known and known[file.path].unchanged(file.size, file.mtime):
                     counter.update.unchanged += 1
+                elif reason := failed_before.get(file):
+                    counter.failed(file.path, f"{reason} (known; --retry_failed tries it again)")
                 else:
                     changed.append(file)
             for start in range(0, len(changed), CHUNK):
@@ -190,6 +200,7 @@ class VideoIndex:
             pipeline = self.pipeline
             settings = {
                 "identity": pipeline.identity,
+                "frame_rule": pipeline.frame_rule,
                 "options": pipeline.given,
                 "calibration": pipeline.calibration,
                 "index_type": self.index_type or "Flat",
@@ -218,14 +229,18 @@ class VideoIndex:
             return
         # Of files with the same content, the first is encoded.
         digests = {same[0].path: digest for digest, same in by_digest.items()}
+        failed = {}
         for video in self.pipeline.encode_videos(digests):
             digest = digests[str(video.path)]
             if video.reason:
                 for file in by_digest[digest]:
+                    failed[file] = video.reason
                     counter.failed(file.path, video.reason)
             else:
                 self.store.add_content(digest, video, by_digest[digest])
                 counter.stored(by_digest[digest])
+        if failed:
+            self.store.remember_failed(failed)
 
     def remove(self, paths: Iterable[str | os.PathLike]) -> tuple[int, list[str]]:
         """Forget files, and all files in folders; they need not exist any more.

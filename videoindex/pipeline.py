@@ -19,6 +19,7 @@ from PIL import Image
 
 import utils
 from distributed import Distributed, default_device
+from features.frame_rules import DEFAULT_RULE, FRAME_RULES
 from model import ENCODERS, load_encoder, model_file
 from padding import pad
 from retrieval.alignment import align
@@ -43,6 +44,7 @@ DEFAULT_OPTIONS = {
     "stages": None,
     "pooling": "imac",
     "fps": "1",
+    "frames": DEFAULT_RULE,
     "window": WINDOW,
     "nhead": 8,
 }
@@ -73,6 +75,7 @@ class Pipeline:
     """Decoder, backbone, pooling, PCA and encoder. Without options: the shipped model.
 
     identity: {part: what it is}. Descriptors of two pipelines can be compared if these are equal.
+    frame_rule: which frames it takes; an index holds those of one rule.
     calibration: what calibrate.py measured for this identity, or {}.
 
     Args:
@@ -91,6 +94,7 @@ class Pipeline:
         self.given = _absolute(options)
         self.options = options = complete_options(self.given)
         check_options(options)
+        self.frame_rule = options["frames"]
         self.device = Distributed().device(device or default_device())
         self.workers = workers or available_cores()
         self.backbone = build_backbone(
@@ -159,6 +163,7 @@ class Pipeline:
             [Video(str(path), Path(path)) for path in paths],
             feature_function(self.backbone, self.options["pooling"], None, np.float16),
             fps=Fraction(self.options["fps"]),
+            frame_rule=self.frame_rule,
             workers=self.workers,
             on_frame=keep_thumbnail,
             **default_parallelism(self.device, self.workers),
@@ -246,12 +251,16 @@ def complete_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise InputError for a bad --pooling, --fps or --window; write the rate in its short form."""
+    """Raise InputError for a bad option; write the rate in its short form."""
     from features.pooling import POOLINGS
 
     if options["pooling"] not in POOLINGS:
         raise InputError(
             f"--pooling {options['pooling']!r} is not known; choose from {', '.join(POOLINGS)}"
+        )
+    if options["frames"] not in FRAME_RULES:
+        raise InputError(
+            f"--frames {options['frames']!r} is not known; choose from {', '.join(FRAME_RULES)}"
         )
     try:
         options["fps"] = str(Fraction(options["fps"]))  # "1.0" becomes "1"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from features.frame_rules import EARLIER_RULE, FRAME_RULES
 from untrusted import is_object
 from utils import InputError
 from videoindex.pipeline import check_calibration
@@ -106,7 +107,7 @@ def read_settings(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
         InputError: one is missing, or has another type
     """
     settings = {"identity": {"fps": "1"}, "options": {}, "calibration": {}}
-    settings |= {"index_type": "Flat", "versions": {}}
+    settings |= {"index_type": "Flat", "versions": {}, "frame_rule": EARLIER_RULE, "failed": []}
     try:
         for name, value in db.execute("SELECT name, value FROM settings"):
             settings[name] = json.loads(value)
@@ -142,6 +143,13 @@ def _is_options(value):
     return all(isinstance(text, str) for text in texts) and len(fps) < 20 and "e" not in fps.lower()
 
 
+def _is_failed(value):
+    """Whether a value is [[path, size, time, reason], ...]."""
+    rows = value if isinstance(value, list) else [value]
+    kinds = [str, int, int, str]
+    return all(isinstance(row, list) and list(map(type, row)) == kinds for row in rows)
+
+
 SETTINGS = {
     "size": lambda value: _is_count(value, 1 << 20) and value > 0,
     "generation": _is_count,
@@ -151,6 +159,8 @@ SETTINGS = {
     "identity": _is_identity,
     "options": _is_options,
     "calibration": is_object,
+    "frame_rule": lambda value: isinstance(value, str) and value in FRAME_RULES,
+    "failed": _is_failed,
     "index_type": lambda value: isinstance(value, str) and len(value) < 100,
     "versions": lambda value: is_object(value, str),
 }

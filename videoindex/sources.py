@@ -3,9 +3,8 @@
 import os
 import stat
 from collections.abc import Iterable
-from pathlib import Path
 
-from features.listing import NON_VIDEO_SUFFIXES
+from features.listing import may_be_video
 from videoindex.store import FileEntry
 
 Failures = list[tuple[str, str]]  # (path, reason)
@@ -17,7 +16,7 @@ def find_files(
     """The files to index, and what could not be read, each with the reason.
 
     A named file is taken with any suffix. Folders are searched as extract_features.py does: no
-    hidden files, no suffix that is certainly not a video's, links followed. Each folder is entered
+    hidden files, nothing that is certainly not a video, links followed. Each folder is entered
     once, even if several paths lead to it; the index's own folder is not entered.
     """
     found: dict[str, FileEntry] = {}
@@ -44,9 +43,9 @@ def find_files(
             entered.add(inode(top))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
-                suffix = Path(name).suffix.lower()
-                if not name.startswith(".") and suffix not in NON_VIDEO_SUFFIXES:
-                    take_file(os.path.join(top, name))
+                path = os.path.join(top, name)
+                if not name.startswith(".") and may_be_video(path):
+                    take_file(path)
 
     for source in map(os.path.abspath, sources):
         if os.path.isdir(source):

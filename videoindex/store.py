@@ -169,6 +169,16 @@ class IndexStore:
             self._write_settings(**values)
         self.settings |= values
 
+    def remember_failed(self, failed: dict[FileEntry, str]) -> None:
+        """Add to `failed_files`, inside `writing`; files that changed or are gone are forgotten."""
+        paths = {file.path for file in failed}
+        kept = {}
+        for file, reason in self.failed_files().items():
+            if file.path not in paths and os.path.exists(file.path):
+                kept[file] = reason
+        rows = [[*file, reason] for file, reason in (kept | failed).items()]
+        self.update_settings(failed=rows)
+
     # --- reading --------------------------------------------------------------------------------
 
     def data_path(self, kind: str, generation: int | None = None) -> Path:
@@ -203,6 +213,18 @@ class IndexStore:
         """Every file of the index: {path: KnownFile}."""
         rows = self._rows("SELECT path, size, mtime, content FROM files")
         return {os.fsdecode(path): KnownFile(*facts) for path, *facts in rows}
+
+    @property
+    def frame_rule(self) -> str:
+        """Which frames of a video were taken, an entry of FRAME_RULES."""
+        return self.settings["frame_rule"]
+
+    def failed_files(self) -> dict[FileEntry, str]:
+        """{file: reason} of the files that could not be encoded, as they were then."""
+        failed = {}
+        for path, size, mtime, reason in self.settings["failed"]:
+            failed[FileEntry(path, size, mtime)] = reason
+        return failed
 
     def num_files(self) -> int:
         return next(self._rows("SELECT count(*) FROM files"))[0]
