@@ -330,7 +330,8 @@ def test_file_that_failed_is_remembered_by_size_and_time(index_copy, library, tm
 
 def test_index_of_an_earlier_version_keeps_its_frame_rule(index_copy, library):
     assert index_copy.store.frame_rule == "on_screen"
-    index_copy.store.db.execute("DELETE FROM settings WHERE name = 'frame_rule'")
+    with index_copy.store.writing():
+        index_copy.store.db.execute("DELETE FROM settings WHERE name = 'frame_rule'")
     assert VideoIndex(index_copy.folder).pipeline.frame_rule == "first_after"
     with pytest.raises(InputError, match="frames 'first_after', this model has 'on_screen'"):
         VideoIndex(index_copy.folder, pipeline=library.pipeline)
