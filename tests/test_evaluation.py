@@ -384,7 +384,7 @@ def test_bad_similarity_file_is_refused(world, annotation, tmp_path):
     good = json.dumps({query: dict.fromkeys(videos, 0.5) for query in queries})
     cases = {
         "{}": "no query",
-        '{"a": {"b": 1}}': "can be scored",
+        '{"a": {"b": 1}}': "has no query",
         good.replace("0.5", "NaN", 1): queries[0],
         good.replace("0.5", "-Infinity", 1): queries[0],
         good.replace(f'"{videos[1]}"', f'"{videos[0]}"', 1): "twice",
