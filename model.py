@@ -629,7 +629,7 @@ def _tca_arguments(tensors, source, nhead):
         feature_size = tensors[f"{prefix}0.self_attn.in_proj_weight"].shape[1]
         dim_feedforward = tensors[f"{prefix}0.linear1.weight"].shape[0]
     except (KeyError, AttributeError, IndexError):
-        some = ", ".join(map(str, list(tensors)[:3]))
+        some = ", ".join(repr(key[:60]) for key in list(tensors)[:3])
         raise InputError(
             f"{source} is not a TCA model (its first keys: {some}); pass the encoder's state dict"
         ) from None

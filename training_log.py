@@ -242,9 +242,9 @@ def _is_line(line):
     """Whether a value is {"step", metric: number, "held_out": {metric: number}}."""
     if not is_object(line) or type(line.get("step")) is not int:
         return False
-    metrics = {**line, **(line.get("held_out") or {"step": 0})}
-    metrics.pop("held_out", None)
-    return is_object(metrics, int, float, NoneType)
+    metrics = {name: value for name, value in line.items() if name != "held_out"}
+    val = line.get("held_out", {})
+    return is_object(metrics, int, float, NoneType) and is_object(val, int, float, NoneType)
 
 
 def series(lines: list[dict]) -> dict[str, dict[str, tuple[list, list]]]:
