@@ -208,7 +208,8 @@ def test_rows_are_named_by_encoder_and_metric(results):
 def test_bfloat16_changes_metrics_little(results):
     fast, exact = results.bfloat16.record, results.baseline.record
     assert fast["amp"] == "bfloat16" and exact["amp"] is None
-    assert fast["figures"]["TCA_f"] != exact["figures"]["TCA_f"]
+    rows = ("TCA_c", "TCA_f")  # a small set's figures can stay the same in one of them
+    assert any(fast["figures"][row] != exact["figures"][row] for row in rows)
     for row in ("TCA_c", "TCA_f"):
         assert fast["figures"][row] == [pytest.approx(exact["figures"][row][0], abs=0.02)]
 
