@@ -283,9 +283,10 @@ class Run:
                     " start again with a lower --learning_rate, in another --model_path"
                 )
         state = self.state()
-        if self.dist.is_main:
-            write_checkpoint(self.folder, state)
-        self.dist.barrier()  # no process may end the run while the file is written
+        # A full disk ends all; no process may end the run while the file is written.
+        with self.dist.exit_together_on_error():
+            if self.dist.is_main:
+                write_checkpoint(self.folder, state)
 
     def resume(self):
         """Go on from the folder's checkpoint, if it has one.

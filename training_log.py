@@ -23,6 +23,7 @@ Similarities are the logits times the temperature. TensorBoard shows the same va
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distributed import Distributed
-from files import atomic, nan_to_none
+from files import atomic, disk_errors, nan_to_none
 from untrusted import is_object, read_text
 from utils import InputError, require_path
 
@@ -119,7 +120,9 @@ class TrainingLog:
 
             drop_lines_past(self.path, run.step)
             purge_step = run.step + 1 if run.step else None
-            self.events = SummaryWriter(str(run.folder), purge_step=purge_step)
+            self._excepthook, threading.excepthook = threading.excepthook, self._hide_disk_errors
+            with disk_errors(self.path):
+                self.events = SummaryWriter(str(run.folder), purge_step=purge_step)
         self.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=not is_main)
 
     def __enter__(self):
@@ -128,7 +131,14 @@ class TrainingLog:
     def __exit__(self, *_):
         self.bar.close()
         if self.events:
-            self.events.close()
+            with disk_errors(self.path):
+                self.events.close()
+            threading.excepthook = self._excepthook
+
+    def _hide_disk_errors(self, failed):
+        """TensorBoard's thread meets a full disk first; `write` then raises the same error."""
+        if not isinstance(failed.exc_value, OSError):
+            self._excepthook(failed)
 
     def timed(self, batches: Iterable) -> Iterator:
         """Yield the batches; measure the time of the steps, and the bank before them."""
@@ -180,9 +190,13 @@ class TrainingLog:
         if not self.run.dist.is_main:
             return
         line = nan_to_none({"step": self.run.step, "epoch": epoch, **metrics})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        for name in metrics:
+        with disk_errors(self.path):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._write_events(line, metrics)
+
+    def _write_events(self, line, names):
+        for name in names:
             values = line[name] if isinstance(line[name], dict) else {"": line[name]}
             for key, value in values.items():
                 if value is not None:
