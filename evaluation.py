@@ -1,4 +1,4 @@
-"""Encode, compare, score: the mAP tables (TCA section 4).
+"""Encode, compare, score: the mAP tables (TCA section 4), detection, and segments.
 
     # the encoder of a training run, by video descriptors (TCA_c)
     python evaluation.py --dataset FIVR-5K --feature_path fivr.hdf5 --model_path runs/tca
@@ -27,12 +27,16 @@
     # ... which searched only these ids
     python evaluation.py --dataset FIVR-5K --similarities theirs.json --searched ids.txt
 
+    # sets of segments: find what pairs of videos share; or score the segments of any system
+    python evaluation.py --dataset VCSL --feature_path vcsl.hdf5 --model_path runs/tca \\
+        --metric tn dp align
+    python evaluation.py --dataset VCSL --segments theirs.json
+
 Annotations are read from datasets/annotations, from --annotation_dir, or from the folder that the
 environment variable TCA_ANNOTATIONS names. The queries are kept in memory and the database is read
 in batches: --memory bounds what a process takes, for a set of any size.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,17 +46,19 @@ import numpy as np
 import torch
 
 from datasets.evaluation_set import missing_note, videos_with_features
-from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
+from datasets.registry import SEGMENT_SETS, load_evaluation_set, load_segment_set
+from datasets.segments import read_segments
 from datasets.similarity_files import read_similarities
-from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
+from distributed import SHARE_TIMEOUT, init_distributed, run_main
 from features.row_checks import name_some, zero_row_notes
 from features.store import FeatureStore, warn_if_features_differ
 from files import write_json
 from model import ENCODERS, load_encoder
 from retrieval.charts import draw_trade_off
 from retrieval.comparator import load_comparator
-from retrieval.compare import MEMORY, Comparison, shortlist, two_stage
+from retrieval.compare import Comparison, shortlist, two_stage
 from retrieval.encode import VideoEncoder, check_feature_size, require_frame_descriptors
+from retrieval.evaluation_arguments import AMP, parse_args, validate_args
 from retrieval.report import (
     RerankStage,
     RowScore,
@@ -67,26 +73,34 @@ from retrieval.report import (
     unlisted_notes,
     write_report,
 )
+from retrieval.segments import (
+    locate_segments,
+    require_pairs,
+    save_segments,
+    segment_coverage_line,
+)
 from retrieval.settings import TrainedModel, label_settings, read_setting, repeated_seeds
-from retrieval.similarity import FRAME_METRICS, METRICS, VIDEO_METRICS
+from retrieval.similarity import FRAME_METRICS, VIDEO_METRICS
 from untrusted import read_ids
-from utils import InputError, Parser, check_ranges, describe_ids, id_hint, provenance
+from utils import InputError, describe_ids, id_hint, provenance
 
 TCA_ROWS = {"cosine": "TCA_c", "chamfer": "TCA_f", "sym_chamfer": "TCA_sym"}  # the paper's names
-TASKS = ("retrieval", "detection")
-AMP = {None: None, "bfloat16": torch.bfloat16}
 
 
 def main(argv=None):
     dist = init_distributed(SHARE_TIMEOUT)
     with dist.exit_together_on_error():  # bad input on any process ends all of them
-        args = parse_args(argv)
+        args = parse_args(__doc__, argv)
         notes = validate_args(args, dist)
     if dist.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     if args.similarities:  # nothing to encode or compare
         return score_similarity_file(args) if dist.is_main else 0
+    if args.segments:
+        return score_segment_file(args) if dist.is_main else 0
+    if args.dataset in SEGMENT_SETS:
+        return evaluate_segments(args, dist)
 
     with dist.exit_together_on_error():
         comparator = load_comparator(args.comparator) if args.comparator else None
@@ -334,6 +348,85 @@ def row_name(encoder, metric):
     return f"{encoder}, {metric}"
 
 
+# --- sets of segments ---------------------------------------------------------------------------
+
+
+def evaluate_segments(args, dist):
+    """Find what the pairs of a set share, by each aligner of --metric, and score it."""
+    with dist.exit_together_on_error():
+        segment_set = load_segment_set(args.dataset, args.annotation_dir)
+        store = FeatureStore(args.feature_path, args.pca_components)
+        pairs = require_pairs(segment_set, store, args.feature_path)
+        models = check_models(args, store)
+    coverage = segment_set.coverage(store)
+    if dist.is_main:
+        for note in repeated_seeds(*models):
+            print(f"note: {note}", file=sys.stderr)
+        line = segment_coverage_line(args.dataset, segment_set, coverage)
+        print(f"{line}; {store.feature_size} channels")
+
+    metrics = {}  # {row: [{name: value}, one for each model]}
+    for model in load_models(args, *models, store, dist):
+        video_encoder = VideoEncoder(
+            model.encoder, store, args.padding_size, args.device, AMP[args.amp]
+        )
+        aligners = args.metric if model.path else args.baseline
+        located = locate_segments(video_encoder, pairs, aligners, dist, args.memory, dist.is_main)
+        for aligner in aligners:  # {pair: segments}
+            row = model.label_row(row_name(model.name, aligner))
+            figures = segment_set.evaluate(located[aligner], store)
+            metrics.setdefault(row, []).append(figures)
+            if args.save_segments and dist.is_main:  # `validate_args`: there is one row
+                save_segments(args.save_segments, located[aligner])
+    if dist.is_main:
+        run_info = {
+            "models": args.model_path,
+            "features": {"path": str(store.path), "meta": store.meta},
+            "padding_size": args.padding_size,
+            "amp": args.amp,
+            "processes": dist.world_size,
+        }
+        report_segments(args, segment_set, coverage, metrics, run_info)
+    return 0
+
+
+def score_segment_file(args):
+    """Score --segments: what any system found, in the whole set or in --searched."""
+    segment_set = load_segment_set(args.dataset, args.annotation_dir)
+    searched = segment_set.videos
+    if args.searched:
+        searched = set(read_ids(args.searched, "--searched list"))
+    located, unknown = read_segments(args.segments, segment_set, args.min_score)
+    coverage = segment_set.coverage(searched)
+    print(segment_coverage_line(args.dataset, segment_set, coverage))
+    if unknown:
+        print(f"ignored: {unknown} pairs that the set does not contain")
+    metrics = {Path(args.segments).stem: [segment_set.evaluate(located, searched)]}
+    run_info = {
+        "segments": args.segments,
+        "min_score": args.min_score,
+        "searched": args.searched or "the whole set",
+        "unknown": unknown,
+    }
+    report_segments(args, segment_set, coverage, metrics, run_info)
+    return 0
+
+
+def report_segments(args, segment_set, coverage, metrics, run_info):
+    """Print the table; write --output."""
+    print("\n".join(table_lines(metrics)))
+    record = {
+        "dataset": args.dataset,
+        "annotation": segment_set.source,
+        "figures": metrics,
+        "coverage": coverage,
+        **run_info,
+        **provenance(),
+    }
+    if args.output:
+        write_json(args.output, record)
+
+
 # --- print and write ----------------------------------------------------------------------------
 
 
@@ -470,240 +563,6 @@ def report(args, evaluation_set, coverage, results, run_info, further_notes=()):
         draw_trade_off(args.plot, args.dataset, curves)
     if args.report:
         write_report(args.report, record, results, notes)
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-def parse_args(argv=None):
-    parser = Parser(__doc__)
-    add_input_arguments(parser.add_argument_group("what is scored"))
-    add_metric_arguments(parser.add_argument_group("by what"))
-    add_run_arguments(parser.add_argument_group("how"))
-    add_output_arguments(parser.add_argument_group("what is written"))
-    return parser.parse_args(argv)
-
-
-def add_input_arguments(group):
-    add = group.add_argument
-    sets = ", ".join(EVALUATION_SETS)
-    add("-d", "--dataset", required=True, choices=EVALUATION_SETS, metavar="SET", help=sets)
-    add(
-        *("-fp", "--feature_path", "--features"),
-        help="HDF5 file with the features of the set's videos: ours, or with one dataset per video"
-        " as other groups have them, region features (T, R, C) too",
-    )
-    add(
-        *("-mp", "--model_path"),
-        nargs="+",
-        default=[],
-        help="a run's folder, a model file, or a released state dict; seeds of one setting give"
-        " mean ± sample standard deviation, other models have rows of their own",
-    )
-    add(
-        "--encoder",
-        choices=ENCODERS,
-        help="check that the model is of this kind; only `mean` needs no model",
-    )
-    add(
-        *("-ps", "--padding_size"),
-        type=int,
-        default=300,
-        help="frames of a longer video that are used, from its middle; 0 takes all (default 300,"
-        " the released code's)",
-    )
-    add(
-        "--similarities",
-        metavar="FILE",
-        help="score this JSON table {query: {video: similarity}} of any system, without model and"
-        " features. What a row does not list counts as missed, and so does a query without a row",
-    )
-    add(
-        "--searched",
-        metavar="FILE",
-        help="the queries and videos that --similarities searched, an id a line; the others of the"
-        " set are left out and counted as missing (default: the whole set)",
-    )
-    add(
-        "--annotation_dir",
-        default=ANNOTATION_DIR,
-        help="folder of the annotation files (default %(default)s)",
-    )
-
-
-def add_metric_arguments(group):
-    add = group.add_argument
-    add(
-        "--task",
-        nargs="+",
-        choices=TASKS,
-        default=["retrieval"],
-        help="retrieval: mAP; detection: micro-AP, one threshold for the pairs of all queries, and"
-        " FIVR's hard split (names end in _hard) if its file is there; default retrieval",
-    )
-    add(
-        *("-m", "--metric"),
-        nargs="+",
-        choices=METRICS,
-        metavar="METRIC",
-        help=f"one or more of {', '.join(METRICS)} (default cosine, the paper's TCA_c; chamfer is"
-        " TCA_f, far slower and better)",
-    )
-    add(
-        "--baseline",
-        nargs="+",
-        choices=METRICS,
-        default=[],
-        metavar="METRIC",
-        help="score the untrained features too, by these",
-    )
-    add(
-        "--comparator",
-        metavar="FILE",
-        help="weights of ViSiL's video comparator, for --metric comparator",
-    )
-    add(
-        "--rerank",
-        nargs="+",
-        type=int,
-        default=[],
-        metavar="R",
-        help="rank by video descriptors, re-rank the first R by the frame-level --metric (default"
-        " chamfer); several R give the trade-off against the exhaustive measure",
-    )
-
-
-def add_run_arguments(group):
-    add = group.add_argument
-    add(
-        "--memory",
-        type=float,
-        default=MEMORY,
-        metavar="GIB",
-        help="what a process may take of the machine's memory; on a GPU, what is free there bounds"
-        " the rest (default %(default)s)",
-    )
-    add(
-        "--cache",
-        metavar="DIR",
-        help="store descriptors here, and read those of the same weights and features; takes 4"
-        " bytes per value of every frame; all processes must see the folder",
-    )
-    add(
-        "--amp",
-        choices=[name for name in AMP if name],
-        help="encode and compare in bfloat16: faster if the processor has it; changes the third"
-        " or fourth digit (default: float32)",
-    )
-    add("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default %(default)s)")
-    add(
-        "-pc",
-        "--pca_components",
-        type=int,
-        help="size that the features must have (default: any)",
-    )
-    add(
-        "--nhead",
-        type=int,
-        default=8,
-        help="attention heads of a bare state dict, which does not store them (default 8)",
-    )
-    for short, name in (("-nc", "num_clusters"), ("-nl", "num_layers"), ("-od", "output_dim")):
-        text = "accepted because the released command has it; read from the model file"
-        add(short, f"--{name}", type=int, help=text)
-
-
-def add_output_arguments(group):
-    add = group.add_argument
-    add(
-        "--output",
-        metavar="FILE",
-        help="figures, command, revision, versions and counts of what was missing, as JSON",
-    )
-    add(
-        "--report",
-        metavar="DIR",
-        help="a page with tables, curves, and the best and worst queries: DIR/index.html",
-    )
-    add("--plot", metavar="FILE.png", help="the trade-off of several --rerank as a picture")
-    add(
-        "--save_similarities",
-        metavar="FILE",
-        help="{query: {video: similarity}} of the one row, as JSON",
-    )
-
-
-RANGES = {"padding_size": (0, math.inf), "nhead": (1, math.inf), "memory": (0.1, math.inf)}
-
-# Flags that have no meaning beside --similarities.
-OF_MODELS = (
-    *("feature_path", "model_path", "encoder", "metric", "baseline", "rerank", "cache"),
-    *("comparator", "amp", "save_similarities"),
-)
-
-
-def validate_args(args, dist):
-    """Check the arguments and fill in defaults. Returns notes on flags that change nothing."""
-    check_ranges(args, RANGES)
-    if any(R < 1 for R in args.rerank):
-        raise InputError(f"--rerank {min(args.rerank)} is out of range; it must be 1 or more")
-    for path in (args.output, args.save_similarities, args.plot):
-        if path and Path(path).is_dir():
-            raise InputError(f"{path!r} is a folder; name a file to write")
-    for path in (args.report, args.cache):
-        if path and Path(path).is_file():
-            raise InputError(f"{path!r} is a file; name a folder")
-    args.rerank = sorted(set(args.rerank))  # the trade-off goes from few to many
-    if args.plot and len(args.rerank) < 2:
-        raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
-    args.device = dist.device(args.device)
-
-    if args.similarities:
-        given = [flag for flag in OF_MODELS if getattr(args, flag)]
-        if given:
-            raise InputError(
-                f"--similarities scores a finished table; leave out --{', --'.join(given)}"
-            )
-    elif args.searched:
-        raise InputError("--searched belongs to --similarities; a feature file has its own ids")
-    else:
-        validate_model_args(args)
-
-    # The released command describes the encoder by these; a model file describes itself.
-    released = ("num_clusters", "num_layers", "output_dim")
-    unused = [f"--{name}" for name in released if getattr(args, name) is not None]
-    if not unused:
-        return []
-    return [f"{', '.join(unused)} changes nothing: the model file has its own"]
-
-
-def validate_model_args(args):
-    """What `validate_args` checks where features are scored, and not a finished table."""
-    if not args.feature_path:
-        raise InputError(
-            "--feature_path is missing; give the set's features, or --similarities FILE"
-        )
-    if args.metric is None:
-        args.metric = [] if args.rerank else ["cosine"]
-    args.metric = list(dict.fromkeys(args.metric))  # each once, in the order given
-    args.baseline = list(dict.fromkeys(args.baseline))
-    if not args.model_path:
-        if args.encoder != "mean":
-            raise InputError(
-                "--model_path is missing; give a trained model, or --encoder mean for the"
-                " untrained features"
-            )
-        # Only the untrained features are scored, by all the given metrics.
-        args.baseline = list(dict.fromkeys([*args.metric, *args.baseline]))
-        args.metric = []
-    tables = len(args.model_path) * len(args.metric) + len(args.baseline)
-    if args.save_similarities and (args.rerank or tables > 1):
-        raise InputError(
-            "--save_similarities writes one table; give one model and one --metric with it, and"
-            " no --rerank"
-        )
-    if "comparator" in (*args.metric, *args.baseline) and not args.comparator:
-        raise InputError("--metric comparator needs its weights; give --comparator FILE")
 
 
 if __name__ == "__main__":

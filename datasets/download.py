@@ -6,7 +6,7 @@
     python datasets/download.py --mirror URL           # from a server with the same paths,
                                                        # REPOSITORY/REVISION/PATH
 
-The files are 11 MB in all. Each is pinned by repository, revision and SHA-256 (`FILES`). A file
+The files are 19 MB in all. Each is pinned by repository, revision and SHA-256 (`FILES`). A file
 that is present and correct is left alone. Other bytes are refused, and nothing of them is kept.
 datasets/README.md has the content and the licence of each file.
 """
@@ -46,6 +46,7 @@ _FIVR = ("MKLab-ITI/FIVR-200K", "77e3d8a9c159eed9a0b9686e2d62bc7ab3106e24")
 _DNS = ("mever-team/distill-and-select", "f81a7ebb3afb87a7ecec428157cbddb6c954c659")
 _TCA = ("xwen99/temporal_context_aggregation", "0ba11b2c2fff57d484bf2f788072c75f457c804e")
 _S2VS = ("gkordo/s2vs", "03eb0c9a9a7455d132c4210b797fa6ef563b52ea")
+_TRANSVCL = ("transvcl/TransVCL", "4b57976da5ad1b38f999c96aba315e63a272acdf")
 
 FILES = {
     "fivr_annotation.json": Source(
@@ -88,6 +89,26 @@ FILES = {
         "data/fivr_easy_duplicates.txt",
         "b50b7135d68d686c9a09f16196e134cab36d16007377c53f54c49ba83bc7efdb",
     ),
+    "vcsl_pairs_test.csv": Source(
+        *_TRANSVCL,
+        "data/VCSL/pair_file.csv",
+        "ed3aa5b1630ed6633157ba0b3046979ba5b8912eac0e0291151393c3bf510129",
+    ),
+    "vcsl_labels_test.json": Source(
+        *_TRANSVCL,
+        "data/VCSL/label_file.json",
+        "7ed469d66cd026e09733ede19055dcd7d7525fa8d068d68a967bfb1dfe75a308",
+    ),
+    "vcdb_pairs.csv": Source(
+        *_TRANSVCL,
+        "data/VCDB/pair_file.csv",
+        "ed1ec4bd8dcb3d725ad36897da5448705c4ee59cc34732a85890c1c5d498b577",
+    ),
+    "vcdb_segments.json": Source(
+        *_TRANSVCL,
+        "data/VCDB/label_file.json",
+        "c1c0f3519e58ecab73ff82ffe6e5c32abb797d1a2400b36677c68e200b13fcd1",
+    ),
 }
 
 SETS = {
@@ -96,6 +117,8 @@ SETS = {
     "CC_WEB_VIDEO": ["cc_web_video.pickle"],
     "EVVE": ["evve.pickle"],
     "VCDB": ["vcdb.pickle"],
+    "VCSL": ["vcsl_pairs_test.csv", "vcsl_labels_test.json"],
+    "VCDB-SEGMENTS": ["vcdb_pairs.csv", "vcdb_segments.json"],
 }
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 NONE = -torch.inf
 BLOCK_ROWS = 8  # of a matrix, that `tn` looks at together
+START = -1  # of a path of dynamic programming
+SKEW = 0.03
 
 
 def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
@@ -77,29 +79,42 @@ def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
     return torch.empty_like(best).index_copy_(0, order, best)
 
 
-def longest_paths(weights: Iterable[Tensor], step: int, gap: float = 0.0) -> Iterator[Tensor]:
+def longest_paths(
+    weights: Iterable[Tensor], step: int, gap: float = 0.0, skew: float = 0.0
+) -> Iterator[Tensor]:
     """Yield, row by row, the weight of the heaviest path that ends in each node: (columns,).
 
     weights: (rows, columns), or its rows one by one. A node is a cell above -inf. Edges go from
-    (i-a, j-b) to (i, j) for 1 <= a, b <= step, at a cost of gap * (max(a-2, 0) + max(b-2, 0)).
-    Steps of 1 and 2 are free, so half and double speed are.
+    (i-a, j-b) to (i, j) for 1 <= a, b <= step, at a cost (`edge_costs`).
 
         L(i, j) = w(i, j) + max(0, max over a, b of L(i-a, j-b) - cost(a, b))
     """
-    cost = [gap * max(b - 2, 0) for b in range(1, step + 1)]
+    costs = edge_costs(step, gap, skew)
+    if not costs.any():
+        costs = costs[:1]  # the same for every a
     reach = None
     for row in weights:
         if reach is None:
-            columns, costs = len(row), row.new_tensor(cost)[:, None]
-            # reach[a - 1, j]: the heaviest path that ends a rows back, for a node in column j.
-            reach = row.new_full((step, columns), NONE)
-        L = row + (reach - costs).amax(0).clamp_(min=0)
+            costs = costs.to(row)
+            # reach[a - 1, j]: the heaviest path from the rows so far to column j, a rows ahead.
+            reach = row.new_full((step, len(row)), NONE)
+        L = row + reach[0].clamp(min=0)
         yield L
-        reach = reach.roll(1, 0)
-        reach[0] = NONE
-        for b, price in enumerate(cost, 1):
-            if b < columns:
-                torch.maximum(reach[0, b:], L[:-b] - price, out=reach[0, b:])
+        reach = reach.roll(-1, 0)
+        reach[-1] = NONE
+        for b in range(1, min(step, len(row) - 1) + 1):
+            torch.maximum(reach[:, b:], L[:-b] - costs[:, b - 1, None], out=reach[:, b:])
+
+
+def edge_costs(step: int, gap: float, skew: float) -> Tensor:
+    """cost(a, b) of an edge over a rows and b columns: (step, step), for 1 <= a, b <= step.
+
+    gap for each missing frame after the first, in both videos, and skew for each frame by which a
+    and b differ. Without skew, steps of 1 and 2 are free, so half and double speed are.
+    """
+    length = torch.arange(1, step + 1)
+    missing = (length - 2).clamp(min=0)
+    return gap * (missing[:, None] + missing) + skew * (length[:, None] - length).abs()
 
 
 def tn(
@@ -126,8 +141,7 @@ def tn(
         for rows in matrix.split(BLOCK_ROWS):  # a few at a time: the matrix may be large
             parts = []
             for part in rows.split(list(lengths), 1):
-                least = part.topk(min(top, part.shape[1]), 1).values[:, -1:]
-                part = part.masked_fill(part < least.clamp(min=min_similarity), NONE)
+                part = _top_nodes(part, top, min_similarity)
                 parts.append(F.pad(part, (0, step), value=NONE))  # no edge reaches the next target
             yield from torch.cat(parts, 1)
 
@@ -138,13 +152,19 @@ def tn(
     return torch.stack([part.amax() for part in best]).clamp(min=0) / len(matrix)
 
 
+def _top_nodes(matrix, top, min_similarity):
+    """The similarities of each row's `top` cells, and of cells equal to the last; else -inf."""
+    least = matrix.topk(min(top, matrix.shape[1]), 1).values[:, -1:].clamp(min=min_similarity)
+    return matrix.masked_fill(matrix < least, NONE)
+
+
 ALIGN_BYTES = 14  # that `align` takes for each cell, the matrix included
 
 
 class Segment(NamedTuple):
     """A matching segment: frames of the query that show what frames of the target show.
 
-    score: the matched frames' similarities above `min_similarity`, summed, less the gaps' costs.
+    score: what the function that found it orders by, best first.
     similarity: the mean of the matched frames' similarities.
     query_start, query_end, target_start, target_end: frames, the ends not included.
     """
@@ -165,6 +185,7 @@ def align(
     min_length: int = 3,
     step: int = 5,
     gap: float = 0.1,
+    skew: float = SKEW,
     max_speed: float = 2.0,
     limit: int = 10,
 ) -> list[Segment]:
@@ -173,18 +194,19 @@ def align(
     matrix (Tq, Tt): frame similarities. Nodes are the pairs of frames with at least
     `min_similarity`; they weigh what they have above it. The heaviest path (`longest_paths`) is a
     segment. Its rectangle is then closed and the next path is found. So no two segments overlap in
-    both videos, while a part of the query may recur in the target.
+    both videos, while a part of the query may recur in the target. A segment's score is the weight
+    of its path.
 
-    At the defaults 1 in 100 unrelated pairs of the demo has a segment under its TCA (1 in 200
-    untrained), and 70 % of the edited copies of 3 s and more (54 %). Their ends are off by .4 s in
-    the median, at 1 frame per second. The defaults were chosen among 12 on these very pairs.
-    Features that are not whitened need a higher min_similarity (.6: no false segment, 20 %).
+    At the defaults ...
 
     Args:
         min_score: the least score of a segment.
         min_length: the least frames in both videos, or all frames of a shorter video.
         step: the farthest that neighbouring matches are apart: `step - 1` frames may be missing.
         gap: cost of each missing frame after the first.
+        skew: cost of each frame by which two neighbouring matches are farther apart in one video
+            than in the other. It keeps a path from running on beyond a copy, through frames that
+            merely resemble it.
         max_speed: how much faster one video may run, give or take a frame at either end.
         limit: the most segments. 5 times as many paths are examined, as some are not accepted.
     """
@@ -192,28 +214,102 @@ def align(
     weights = torch.where(matrix >= min_similarity, matrix - min_similarity, NONE)
     least = min(min_length, *matrix.shape)
     segments = []
-    closed = torch.zeros_like(matrix, dtype=torch.bool)  # the rectangles of the segments
-    L = torch.empty_like(weights)
-    for _ in range(5 * limit):
-        for i, row in enumerate(longest_paths(weights, step, gap)):
-            L[i] = row
-        path = _best_path(L, weights, step, gap)
-        score = float(L[path[-1]]) if path else NONE
+    for score, path in _heaviest_paths(weights, step, gap, skew, 5 * limit):
         if score < min_score or len(segments) == limit:
             break
-        (q0, t0), (q1, t1) = path[0], path[-1]
-        rectangle = slice(q0, q1 + 1), slice(t0, t1 + 1)
-        shorter, longer = sorted([q1 + 1 - q0, t1 + 1 - t0])
+        segment = _segment(score, path, matrix)
+        shorter, longer = _extents(segment)
         is_speed_allowed = longer - 2 <= max_speed * shorter
-        if shorter >= least and is_speed_allowed and not closed[rectangle].any():
-            closed[rectangle] = True
-            similarity = float(matrix[tuple(zip(*path, strict=True))].mean())
-            segments.append(Segment(score, similarity, q0, q1 + 1, t0, t1 + 1))
-        weights[rectangle] = NONE
+        if shorter >= least and is_speed_allowed and _is_apart(segment, segments):
+            segments.append(segment)
     return segments
 
 
-def _best_path(L, weights, step, gap):
+@torch.inference_mode()
+def tn_segments(
+    matrix: np.ndarray | Tensor,
+    min_similarity: float = 0.2,
+    top: int = 5,
+    min_length: int = 5,
+    step: int = 10,
+    limit: int = 10,
+) -> list[Segment]:
+    """The segments of the temporal network: the paths of `tn`, heaviest first.
+
+    As in VCSL's benchmark (He et al., CVPR 2022), whose defaults these are: a path is a segment if
+    it has at least `min_length` frames in both videos (or all frames of a shorter one), and its
+    similarities, summed, are more than `min_similarity` of its mean extent. `limit` paths are
+    examined. Here the rectangle of a path is closed before the next is found, so segments do not
+    overlap in both videos; there they may overlap by an IoU of .3.
+    """
+    matrix = torch.as_tensor(matrix, dtype=torch.float32)
+    weights = _top_nodes(matrix, top, min_similarity)
+    least = min(min_length, *matrix.shape)
+    segments = []
+    for score, path in _heaviest_paths(weights, step, 0.0, 0.0, limit):
+        segment = _segment(score, path, matrix)
+        shorter, longer = _extents(segment)
+        is_dense = score > min_similarity * (shorter + longer) / 2
+        if shorter >= least and is_dense and _is_apart(segment, segments):
+            segments.append(segment)
+    return segments
+
+
+@torch.inference_mode()
+def dp_segments(
+    matrix: np.ndarray | Tensor,
+    min_similarity: float = 0.3,
+    min_length: int = 5,
+    phi: int = 10,
+    limit: int = 10,
+) -> list[Segment]:
+    """The segments of dynamic programming: the paths of `dp`, best first.
+
+    The recurrence is that of `dp` on the similarities less `min_similarity`, so that a path loses
+    by running on through unlike frames, and ends where its score is highest. A path is a segment if
+    it has at least `min_length` frames in both videos (or all frames of a shorter one). Its
+    rectangle is closed before the next is found. VCSL's DP asks for the same mean similarity, .3
+    (He et al., CVPR 2022); it splits paths at long mismatches, which end them here.
+    """
+    matrix = torch.as_tensor(matrix, dtype=torch.float32).cpu()
+    weights = (matrix - min_similarity).numpy()
+    least = min(min_length, *matrix.shape)
+    segments = []
+    for _ in range(limit):
+        score, path = _best_dp_path(weights, phi)
+        if not path:
+            break
+        segment = _segment(score, path, matrix)
+        if _extents(segment)[0] >= least and _is_apart(segment, segments):
+            segments.append(segment)
+        weights[_rectangle(path)] = NONE
+    return segments
+
+
+# What `evaluation.py` offers for sets of segments.
+ALIGNERS = {"align": align, "tn": tn_segments, "dp": dp_segments}
+
+
+# --- paths --------------------------------------------------------------------------------------
+
+
+def _heaviest_paths(weights, step, gap, skew, count):
+    """Yield (weight, path) of up to `count` paths, heaviest first.
+
+    The rectangle of each is closed in `weights` before the next is found.
+    """
+    L = torch.empty_like(weights)
+    for _ in range(count):
+        for i, row in enumerate(longest_paths(weights, step, gap, skew)):
+            L[i] = row
+        path = _best_path(L, weights, step, gap, skew)
+        if not path:
+            return
+        yield float(L[path[-1]]), path
+        weights[_rectangle(path)] = NONE
+
+
+def _best_path(L, weights, step, gap, skew):
     """The nodes (i, j) of the heaviest path, from first to last; [] without a node.
 
     L: the paths' weights (`longest_paths`). The path is traced backwards from its end.
@@ -222,11 +318,72 @@ def _best_path(L, weights, step, gap):
     if L[i, j] == NONE:
         return []
     path = [(i, j)]
-    cost = gap * (torch.arange(step, 0, -1, device=L.device) - 2).clamp(min=0)
+    costs = edge_costs(step, gap, skew).to(L).flip(0, 1)  # the farthest first
     while L[i, j] > weights[i, j] and i and j:
         before = L[max(i - step, 0) : i, max(j - step, 0) : j]
-        before = before - cost[-before.shape[0] :, None] - cost[-before.shape[1] :]
+        before = before - costs[-before.shape[0] :, -before.shape[1] :]
         a, b = divmod(int(before.argmax()), before.shape[1])
         i, j = max(i - step, 0) + a, max(j - step, 0) + b
         path.append((i, j))
     return path[::-1]
+
+
+def _best_dp_path(weights, phi):
+    """The score and the cells of `dp`'s best path over weights (Tq, Tt), by anti-diagonals.
+
+    No cells if no path has a positive score.
+    """
+    Tq, Tt = weights.shape
+    # Outside the matrix is row and column 0.
+    D = np.full((Tq + 1, Tt + 1), NONE, np.float32)
+    m = np.zeros((Tq + 1, Tt + 1), int)  # mismatches since the start of the path
+    steps = np.full((Tq + 1, Tt + 1), START, np.int8)
+    for diagonal in range(Tq + Tt - 1):
+        i = np.arange(max(diagonal - Tt + 1, 0), min(diagonal, Tq - 1) + 1)
+        j = diagonal - i
+        s = weights[i, j]
+        candidates = np.stack([D[i, j] + s, D[i, j + 1] + s / 2, D[i + 1, j] + s / 2])
+        step = candidates.argmax(0)  # 0 diagonal, 1 from (i - 1, j), 2 from (i, j - 1)
+        mismatches = np.choose(step, [m[i, j], m[i, j + 1] + 1, m[i + 1, j] + 1])
+        best = candidates.max(0)
+        is_start = (mismatches > phi) | (best < s) | (i == 0) | (j == 0)
+        D[i + 1, j + 1] = np.where(is_start, s, best)
+        m[i + 1, j + 1] = np.where(is_start, 0, mismatches)
+        steps[i + 1, j + 1] = np.where(is_start, START, step)
+    D, steps = D[1:, 1:], steps[1:, 1:]
+    i, j = np.unravel_index(D.argmax(), D.shape)
+    score, path = float(D[i, j]), [(int(i), int(j))]
+    if score <= 0:
+        return 0.0, []
+    while steps[i, j] != START:
+        i, j = i - (steps[i, j] != 2), j - (steps[i, j] != 1)
+        path.append((int(i), int(j)))
+    return score, path[::-1]
+
+
+def _rectangle(path):
+    (q0, t0), (q1, t1) = path[0], path[-1]
+    return slice(q0, q1 + 1), slice(t0, t1 + 1)
+
+
+def _segment(score, path, matrix):
+    query, target = _rectangle(path)
+    similarity = float(matrix[tuple(zip(*path, strict=True))].mean())
+    return Segment(score, similarity, query.start, query.stop, target.start, target.stop)
+
+
+def _extents(segment):
+    """The frames of a segment in the video where it is shorter, and in the other."""
+    return sorted(
+        [segment.query_end - segment.query_start, segment.target_end - segment.target_start]
+    )
+
+
+def _is_apart(segment, others):
+    """Whether a segment overlaps none of the others in both videos."""
+    for other in others:
+        query = segment.query_start < other.query_end and other.query_start < segment.query_end
+        target = segment.target_start < other.target_end and other.target_start < segment.target_end
+        if query and target:
+            return False
+    return True

@@ -160,7 +160,7 @@ def test_align_segments_do_not_overlap_in_both_videos():
     assert [s.score for s in found] == sorted((s.score for s in found), reverse=True)
 
 
-def heaviest(weights, step, gap):
+def heaviest(weights, step, gap, skew):
     """Every edge of the graph, by networkx."""
     graph = networkx.DiGraph()
     nodes = [tuple(map(int, node)) for node in np.argwhere(weights > -np.inf)]
@@ -169,21 +169,22 @@ def heaviest(weights, step, gap):
         for a, b in nodes:
             if 0 < i - a <= step and 0 < j - b <= step:
                 cost = gap * (max(i - a - 2, 0) + max(j - b - 2, 0))
+                cost += skew * abs((i - a) - (j - b))
                 graph.add_edge((a, b), (i, j), weight=weights[i, j] - cost)
     path = networkx.dag_longest_path(graph)
     return networkx.dag_longest_path_length(graph), path[1:]
 
 
-@pytest.mark.parametrize("gap", [0, 0.1, 0.7])
+@pytest.mark.parametrize("gap, skew", [(0, 0), (0.1, 0.03), (0.7, 0), (0, 0.2)])
 @pytest.mark.parametrize("step", [1, 2, 4, 10])
-def test_align_finds_the_heaviest_path_of_the_graph(step, gap):
+def test_align_finds_the_heaviest_path_of_the_graph(step, gap, skew):
     for seed in range(6):
         rng = np.random.default_rng(seed)
         matrix = rng.uniform(0, 1, rng.integers(1, 15, 2)).astype(np.float32)
         matrix[0, 0] = 0.9  # a node, whatever else there is
         weights = np.where(matrix >= 0.5, matrix - np.float32(0.5), -np.inf)
-        score, path = heaviest(weights, step, gap)
-        L = torch.stack(list(longest_paths(torch.from_numpy(weights), step, gap)))
+        score, path = heaviest(weights, step, gap, skew)
+        L = torch.stack(list(longest_paths(torch.from_numpy(weights), step, gap, skew)))
         assert float(L.max()) == pytest.approx(score, abs=1e-5)
         best = align(
             matrix,
@@ -192,6 +193,7 @@ def test_align_finds_the_heaviest_path_of_the_graph(step, gap):
             min_length=1,
             step=step,
             gap=gap,
+            skew=skew,
             max_speed=99,
             limit=1,
         )[0]

@@ -11,11 +11,11 @@ import pytest
 from helpers.commands import cli, one_error, refused
 from helpers.worlds import C
 
-import evaluation
 import reproduce
 import train
 from datasets.paper_tables import plan, read_tables
 from distributed import Distributed
+from retrieval.evaluation_arguments import parse_args, validate_args
 from utils import InputError
 
 TABLES = read_tables()
@@ -112,8 +112,8 @@ def test_commands_are_accepted_by_the_scripts(name, evaluated_on, tmp_path):
     rows = [row for row in plan(TABLES, name, reproduce.parse_args(argv)) if row.evaluate]
     assert len(rows) == sum("evaluate" in entry for entry in table["rows"]) > 0
     for row in rows:
-        args = evaluation.parse_args(row.evaluate[1:])
-        evaluation.validate_args(args, Distributed())
+        args = parse_args("", row.evaluate[1:])
+        validate_args(args, Distributed())
         assert args.dataset == (evaluated_on or table["set"])
         seeds = []
         for command in row.train:
