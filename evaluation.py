@@ -415,6 +415,8 @@ def score_segment_file(args):
 def report_segments(args, segment_set, coverage, metrics, run_info):
     """Print the table; write --output."""
     print("\n".join(table_lines(metrics)))
+    if missing_note(coverage):
+        print(missing_note(coverage))
     record = {
         "dataset": args.dataset,
         "annotation": segment_set.source,

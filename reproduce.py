@@ -40,7 +40,13 @@ from tqdm import tqdm
 import training_log
 from datasets.evaluation_set import missing_note, videos_with_features
 from datasets.paper_tables import TABLES, Need, Row, plan, read_tables, select_tables
-from datasets.registry import ANNOTATION_DIR, EVALUATION_SETS, load_evaluation_set
+from datasets.registry import (
+    ANNOTATION_DIR,
+    EVALUATION_SETS,
+    SEGMENT_SETS,
+    load_evaluation_set,
+    load_segment_set,
+)
 from distributed import default_device, run_main
 from features.store import FeatureStore
 from files import Lock, atomic, write_json
@@ -50,6 +56,7 @@ from retrieval.comparator import load_comparator
 from retrieval.compare import Comparison
 from retrieval.encode import VideoEncoder
 from retrieval.report import format_mean_std
+from retrieval.segments import locate_segments
 from untrusted import is_object, read_json
 from utils import InputError, Parser, check_ranges, provenance
 
@@ -61,7 +68,7 @@ DAGGER = (
 
 # What --estimate measures.
 STEPS = 3  # after the first, which is slower
-QUERIES, VIDEOS = 3, 200
+QUERIES, VIDEOS, PAIRS = 3, 200, 50
 
 
 def main(argv=None):
@@ -210,6 +217,8 @@ def metrics_and_speed(record):
     That row is the metric that was given, or its two-stage search.
     """
     row = list(record["figures"])[-1]
+    if "queries" not in record["coverage"]:  # a set of segments
+        return record["figures"][row]
     queries = record["coverage"]["queries"]
     per_model = []
     for metrics, seconds in zip(
@@ -289,13 +298,15 @@ def evaluation_seconds(row: Row, run: Path | None) -> float:
     """
     flags = evaluation_flags(row.evaluate)
     store = FeatureStore(flags.feature_path)
-    evaluation_set = load_evaluation_set(flags.dataset, flags.annotation_dir, store)
-    queries, database = videos_with_features(evaluation_set, store)
     if run is None:
         encoder = ENCODERS["mean"](store.feature_size)
     else:
         finished = (run / "model.pth").exists()  # its run was shorter than what is measured
         _, encoder, _ = load_encoder(run / ("model.pth" if finished else "checkpoint.pth"))
+    if flags.dataset in SEGMENT_SETS:
+        return alignment_seconds(flags, encoder, store)
+    evaluation_set = load_evaluation_set(flags.dataset, flags.annotation_dir, store)
+    queries, database = videos_with_features(evaluation_set, store)
     comparator = load_comparator(flags.comparator) if flags.comparator else None
     few = queries[:QUERIES]
     some = database[:: max(len(database) // VIDEOS, 1)]
@@ -313,6 +324,15 @@ def evaluation_seconds(row: Row, run: Path | None) -> float:
         compared = min(flags.rerank[0], compared)
     comparing = comparison.seconds * len(queries) * compared / (len(few) * len(some))
     return encoding + comparing
+
+
+def alignment_seconds(flags, encoder, store):
+    """Seconds that a set of segments takes, from a few of its pairs."""
+    pairs = load_segment_set(flags.dataset, flags.annotation_dir).pairs_of(store)
+    some = pairs[:: max(len(pairs) // PAIRS, 1)]
+    start = time.perf_counter()
+    locate_segments(VideoEncoder(encoder, store, 0, flags.device), some, flags.metric)
+    return (time.perf_counter() - start) * len(pairs) / max(len(some), 1)
 
 
 def evaluation_flags(command):

@@ -367,7 +367,9 @@ class EvaluationSet:
 def missing_note(coverage: Mapping) -> str:
     """A line to print with the metrics if more than MISSING_SHARE of a set is missing, else ""."""
     parts = []
-    for side in ("queries", "videos"):
+    for side in ("queries", "videos", "pairs"):
+        if side not in coverage:  # a set has queries or pairs
+            continue
         missing = coverage[f"{side}_missing"]
         total = coverage[side] + missing
         if missing > MISSING_SHARE * total:

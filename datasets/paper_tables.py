@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.registry import SEGMENT_SETS
 from untrusted import is_object, read_text, reading
 from utils import InputError
 
@@ -112,6 +113,10 @@ def plan(tables: dict, name: str, args) -> list[Row]:
 def _plan_rows(tables, name, args) -> Iterator[Row]:
     table = tables["tables"][name]
     evaluated_on = args.set or table["set"]
+    if table["set"] in SEGMENT_SETS and args.set:
+        # A set of queries stands for its pairs, if it has them.
+        pairs = f"{args.set}-SEGMENTS"
+        evaluated_on = pairs if pairs in SEGMENT_SETS else table["set"]
     setting = "demo" if args.set and args.set.startswith("DEMO") else "paper"
     for entry in table["rows"]:
         row = Row(
@@ -173,7 +178,11 @@ def plan_training(row, kind, flags, settings, args):
 
 
 def feature_file(folder, evaluated_on):
-    """The features of a set. Those of FIVR-200K have FIVR-5K's videos too."""
+    """The features of a set. Those of FIVR-200K have FIVR-5K's videos too.
+
+    A set of segments has the videos of the set of queries that it is named after.
+    """
+    evaluated_on = evaluated_on.removesuffix("-SEGMENTS")
     whole = folder / "FIVR-200K.hdf5"
     if evaluated_on == "FIVR-5K" and whole.exists():
         return whole

@@ -10,7 +10,9 @@ from helpers.commands import call, refused
 from helpers.files import write_ours
 from helpers.threads import run_in_threads
 
+import reproduce
 from datasets.demo_segments import load_demo_segments, shared_film
+from datasets.evaluation_set import missing_note
 from datasets.fivr import FIVR
 from datasets.registry import SEGMENT_SETS, load_segment_set
 from datasets.segments import SegmentSet, covered_share, read_segments
@@ -366,6 +368,18 @@ def test_command_finds_a_planted_segment(planted, tmp_path, aligner):
     # The file that was saved scores the same.
     again = call(main, *command(planted, "--segments", tmp_path / "s.json"))
     assert again.stdout.splitlines()[-1].split()[1:] == ["1.0000"] * 3 + ["0.0000"] * 2
+
+
+def test_reproduce_reads_and_estimates_rows_of_segments(planted, tmp_path):
+    flags = ["--feature_path", planted / "f.hdf5", "--encoder", "mean", "--metric", "align"]
+    call(main, *command(planted, *flags, "--output", tmp_path / "r.json"))
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert reproduce.metrics_and_speed(record) == record["figures"]["align, untrained"]
+    assert "20.0% of the pairs (1 of 5)" in missing_note(record["coverage"])
+    flags = [str(flag) for flag in command(planted, *flags, "--device", "cpu")]
+    arguments = reproduce.evaluation_flags(["evaluation.py", *flags])
+    store = FeatureStore(planted / "f.hdf5")
+    assert reproduce.alignment_seconds(arguments, Mean(1024), store) > 0
 
 
 def test_command_scores_a_segment_file_and_counts_what_is_unknown(planted, tmp_path):
