@@ -217,17 +217,16 @@ def metrics_and_speed(record):
     That row is the metric that was given, or its two-stage search.
     """
     row = list(record["figures"])[-1]
+    per_model = record["figures"][row]
+    if not all(is_object(metrics, int, float, NoneType) for metrics in per_model):
+        raise TypeError("a metric is not a number")
     if "queries" not in record["coverage"]:  # a set of segments
-        return record["figures"][row]
+        return per_model
     queries = record["coverage"]["queries"]
-    per_model = []
-    for metrics, seconds in zip(
-        record["figures"][row], record["compare_seconds"][row], strict=True
-    ):
-        if not is_object(metrics, int, float, NoneType):
-            raise TypeError("a metric is not a number")
-        per_model.append(metrics | {SPEED: 1000 * seconds / queries})
-    return per_model
+    with_speed = []
+    for metrics, seconds in zip(per_model, record["compare_seconds"][row], strict=True):
+        with_speed.append(metrics | {SPEED: 1000 * seconds / queries})
+    return with_speed
 
 
 # --- how long it will take ----------------------------------------------------------------------
