@@ -355,12 +355,12 @@ def evaluate_segments(args, dist):
     """Find what the pairs of a set share, by each aligner of --metric, and score it."""
     with dist.exit_together_on_error():
         segment_set = load_segment_set(args.dataset, args.annotation_dir)
-        store = FeatureStore(args.feature_path, args.pca_components)
+        store = FeatureStore(args.feature_path, args.pca_components, skip_bad=True)
         pairs = require_pairs(segment_set, store, args.feature_path)
         models = check_models(args, store)
     coverage = segment_set.coverage(store)
     if dist.is_main:
-        for note in repeated_seeds(*models):
+        for note in [*skipped_notes(store), *repeated_seeds(*models)]:
             print(f"note: {note}", file=sys.stderr)
         line = segment_coverage_line(args.dataset, segment_set, coverage)
         print(f"{line}; {store.feature_size} channels")
@@ -378,15 +378,22 @@ def evaluate_segments(args, dist):
             metrics.setdefault(row, []).append(figures)
             if args.save_segments and dist.is_main:  # `validate_args`: there is one row
                 save_segments(args.save_segments, located[aligner])
+    zero_rows = dist.gather_to_main(store.videos_with_zero_rows())  # each read its share
     if dist.is_main:
+        zero_rows = sorted(set().union(*zero_rows))
         run_info = {
             "models": args.model_path,
-            "features": {"path": str(store.path), "meta": store.meta},
+            "features": {
+                "path": str(store.path),
+                "meta": store.meta,
+                "with_zero_rows": zero_rows,
+            },
             "padding_size": args.padding_size,
             "amp": args.amp,
             "processes": dist.world_size,
         }
-        report_segments(args, segment_set, coverage, metrics, run_info)
+        notes = zero_row_notes(zero_rows, store.path)
+        report_segments(args, segment_set, coverage, metrics, run_info, notes)
     return 0
 
 
@@ -412,11 +419,11 @@ def score_segment_file(args):
     return 0
 
 
-def report_segments(args, segment_set, coverage, metrics, run_info):
+def report_segments(args, segment_set, coverage, metrics, run_info, notes=()):
     """Print the table; write --output."""
     print("\n".join(table_lines(metrics)))
-    if missing_note(coverage):
-        print(missing_note(coverage))
+    for note in filter(None, [missing_note(coverage), *notes]):
+        print(note)
     record = {
         "dataset": args.dataset,
         "annotation": segment_set.source,
