@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 from helpers.commands import ROOT, cli, one_error, refused, start
+from helpers.systems import has_ended
 
 import untrusted
 from datasets.demo import edits, make_demo, plan
@@ -328,8 +329,7 @@ def test_workers_end_with_a_build_that_is_killed(tmp_path):
     time.sleep(0.5)  # they have begun
     build.kill()
     build.wait()
-    time.sleep(0.5)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists()]
+    assert all(has_ended(pid, 1) for pid in workers)
     build.communicate()
 
 

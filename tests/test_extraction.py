@@ -22,6 +22,7 @@ from helpers.clips import index_of, numbered, textured, write_video
 from helpers.commands import ROOT, cli, one_error, refused, start
 from helpers.extraction import EXTRACT
 from helpers.pooling_loops import l3_imac_by_loop
+from helpers.systems import has_ended
 
 from features import decoding, extraction, listing
 from features.backbones import build_backbone, import_torchvision
@@ -596,8 +597,7 @@ def test_decoder_that_hangs_ends_with_its_parent(tmp_path, sabotage):
     process.start()
     decoder = receiver.recv()
     process.join()
-    time.sleep(0.5)
-    assert not Path(f"/proc/{decoder}/cmdline").exists()
+    assert has_ended(decoder, 1)
 
 
 def first_channel(images):

@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from helpers.commands import ROOT, start
+from helpers.systems import has_ended
 
 from processes import Owner
 
@@ -51,19 +51,6 @@ assert "TCA_PARENT" not in os.environ
 print(os.getpid(), flush=True)
 time.sleep(60)
 """
-
-
-def has_ended(pid, seconds):
-    """Whether a process ends within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

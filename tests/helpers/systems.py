@@ -8,6 +8,8 @@ import os
 import platform
 import struct
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +92,16 @@ def holder_of(place, folder=False):
     yield process.pid
     end.set()
     process.join()
+
+
+def has_ended(pid, seconds):
+    """Whether a process ends within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
