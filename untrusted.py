@@ -195,8 +195,20 @@ def load_pickle(path: str | os.PathLike, what: str = "annotation file") -> Any:
     except Exception as error:  # a broken pickle can raise nearly anything
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise InputError(
-            f"{what} {str(path)!r} is not a pickle of plain containers ({reason}); fetch it again"
+            f"{what} {str(path)!r} is not a pickle of plain containers ({reason}); "
+            + _pickle_advice(data, reason)
         ) from None
+
+
+def _pickle_advice(data, reason):
+    """What to do about a file that is not a pickle of plain containers, by what it is instead."""
+    if data.lstrip()[:1] in (b"{", b"[") and data.rstrip()[-1:] in (b"}", b"]"):
+        return "it looks like JSON: write it with pickle.dump(json.load(file), ...)"
+    if data.startswith((b"\x93NUMPY", b"PK")):
+        return "it holds arrays or a model: is it the right file?"
+    if "numpy" in reason or "pandas" in reason:
+        return "write it again with plain values, such as array.tolist(), int(x) and float(x)"
+    return "fetch it again"
 
 
 def require_bounded(value: Any, check_leaf: Callable[[Any], None] = lambda leaf: None) -> None:

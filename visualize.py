@@ -162,7 +162,7 @@ def load_side(args, store, video) -> Side:
     name = video if len(video) <= LONGEST_ID else f"...{video[-LONGEST_ID:]}"
     if not args.videos:
         return Side(name, T, fps)
-    videos = find_videos(args.videos)
+    videos = find_videos(args.videos, "--videos")
     if video not in videos:
         raise InputError(
             f"--videos has no {video!r}; give what the features were extracted from, or leave it"

@@ -47,8 +47,10 @@ NON_VIDEO_STARTS = (
 PICTURE_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
 
 
-def find_videos(source: str) -> dict[str, Path]:
+def find_videos(source: str, what: str = "input") -> dict[str, Path]:
     """{id: path} of the videos of a folder, a list file, or a pattern that holds `{id}`.
+
+    `what` names the source in errors.
 
     Raises:
         InputError: if there is none, if two share an id, and for an id that is not UTF-8.
@@ -58,7 +60,7 @@ def find_videos(source: str) -> dict[str, Path]:
     elif Path(source).is_dir():
         pairs = _from_folder(Path(source))
     else:
-        pairs = _from_list(require_path(source, "input"))
+        pairs = _from_list(require_path(source, what), what)
     videos = {}
     for video, path in pairs:
         if video != video.encode(errors="replace").decode():
@@ -74,7 +76,7 @@ def find_videos(source: str) -> dict[str, Path]:
         videos[video] = path
     if not videos:
         raise InputError(
-            f"input {source!r} holds no video; give a folder of videos, a list file "
+            f"{what} {source!r} holds no video; give a folder of videos, a list file "
             "or a pattern with {id}"
         )
     return videos
@@ -147,10 +149,10 @@ def _certain_videos(paths):
     return certain or paths
 
 
-def _from_list(path) -> Iterator[tuple[str, Path]]:
+def _from_list(path, what) -> Iterator[tuple[str, Path]]:
     """Lines `id <tab> path`; paths are relative to the list."""
     advice = "give a list of `id <tab> path`; for one video give its folder"
-    lines = read_text(path, "input", advice).split("\n")  # a name may hold other separators
+    lines = read_text(path, what, advice).split("\n")  # a name may hold other separators
     for number, line in enumerate(lines, 1):
         video, tab, file = (part.strip(" \t") for part in line.partition("\t"))
         if not (video or file):

@@ -321,6 +321,23 @@ PICKLES = [memo_of_any_length, lists_in_lists, hash_of_tuples, sets_of_one_list]
 PICKLES += [array_of_any_length, number_of_any_length, itself]
 
 
+@pytest.mark.parametrize(
+    "data, advice",
+    [
+        (json.dumps({"video": [1, 2]}).encode(), "looks like JSON"),
+        (pickle.dumps({"video": np.arange(3)}), "array.tolist()"),
+        (pickle.dumps([np.float32(1)]), "float(x)"),
+        (b"\x93NUMPY\1\0", "is it the right file?"),
+        (pickle.dumps([1, 2])[:-2], "fetch it again"),
+    ],
+)
+def test_file_in_place_of_a_pickle_gets_advice_that_fits(tmp_path, data, advice):
+    (tmp_path / "a.pickle").write_bytes(data)
+    with pytest.raises(InputError) as error:
+        load_pickle(tmp_path / "a.pickle")
+    assert advice in str(error.value)
+
+
 @pytest.mark.parametrize("make", PICKLES, ids=lambda make: make.__name__)
 def test_pickle_does_not_outgrow_its_file(make, tmp_path):
     path = tmp_path / "x.pickle"
