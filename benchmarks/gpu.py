@@ -17,9 +17,11 @@ a part failed or a check did not pass.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -134,9 +136,11 @@ def start_part(name: str, args: argparse.Namespace, folder: Path, left: float) -
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with the processes that it launched
-        process.communicate()
         return {"error": f"not done in {seconds:.0f} s"}
+    finally:  # also at Ctrl-C
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it launched
+        process.communicate()
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
     lines = output.decode(errors="replace").strip().splitlines()
