@@ -53,6 +53,11 @@ def chamfer(q, t):
     return np.mean([max(float(a @ b) for b in t) for a in q])
 
 
+def half_chamfer(q, t):
+    best = sorted((max(float(a @ b) for b in t) for a in q), reverse=True)
+    return np.mean(best[: -(-len(best) // 2)])
+
+
 def dp(q, t, phi=10):
     """Cell by cell, as the recurrence is written; the similarities have no ties."""
     S = [[float(a.astype(float) @ b) for b in t] for a in q]
@@ -123,6 +128,7 @@ BY_LOOP = {
     "euclidean": lambda q, t: 1 - np.sqrt(((q.astype(float) - t) ** 2).sum()) / 2,
     "chamfer": chamfer,
     "sym_chamfer": lambda q, t: (chamfer(q, t) + chamfer(t, q)) / 2,
+    "half_chamfer": half_chamfer,
 }
 
 SIDES = {
