@@ -437,6 +437,9 @@ class Torture:
 
     def ends_as_unbroken(self, name):
         """Run it again: what is wrong with the end, or ""."""
+        # These refuse to do again what they had done before the kill.
+        if name in ("npy", "remove") and not unlike(content(self.output), self.expected[name]):
+            return ""
         process = self.process(name).start()
         if process.wait() != 0:
             return f"the repetition has status {process.status}: {process.output[-1500:]}"
