@@ -306,8 +306,8 @@ def test_index_that_two_processes_create_holds_the_videos_of_both(library, tmp_p
     """Each found no index, so each would create it."""
     folder = tmp_path / "index"
     one, other = (VideoIndex(folder, pipeline=library.pipeline) for _ in range(2))
-    one.add([library.clip("a.mp4")])
-    other.add([library.clip("b.mp4")])
+    one.add([library.path("a.mp4")])
+    other.add([library.path("b.mp4")])
     assert len(VideoIndex(folder)) == 2 and not damage(VideoIndex(folder))
 
 
