@@ -333,7 +333,7 @@ def _open_finished(output, settings, dtype):
         if found.get(name) != value:
             same = f"continue it with --frames {found[name]}, or " if name == "frames" else ""
             raise InputError(
-                f"{str(output)!r} holds features of {name} {found.get(name)}, not {value}; "
+                f"{str(output)!r} holds features of {name} {one_line(str(found.get(name)))}, not {value}; "
                 f"{same}name another --output, or remove that file"
             )
     return store

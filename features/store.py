@@ -37,7 +37,7 @@ from features.row_checks import (
     rows_checksum,
 )
 from files import Lock, disk_errors, write_all
-from utils import InputError, digest, require_path
+from utils import InputError, digest, one_line, require_path
 
 SCAN_SECONDS = 20  # for counting the bad videos of a file after the first was met
 PACKED = {"frames", "offsets", "ids"}  # the datasets of the packed layout, beside the checksums
@@ -470,9 +470,10 @@ class StoreWriter:
         found = {"dtype": lines[0]["dtype"], **lines[0]["meta"]}
         given = {"dtype": header["dtype"], **header["meta"]}
         name = next(name for name in found | given if found.get(name) != given.get(name))
+        there = one_line(f"{name} {found.get(name)}")[:200]
         raise InputError(
-            f"{str(self._spool)!r}, left by a stopped run, holds {len(lines) - 1} videos of {name} "
-            f"{found.get(name)}, not {given.get(name)}; resume with that setting, name another "
+            f"{str(self._spool)!r}, left by a stopped run, holds {len(lines) - 1} videos of "
+            f"{there}, not {given.get(name)}; resume with that setting, name another "
             f"output, or remove {str(self._journal)!r} to start again"
         )
 

@@ -93,7 +93,8 @@ def make_spool(folder):
 
 
 def read_spool(folder):
-    with StoreWriter(folder / "spool.hdf5", "float16", {"fps": "1"}) as writer:
+    header = json.loads((OLD / "store/spool.hdf5.part.jsonl").read_text().splitlines()[0])
+    with StoreWriter(folder / "spool.hdf5", header["dtype"], header["meta"]) as writer:
         width = next(iter(writer._entries), {"C": 4})["C"]
         writer.add("another", np.ones((2, width)))
 
