@@ -331,9 +331,10 @@ def _open_finished(output, settings, dtype):
     found = {"frames": EARLIER_RULE, **store.meta, "dtype": str(store.dtype)}
     for name, value in {**settings, "dtype": dtype}.items():
         if found.get(name) != value:
+            there = one_line(f"{name} {found.get(name)}")
             same = f"continue it with --frames {found[name]}, or " if name == "frames" else ""
             raise InputError(
-                f"{str(output)!r} holds features of {name} {one_line(str(found.get(name)))}, not {value}; "
+                f"{str(output)!r} holds features of {there}, not {value}; "
                 f"{same}name another --output, or remove that file"
             )
     return store
