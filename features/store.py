@@ -8,6 +8,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -368,7 +369,12 @@ def _is_entry(line, width):
         return False
     T, C = line["T"], line["C"]
     is_sized = type(T) is int and type(C) is int and T > 0 and C > 0 and C == (width or C)
-    return is_sized and isinstance(line["id"], str) and isinstance(line["source"], str | None)
+    return is_sized and _is_id(line["id"]) and isinstance(line["source"], str | None)
+
+
+def _is_id(video):
+    """Whether HDF5 can hold a text: UTF-8, without zero bytes."""
+    return isinstance(video, str) and "\0" not in video and not re.search("[\ud800-\udfff]", video)
 
 
 class StoreWriter:
@@ -512,6 +518,8 @@ class StoreWriter:
             )
         if video in self.done:
             raise InputError(f"video {video!r} is given twice")
+        if not _is_id(video):
+            raise InputError(f"video {video!r}: an id is UTF-8 without zero bytes; rename it")
         rows = cast_rows(video, rows, self.dtype)
         if not rows.any():  # no reader takes them
             raise InputError(f"video {video!r}: its features are nothing but zeros")

@@ -248,6 +248,12 @@ def test_printable_is_one_line_and_tells_texts_apart(texts):
     assert one_line("a\\b é") == "a\\b é"
 
 
+@pytest.mark.parametrize("video", ["a\0b", "\udcff"])
+def test_id_that_hdf5_cannot_hold_is_refused_before_it_is_stored(video, tmp_path):
+    with pytest.raises(InputError, match="an id is UTF-8 without zero bytes"):
+        write_ours(tmp_path / "x.hdf5", {video: np.ones((2, 4))})
+
+
 # --- bombs ---------------------------------------------------------------------------------------
 
 BIG = 64 << 20  # bytes: what reading a small file may take at most
