@@ -342,8 +342,7 @@ def _content_of(path):
     if path.name == "index.db":
         store = IndexStore(path.parent)
         assert not list(store.find_damage())
-        rows = [(store.paths(c.id), c.sha256, c.num_frames) for c in store.contents()]
-        return sorted(rows), store.settings["ends"]
+        return sorted((store.paths(c.id), c.sha256, c.num_frames) for c in store.contents())
     if path.suffix in (".webm", ".mkv", ".mp4", ".avi"):  # FFmpeg gives some a random number
         with av.open(str(path)) as video:
             return [frame.pts for frame in video.decode(video=0)]
@@ -437,8 +436,9 @@ class Torture:
 
     def ends_as_unbroken(self, name):
         """Run it again: what is wrong with the end, or ""."""
-        # These refuse to do again what they had done before the kill.
-        if name in ("npy", "remove") and not unlike(content(self.output), self.expected[name]):
+        # These refuse to do again what they had done before the kill. An index may still have holes.
+        done = {"npy": "npy/store.json", "remove": "index/index.db"}.get(name)
+        if done and content(self.output).get(done) == self.expected[name][done]:
             return ""
         process = self.process(name).start()
         if process.wait() != 0:
