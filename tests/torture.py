@@ -436,7 +436,7 @@ class Torture:
 
     def ends_as_unbroken(self, name):
         """Run it again: what is wrong with the end, or ""."""
-        # These refuse to do again what they had done before the kill. An index may still have holes.
+        # These refuse to do again what was done before the kill. An index may still have holes.
         done = {"npy": "npy/store.json", "remove": "index/index.db"}.get(name)
         if done and content(self.output).get(done) == self.expected[name][done]:
             return ""
