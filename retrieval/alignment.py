@@ -197,7 +197,12 @@ def align(
     both videos, while a part of the query may recur in the target. A segment's score is the weight
     of its path.
 
-    At the defaults ...
+    At the defaults 1 in 100 unrelated pairs of the demo had a segment under its TCA (1 in 200
+    untrained), and 70 % of the edited copies of 3 s and more (54 %), when `skew` was 0; with it
+    slightly fewer of both do. The defaults but `skew` were chosen among 12 on these very pairs.
+    `skew` was chosen on the held-out part, by excerpts inside other videos: on the test part it
+    brings 85 % of their ends within 1 s, where 81 % were (whitened features, docs/results.md).
+    Features that are not whitened need a higher min_similarity (.6: no false segment, 20 %).
 
     Args:
         min_score: the least score of a segment.
