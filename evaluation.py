@@ -400,10 +400,16 @@ def evaluate_segments(args, dist):
 def score_segment_file(args):
     """Score --segments: what any system found, in the whole set or in --searched."""
     segment_set = load_segment_set(args.dataset, args.annotation_dir)
+    located, unknown = read_segments(args.segments, segment_set, args.min_score)
     searched = segment_set.videos
     if args.searched:
         searched = set(read_ids(args.searched, "--searched list"))
-    located, unknown = read_segments(args.segments, segment_set, args.min_score)
+        require_pairs(segment_set, searched, args.searched)
+        for video in (video for pair in located for video in pair if video not in searched):
+            raise InputError(
+                f"--searched {args.searched!r} does not name {video!r}, which is in"
+                f" {args.segments!r}; name every video that was searched"
+            )
     coverage = segment_set.coverage(searched)
     print(segment_coverage_line(args.dataset, segment_set, coverage))
     if unknown:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from distributed import run_main
 from features.decoding import Video, read_frames
-from features.frame_rules import EARLIER_RULE
+from features.frame_rules import stated_rule
 from features.listing import find_videos
 from features.store import FeatureStore, warn_if_features_differ
 from files import atomic
@@ -158,7 +158,7 @@ def load(args):
 
 def load_side(args, store, video) -> Side:
     """A video's length, and its frames if --videos is given: one for each row of its features."""
-    T, fps = store.lengths[video], Fraction(store.meta.get("fps", "1"))
+    T, (fps, rule) = store.lengths[video], stated_rule(store.meta, store.path)
     name = video if len(video) <= LONGEST_ID else f"...{video[-LONGEST_ID:]}"
     if not args.videos:
         return Side(name, T, fps)
@@ -168,7 +168,7 @@ def load_side(args, store, video) -> Side:
             f"--videos has no {video!r}; give what the features were extracted from, or leave it"
             " out"
         )
-    frames = read_frames(Video(video, videos[video]), fps, store.meta.get("frames", EARLIER_RULE))
+    frames = read_frames(Video(video, videos[video]), fps, rule)
     return Side(name, T, fps, list(frames))
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from datasets.evaluation_set import annotation_errors
 from untrusted import read_json, read_text
-from utils import InputError
+from utils import InputError, describe_ids
 
 Pair = tuple[str, str]  # query, reference
 Segments = Sequence[Sequence[float]]  # [[query start, reference start, query end, reference end]]
 
 LABEL_FORM = "VCSL's form {QUERY-REFERENCE: [[start, start, end, end], ...]}"
+MAX_SECONDS = 1e9  # sums of larger numbers would lose seconds
 PAIR_FORM = "VCSL's list of pairs, query_id,reference_id"
 
 
@@ -193,7 +194,8 @@ def pair_key(query: str, reference: str) -> str:
 
 def _read_pairs(path):
     with annotation_errors(path, PAIR_FORM):
-        header, *rows = csv.reader(read_text(path, "pair list").splitlines())
+        # Not str.splitlines, which also splits at separators that an id may hold.
+        header, *rows = csv.reader(read_text(path, "pair list").split("\n"))
         if header[:2] != ["query_id", "reference_id"]:
             raise ValueError(f"its first line is {','.join(header)[:40]!r}")
         return [(row[0], row[1]) for row in rows if row]
@@ -211,8 +213,8 @@ def read_segments(
     Returns:
         {pair: segments}, and how many keys are not pairs of the set
     Raises:
-        InputError: the file is not of that form, a number is not finite, or a segment ends before
-            it starts
+        InputError: the file is not of that form, names no pair of the set, a number is not finite,
+            or a segment ends before it starts
     """
     table = read_json(path, "segment file", object_pairs_hook=_without_repetition)
     if not isinstance(table, dict):
@@ -223,7 +225,13 @@ def read_segments(
         if key in table:
             where = f"segment file {str(path)!r}, {key!r}"
             predictions[pair] = _check_segments(table[key], min_score, where)
-    return predictions, len(table.keys() - {pair_key(*pair) for pair in segment_set.pairs})
+    known = [pair_key(*pair) for pair in segment_set.pairs]
+    if table and not predictions:
+        raise InputError(
+            f"segment file {str(path)!r} has no pair of the {segment_set.source}:"
+            f" {describe_ids(known, table)}"
+        )
+    return predictions, len(table.keys() - set(known))
 
 
 def _without_repetition(pairs):
@@ -259,6 +267,6 @@ def _check_segments(segments, min_score, where):
 
 
 def _number(value):
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a number")
+    if type(value) not in (int, float) or not abs(value) <= MAX_SECONDS:
+        raise ValueError(f"{value!r} is not a number of seconds")
     return value

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from utils import InputError
+
 MAX_GAP = 600  # seconds: a longer pause between two frames is a break in the clock, not a still
 
 
@@ -191,6 +193,7 @@ FRAME_RULES = {
 DEFAULT_RULE = "on_screen"
 EARLIER_RULE = "first_after"  # of features and indexes that do not state their rule
 EARLIER_NAMES = {"timestamp": "first_after"}
+MIN_RATE = Fraction(1, 100_000)  # rows a second
 
 
 def with_current_rule(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,3 +202,29 @@ def with_current_rule(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "frames" in settings:
         settings["frames"] = EARLIER_NAMES.get(settings["frames"], settings["frames"])
     return settings
+
+
+def stated_rule(settings: Mapping[str, Any], path: Any) -> tuple[Fraction, str]:
+    """Rows per second, and the name of the rule, of features with these settings.
+
+    Features of others do not say: one row a second is usual.
+
+    Raises:
+        InputError: `path` states a rate or a rule that no features can have
+    """
+    rate, rule = str(settings.get("fps", 1))[:20], settings.get("frames", EARLIER_RULE)
+    try:
+        fps = Fraction(rate)
+        if not MIN_RATE <= fps <= 1 / MIN_RATE:
+            raise ValueError(rate)
+    except (ValueError, ArithmeticError):
+        raise InputError(
+            f"feature file {str(path)!r} states fps {rate!r}, which is not a rate of rows;"
+            " correct its attribute"
+        ) from None
+    if rule not in FRAME_RULES:
+        raise InputError(
+            f"feature file {str(path)!r} states frames {str(rule)[:40]!r}, which is not one of"
+            f" {', '.join(FRAME_RULES)}; correct its attribute"
+        )
+    return fps, rule

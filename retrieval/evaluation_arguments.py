@@ -222,6 +222,8 @@ def validate_args(args: Namespace, dist: Distributed) -> list[str]:
     if args.padding_size is None:
         args.padding_size = 0 if has_segments else PADDING_SIZE
     check_ranges(args, RANGES)
+    if args.min_score is not None:
+        check_ranges(args, {"min_score": (-math.inf, math.inf)})  # NaN would leave out all
     if any(R < 1 for R in args.rerank):
         raise InputError(f"--rerank {min(args.rerank)} is out of range; it must be 1 or more")
     for path in (args.output, args.save_similarities, args.save_segments, args.plot):

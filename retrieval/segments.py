@@ -1,7 +1,6 @@
 """Locate the segments that pairs of videos share, from their frame descriptors."""
 
 from collections.abc import Collection, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -10,10 +9,11 @@ from tqdm import tqdm
 
 from datasets.segments import Pair, Segments, SegmentSet, pair_key
 from distributed import Distributed
+from features.frame_rules import stated_rule
 from files import write_json
 from retrieval.alignment import ALIGNERS
 from retrieval.encode import VideoEncoder, require_frame_descriptors
-from utils import InputError
+from utils import InputError, describe_ids
 
 
 def locate_segments(
@@ -33,6 +33,7 @@ def locate_segments(
     dist = dist or Distributed()
     with dist.exit_together_on_error():
         require_frame_descriptors(video_encoder.encoder, video_encoder.device)
+        fps = float(stated_rule(video_encoder.store.meta, video_encoder.store.path)[0])
     queries = list(dict.fromkeys(query for query, _ in pairs))
     own = set(queries[dist.rank :: dist.world_size])
     rows = {aligner: [] for aligner in aligners}  # [pair's number, four ends]
@@ -50,7 +51,6 @@ def locate_segments(
                 for found in ALIGNERS[aligner](matrix):
                     ends = found.query_start, found.target_start, found.query_end, found.target_end
                     rows[aligner].append([i, *map(sum, zip(ends, starts, strict=True))])
-    fps = float(Fraction(video_encoder.store.meta.get("fps", "1")))
     located = {}
     for aligner in aligners:
         table = torch.tensor(rows[aligner], dtype=torch.int64).reshape(-1, 5)
@@ -115,6 +115,6 @@ def require_pairs(segment_set: SegmentSet, available: Collection[str], path: str
     if not any(pair in segment_set.labels for pair in pairs):
         raise InputError(
             f"{path!r} has both videos of no pair of the {segment_set.source} that shares"
-            " something; is it the right file?"
+            f" something: {describe_ids(segment_set.videos, available)}"
         )
     return pairs

@@ -291,6 +291,7 @@ def test_predicted_segments_below_a_score_are_left_out(tmp_path, small):
         ('{"a-b": [["0", 0, 1, 1]]}', "'a-b'"),
         ('{"a-b": [[0, 0, NaN, 1]]}', "'a-b'"),
         ('{"a-b": [[0, 0, 1e999, 1]]}', "'a-b'"),
+        ('{"a-b": [[0, 0, 1' + "0" * 400 + ", 1]]}", "'a-b'"),
         ('{"a-b": [[true, 0, 1, 1]]}', "'a-b'"),
         ('{"a-b": [[5, 0, 1, 1]]}', "'a-b'.*before it starts"),
         ('{"a-b": [], "a-b": []}', "twice"),
@@ -461,4 +462,35 @@ def test_flags_of_segments_are_refused_for_retrieval(tmp_path):
 def test_features_of_other_videos_are_refused(planted, tmp_path):
     write_ours(tmp_path / "f.hdf5", {"other": np.ones((3, 1024), np.float32)}, "float32")
     flags = ["--feature_path", tmp_path / "f.hdf5", "--encoder", "mean"]
-    assert "is it the right file" in refused(main, *command(planted, *flags))
+    assert "found 'other'" in refused(main, *command(planted, *flags))
+
+
+@pytest.mark.parametrize("fps", ["abc", "0", "1/0", "-1", "nan", "9" * 5000])
+def test_features_of_a_rate_that_cannot_be_are_refused(tmp_path, fps):
+    write_ours(tmp_path / "f.hdf5", {"a": np.ones((2, 8)), "b": np.ones((2, 8))}, fps=fps)
+    encoder = VideoEncoder(Mean(8), FeatureStore(tmp_path / "f.hdf5"), padding_size=0)
+    with pytest.raises(InputError, match="fps"):
+        locate_segments(encoder, [("a", "b")], ["align"])
+
+
+def test_a_pair_list_splits_at_line_ends_only(tmp_path):
+    write_vcsl(tmp_path, [("a\u2028b", "c\x85d")], {("a\u2028b", "c\x85d"): [[0, 0, 1, 1]]})
+    assert load_segment_set("VCSL", tmp_path).pairs == [("a\u2028b", "c\x85d")]
+
+
+def test_segments_of_other_pairs_are_refused(tmp_path, small):
+    (tmp_path / "s.json").write_text('{"A-B": [[0, 0, 1, 1]]}')
+    with pytest.raises(InputError, match="'a-b'.*'A-B'.*case"):
+        read_segments(tmp_path / "s.json", small)
+
+
+def test_searched_videos_agree_with_the_segments(planted, tmp_path):
+    (tmp_path / "s.json").write_text('{"a-b": [[0, 0, 1, 1]], "a-c": [[0, 0, 1, 1]]}')
+    flags = command(planted, "--segments", tmp_path / "s.json", "--searched", tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_text("a\nb\n")
+    assert "does not name 'c'" in refused(main, *flags)
+    (tmp_path / "ids.txt").write_text("A\nB\n")
+    assert "without their case, 2 more" in refused(main, *flags)
+    (tmp_path / "ids.txt").write_text("a\nb\nc\n")
+    assert "min_score nan" in refused(main, *flags, "--min_score", "nan")
+    assert "3 pairs" in call(main, *flags).stdout
