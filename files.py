@@ -198,7 +198,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """
     target = _final_target(path)
     if _is_stream(target):
-        with _streamed(target) as temporary:
+        with disk_errors(path), _streamed(target) as temporary:
             yield temporary
         return
     if target.is_dir():

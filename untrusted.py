@@ -23,6 +23,7 @@ MAX_TEXT = 1 << 30  # bytes of a text, JSON or pickle file: the largest annotati
 MAX_ITEMS = 1 << 26  # items of a nested value, shared parts counted wherever they are used
 MAX_DEPTH = 50  # containers in containers
 MAX_INT_BITS = 128  # the magic number of old PyTorch files has 77
+MAX_INT_KEY = 1 << 60  # larger integers can all have one hash: n of them take n² steps
 MAX_RATIO = 200  # unpacked to packed bytes of a compressed array: features reach 10
 
 
@@ -108,7 +109,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
     Python's own implementation, because its memo is a dict: in C it is an array as long as the
     largest index that the file names. Keys and members of sets are strings and numbers: the hash of
-    nested tuples can take for ever.
+    nested tuples can take for ever. (Strings have hashes that a file cannot foresee.)
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -175,6 +176,8 @@ class _PlainUnpickler(pickle._Unpickler):
 def _plain_keys(keys: Iterable) -> Iterable:
     """`keys`, if all are strings, bytes, numbers or None."""
     for key in keys:
+        if isinstance(key, int) and abs(key) > MAX_INT_KEY:
+            raise pickle.UnpicklingError("it holds a key of over 60 bits")
         if not isinstance(key, str | bytes | int | float | None):
             raise pickle.UnpicklingError(f"it holds a {type(key).__name__} as a key")
     return keys

@@ -319,12 +319,16 @@ def number_of_any_length():
     return b"\x80\x02\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b"."
 
 
+def numbers_of_one_hash():
+    return pickle.dumps({i * (2**61 - 1) for i in range(50_000)})
+
+
 def itself():
     return b"\x80\x02]q\x00h\x00a."
 
 
 PICKLES = [memo_of_any_length, lists_in_lists, hash_of_tuples, sets_of_one_list]
-PICKLES += [array_of_any_length, number_of_any_length, itself]
+PICKLES += [array_of_any_length, number_of_any_length, numbers_of_one_hash, itself]
 
 
 @pytest.mark.parametrize(
