@@ -15,6 +15,7 @@ from: a folder, a list or a pattern, as extract_features.py takes it. With it th
 frames, without it seconds.
 """
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distributed import run_main
-from features.decoding import Video, read_frames
+from features.decoding import Decoder, Video
 from features.frame_rules import stated_rule
 from features.listing import find_videos
 from features.store import FeatureStore, warn_if_features_differ
@@ -168,8 +169,12 @@ def load_side(args, store, video) -> Side:
             f"--videos has no {video!r}; give what the features were extracted from, or leave it"
             " out"
         )
-    frames = read_frames(Video(video, videos[video]), fps, rule)
-    return Side(name, T, fps, list(frames))
+    clip, decoder = Video(video, videos[video]), Decoder(fps, rule)
+    with contextlib.closing(decoder):
+        frames = list(decoder.frames(clip))
+    if clip.reason:
+        raise InputError(f"{str(clip.path)!r} cannot be shown: {clip.reason}; leave --videos out")
+    return Side(name, T, fps, frames)
 
 
 def draw_panels(panels, rows, columns, title, scale, limits) -> Figure:

@@ -131,6 +131,15 @@ def test_margins_show_the_frame_of_their_row(here, tmp_path, fps, T):
             assert index_of(picture) == int(share * T) * every
 
 
+@pytest.mark.parametrize("rule, mention", [("timestamp", "a.mp4"), ("nonsense", "nonsense")])
+def test_video_that_cannot_be_shown_is_named(here, tmp_path, rule, mention):
+    (tmp_path / "a.mp4").write_bytes(b"garbage" * 100)
+    write_ours(tmp_path / "x.hdf5", {"a": np.ones((2, C))}, frames=rule)
+    command = ["attention", "a", "--model_path", one_layer(here), "--videos", tmp_path]
+    command += ["--feature_path", tmp_path / "x.hdf5", "--output", tmp_path / "x.png"]
+    assert mention in refused(visualize.main, *command)
+
+
 def one_layer(folder):
     """A model file with one layer, whose picture has one matrix."""
     arguments = dict(feature_size=C, nhead=4, nlayers=1, dim_feedforward=64)
