@@ -41,8 +41,8 @@ STATE_TYPES = {
     "optimizers": list,
 }
 
-# Arguments
-MAY_CHANGE_ON_RESUME = {
+# Arguments of which each process may have its own
+MAY_DIFFER = {
     # paths: the content of the files is compared instead
     "model_path",
     "annotation_path",
@@ -53,6 +53,9 @@ MAY_CHANGE_ON_RESUME = {
     "num_workers",
     "num_readers",
     "features_on",
+}
+MAY_CHANGE_ON_RESUME = MAY_DIFFER | {
+    # no influence on the result
     "print_freq",
     "save_every",
     # another one changes the last bits
@@ -288,6 +291,29 @@ class Run:
             if self.dist.is_main:
                 write_checkpoint(self.folder, state)
 
+    def require_same_command(self):
+        """All exit if a process has other settings, or files of other content, than the main one.
+
+        They would wait for each other in vain, or train on different data. By torchrun each machine
+        gets a command line of its own.
+        """
+        own = {"args": {**vars(self.args)}, "inputs": self.inputs}
+        own["args"]["device"] = torch.device(self.args.device).type  # each has its own GPU
+        main = self.dist.broadcast(own)
+        with self.dist.exit_together_on_error():
+            other = changed_arguments(main["args"], own["args"], MAY_DIFFER)
+            if other:
+                raise InputError(
+                    f"other settings than process 0 has ({', '.join(other)}); give the same command"
+                    " on every machine"
+                )
+            other = changed_inputs(main["inputs"], self.inputs)
+            if other:
+                raise InputError(
+                    f"the {' and '.join(other)} files differ from those of process 0; copy those"
+                    " to every machine"
+                )
+
     def resume(self):
         """Go on from the folder's checkpoint, if it has one.
 
@@ -461,22 +487,31 @@ def _is_optimizer_state(state):
 
 def check_same_run(state: dict, args: argparse.Namespace, inputs: dict, folder: Path):
     """InputError if `state` was made with other settings, or from files of other content."""
-    saved = state["args"]
-    changed = [
-        f"--{name} {saved.get(name)!r} -> {value!r}"
-        for name, value in vars(args).items()
-        if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
-    ]
+    changed = changed_arguments(state["args"], vars(args), MAY_CHANGE_ON_RESUME)
     made = f"the checkpoint in {str(folder)!r} was made"
     if changed:
         raise InputError(
             f"{made} with other settings ({', '.join(changed)}); choose another --model_path"
         )
-    other = [name for name, value in inputs.items() if state["inputs"].get(name) != value]
+    other = changed_inputs(state["inputs"], inputs)
     if other:
         raise InputError(
             f"{made} from other {' and '.join(other)} files; choose another --model_path"
         )
+
+
+def changed_arguments(before: dict, now: dict, allowed: set[str]) -> list[str]:
+    """["--flag before -> now"] of the arguments that differ, without the `allowed` ones."""
+    return [
+        f"--{name} {before.get(name)!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in allowed and before.get(name) != value
+    ]
+
+
+def changed_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What the files are ("features", ...) whose content hashes differ."""
+    return [name for name, value in now.items() if before.get(name) != value]
 
 
 def resume_notes(state: dict, batch_sz: int, dist: Distributed, pairs: int) -> list[str]:

@@ -118,6 +118,7 @@ def train(run, frames, criterion, learning_rate, val, notes):
     """Take the remaining epochs of a run. Returns the exit status."""
     args, dist, data = run.args, run.dist, run.data
     model, optimizer, encoder = run.model, run.optimizer, run.model.encoder_q
+    run.require_same_command()  # in all processes
     run.resume()  # from checkpoint.pth, if there is one
     dist.broadcast_model(model)  # all processes start from the same weights
     if run.is_written:
@@ -160,9 +161,8 @@ def train_one_epoch(model, criterion, optimizer, batches, frames, run, log):
         # N anchors and positives, N*M negatives, each as packed frames and num_frames.
         batch = batch_to_device(batch, args.device, frames)
         indices, anchors, positives, negatives, negative_ids = batch
-        is_false_negative = run.data.false_negative_mask(
-            indices
-        )  # ids (K,) -> (N, K) bool, or None
+        # A function, ids of the bank's entries (K,) -> (N, K) bool; None if all are negatives.
+        is_false_negative = run.data.false_negative_mask(indices)
         seed_torch(args.seed, run.step, dist.rank)  # dropout; the same in a resumed run
 
         # One call updates the key encoder (momentum m), scores against the bank, and then enqueues
@@ -675,6 +675,7 @@ def set_arithmetic(args):
     if not args.device.startswith("cuda"):
         return
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    torch.backends.cudnn.allow_tf32 = args.tf32  # LSTM and GRU; PyTorch's default is True
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first product
         torch.use_deterministic_algorithms(True)

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from argparse import Namespace
 
 import h5py
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from helpers import training
 from helpers.commands import cli, clis, error_after_progress, one_error, refused, start
 from helpers.files import read_log, write_packed, write_pickle
+from helpers.threads import run_in_threads
 from helpers.training import (
     RELEASED,
     assert_same_run,
@@ -38,7 +40,7 @@ from features.store import FeatureStore
 from losses import LOSSES
 from model import ENCODERS, Mean, load_encoder
 from retrieval.compare import compare_collections
-from train import OPTIMIZERS
+from train import OPTIMIZERS, set_arithmetic
 
 
 def metrics_of(encoder, features, evaluation_set, annotations):
@@ -463,6 +465,42 @@ def test_hard_negatives_are_half_of_a_pairs_and_the_same_after_a_stop(world, tmp
 
 
 # --- the command line ---
+
+
+@pytest.mark.parametrize(
+    "changes, inputs, reason",
+    [
+        ({"batch_sz": 8}, {}, "(--batch_sz 4 -> 8); give the same command"),
+        ({"device": "cpu"}, {}, "(--device 'cuda' -> 'cpu')"),
+        ({}, {"features": "b"}, "the features files differ from those of process 0"),
+        ({"device": "cuda:0", "feature_path": "elsewhere", "num_workers": 9}, {}, None),
+    ],
+)
+def test_processes_have_the_same_settings_and_files(changes, inputs, reason, capsys):
+    """Else they would wait for each other in vain. By torchrun each machine has its own command."""
+
+    def start(dist):
+        args = dict(batch_sz=4, device=f"cuda:{dist.rank}", feature_path="f", num_workers=0)
+        found = {"features": "a"}
+        if dist.rank:
+            args, found = args | changes, found | inputs
+        run = Namespace(dist=dist, args=Namespace(**args), inputs=found)
+        checkpoint.Run.require_same_command(run)
+
+    if reason is None:
+        run_in_threads(2, start)
+        return
+    with pytest.raises(SystemExit, match="2"):
+        run_in_threads(2, start)
+    error = capsys.readouterr().err
+    assert reason in error and error.count("error: ") == 1
+
+
+def test_float32_on_a_gpu_is_exact_unless_tf32_is_asked_for():
+    """Also in cuDNN's LSTM and GRU, where PyTorch rounds to TF32 by default."""
+    for tf32 in (True, False):
+        set_arithmetic(Namespace(device="cuda:1", tf32=tf32, deterministic=False))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
 @pytest.mark.slow
