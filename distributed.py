@@ -285,11 +285,13 @@ class TorchDistributed(_Exchange):
         TorchDistributed.started = True
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
-        self._nccl = not self.any(not nccl)  # the machines may have different numbers of GPUs
+        # Every machine must decide alike: they may have different numbers of GPUs and processes.
+        self._nccl = not self.any(not nccl)
+        self._share_machines = self.any(self.local_world_size > 1)
 
     def device(self, name: str) -> str:
-        if name != "cuda" and self.local_world_size > 1:
-            self._nccl = False  # all processes of this machine use the GPU that was named
+        if name != "cuda" and self._share_machines:
+            self._nccl = False  # all processes of a machine use the GPU that was named
         return super().device(name)
 
     def _for_exchange(self, tensor: Tensor) -> Tensor:
@@ -394,12 +396,24 @@ class HorovodDistributed(_Exchange):
             self._hvd.broadcast_(sent, root, name="tensor")
 
     def device(self, name: str) -> str:
-        if name.startswith("cuda") and self.world_size > 1 and not self._hvd.nccl_built():
+        if name.startswith("cuda"):
+            self._require_nccl(name)
+        return super().device(name)
+
+    def _require_nccl(self, name):
+        """InputError if this Horovod cannot exchange tensors of the GPU `name`."""
+        if not self._hvd.nccl_built():  # it refuses them in one process too
             raise InputError(
                 f"--device {name}: this Horovod was built for CPUs alone; install a CUDA toolkit"
                 " and run `make -B horovod`, start with torchrun, or give --device cpu"
             )
-        return super().device(name)
+        gpus = torch.cuda.device_count() if name == "cuda" else 1
+        if 0 < gpus < self.local_world_size:
+            raise InputError(
+                f"--device {name}: {self.local_world_size} processes of this machine would share"
+                f" {gpus} GPU{'s' * (gpus > 1)}, which NCCL refuses; start one process for each"
+                " GPU, start with torchrun, or give --device cpu"
+            )
 
     def wrap(self, optimizer, named_parameters, adasum=False, fp16=False):
         hvd = self._hvd

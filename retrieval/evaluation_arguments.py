@@ -236,6 +236,8 @@ def validate_args(args: Namespace, dist: Distributed) -> list[str]:
     if args.plot and len(args.rerank) < 2:
         raise InputError("--plot draws the trade-off of several --rerank values; give two or more")
     args.device = dist.device(args.device)
+    # By default cuDNN rounds float32 to TF32 in LSTM, GRU and the comparator.
+    torch.backends.cudnn.allow_tf32 = False
 
     validate_kind(args, has_segments)
     finished = "segments" if args.segments else "similarities"

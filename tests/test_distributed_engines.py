@@ -1,6 +1,7 @@
 """The Distributed object in real runs: python, torchrun, horovodrun with MPI and with Gloo."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers.launchers import NO_HOROVOD, finish, launch
 from helpers.threads import run_in_threads
 
 import distributed
+from utils import InputError
 
 PROCESSES = {  # launcher -> how many it starts
     "python": 1,
@@ -181,11 +183,38 @@ def test_processes_that_name_one_gpu_do_not_exchange_by_nccl(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(distributed, "check_device", lambda name: name)
-    for name, by_nccl in (("cuda", True), ("cuda:0", False), ("cpu", False)):
-        dist = distributed.TorchDistributed.__new__(distributed.TorchDistributed)
-        dist.local_rank, dist.local_world_size, dist._nccl = 1, 2, True
-        dist.device(name)
-        assert dist._nccl == by_nccl, name
+    # Two processes on this machine; one here and two on another, which decides alike.
+    for processes in (2, 1):
+        for name, by_nccl in (("cuda", True), ("cuda:0", False), ("cpu", False)):
+            dist = distributed.TorchDistributed.__new__(distributed.TorchDistributed)
+            dist.local_rank, dist.local_world_size, dist._nccl = 0, processes, True
+            dist._share_machines = True
+            dist.device(name)
+            assert dist._nccl == by_nccl, name
+
+
+def test_processes_of_horovod_that_would_share_a_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(distributed, "check_device", lambda name: name)
+    dist = distributed.HorovodDistributed.__new__(distributed.HorovodDistributed)
+    dist._hvd = SimpleNamespace(nccl_built=lambda: True)
+    dist.local_rank, dist.local_world_size = 1, 2
+    assert dist.device("cuda") == "cuda:1" and dist.device("cpu") == "cpu"
+    with pytest.raises(InputError, match="2 processes of this machine would share 1 GPU,"):
+        dist.device("cuda:1")
+    dist.local_world_size = 3
+    with pytest.raises(InputError, match="3 processes .* 2 GPUs, .* start with torchrun"):
+        dist.device("cuda")
+
+
+def test_one_process_of_horovod_for_cpus_is_refused_a_gpu():
+    """Horovod gathers no tensor of a GPU then, not even of one process."""
+    dist = distributed.HorovodDistributed.__new__(distributed.HorovodDistributed)
+    dist._hvd = SimpleNamespace(nccl_built=lambda: False)
+    with pytest.raises(InputError, match="built for CPUs alone"):
+        dist.device("cuda")
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])

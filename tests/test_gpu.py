@@ -78,13 +78,18 @@ def test_deterministic_runs_are_equal_to_the_bit_also_when_resumed(gpu, world, t
 
 @pytest.mark.parametrize("launcher", ENGINES)
 def test_two_processes_share_the_gpus_of_this_machine(gpu, world, launcher, tmp_path):
-    """Two on one GPU exchange through the CPU; on two GPUs, by NCCL. Both learn as on the CPU."""
+    """Two on one GPU exchange through the CPU; on two GPUs, by NCCL. Both learn as on the CPU.
+
+    Horovod cannot do the first.
+    """
     half = [*MORE, "--batch_sz", 4, "--num_workers", 0]
     for device, changes in (("cpu", {}), ("cuda", gpu)):
         flags = train_flags(world, tmp_path / device, *half, "--device", device)
         result = finish(launch(launcher, "train.py", *flags, **changes))
         if "was built for CPUs alone" in result.stderr:
             pytest.skip("Horovod was built for CPUs alone")
+        if launcher == "horovodrun" and "would share 1 GPU," in result.stderr:
+            pytest.skip("there is one GPU, which Horovod's processes cannot share")
         assert result.returncode == 0, result.stderr[:3000]
     assert_alike(tmp_path / "cuda", tmp_path / "cpu", 1e-3)
     saved = json.loads((tmp_path / "cuda" / "args.json").read_text())
