@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.commands import ROOT
 from helpers.extraction import ONE_THREAD_PER_BATCH
-from helpers.files import write_packed, write_pickle, write_released
+from helpers.feature_files import write_packed, write_pickle, write_released
 from helpers.worlds import make_pairs, make_set, write_set
 
 # A shell ignores SIGINT for what it starts in the background, and our scripts would inherit that.

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers.files import write_pickle
+from helpers.feature_files import write_pickle
 from helpers.oracles import cc_web_by_loop
 from helpers.sets import as_dict, cc_web_case, random_table, table_by_worth
 from helpers.worlds import as_tca, make_cc_web

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 from helpers.commands import cli, one_error, refused, start
-from helpers.files import some_features, write_ours, write_packed, write_released
+from helpers.feature_files import some_features, write_ours, write_packed, write_released
 
 from features.layouts import open_source
 from features.store import FeatureStore

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.files import write_packed, write_pickle
+from helpers.feature_files import write_packed, write_pickle
 from torch.utils.data import DataLoader
 
 from batches import PairLoader, batch_indices, collate_pairs

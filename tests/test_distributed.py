@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import training
 from helpers.commands import ROOT, refused
-from helpers.files import read_log, write_packed
+from helpers.feature_files import read_log, write_packed
 from helpers.launchers import ENGINES, finish, launch, needs_horovod, run_two
 from helpers.training import (
     RELEASED,

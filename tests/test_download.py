@@ -228,4 +228,4 @@ def test_all_official_files_come_from_a_server(tmp_path, annotations, server, ca
         server.answers[path] = (content, len(content))
     run("--mirror", server.url + "/", "--annotation_dir", tmp_path)
     assert files_under(tmp_path) == sorted(download.FILES)
-    assert capsys.readouterr().out.count(": fetched") == 8
+    assert capsys.readouterr().out.count(": fetched") == 12

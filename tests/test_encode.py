@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoders import encode_one_by_one, untrained_tca
-from helpers.files import folder_contents, write_ours, write_released
+from helpers.feature_files import folder_contents, write_ours, write_released
 from helpers.threads import run_in_threads
 from helpers.worlds import C
 

@@ -17,7 +17,7 @@ from helpers.commands import (
     refused,
 )
 from helpers.encoders import encode_one_by_one, untrained_tca
-from helpers.files import folder_contents, write_packed, write_released
+from helpers.feature_files import folder_contents, write_packed, write_released
 from helpers.launchers import finish, launch, run_two
 from helpers.oracles import TASKS, fivr_by_loop
 from helpers.worlds import C, make_set, write_set

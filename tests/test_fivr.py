@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers.files import write_pickle
+from helpers.feature_files import write_pickle
 from helpers.oracles import TASKS, fivr_by_loop
 from helpers.sets import as_dict, make_fivr
 from helpers.worlds import write_set

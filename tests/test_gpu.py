@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from helpers.commands import cli, python
-from helpers.files import read_log
+from helpers.feature_files import read_log
 from helpers.launchers import finish, launch, needs_horovod
 from helpers.training import checkpoint_of, equal, train_flags, weights
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers.commands import call, refused
-from helpers.files import write_ours, write_pickle
+from helpers.feature_files import write_ours, write_pickle
 from helpers.training import main as train
 from helpers.training import train_flags
 

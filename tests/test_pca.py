@@ -7,7 +7,7 @@ import pca as pca_script
 import pytest
 from helpers.clips import textured, write_video
 from helpers.commands import cli, one_error, python, refused
-from helpers.files import write_ours
+from helpers.feature_files import write_ours
 from PIL import Image
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits

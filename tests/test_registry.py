@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers.files import write_pickle
+from helpers.feature_files import write_pickle
 from helpers.sets import random_table
 from helpers.worlds import make_cc_web, make_evve, make_vcdb, write_public_sets
 

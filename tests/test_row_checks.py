@@ -10,7 +10,7 @@ import numpy as np
 import pca
 import pytest
 from helpers.commands import call, refused
-from helpers.files import some_features, write_ours, write_released
+from helpers.feature_files import some_features, write_ours, write_released
 from helpers.training import main as train
 from helpers.training import run, train_flags
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from helpers.commands import call, refused
-from helpers.files import write_ours
+from helpers.feature_files import write_ours
 from helpers.threads import run_in_threads
 
 import reproduce

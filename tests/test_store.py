@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers.files import IDS, some_features, write_ours, write_packed, write_released
+from helpers.feature_files import IDS, some_features, write_ours, write_packed, write_released
 from helpers.systems import in_a_fork, small_disk, without_locks
 from torch.utils.data import DataLoader
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import training
 from helpers.commands import cli, clis, error_after_progress, one_error, refused, start
-from helpers.files import read_log, write_packed, write_pickle
+from helpers.feature_files import read_log, write_packed, write_pickle
 from helpers.threads import run_in_threads
 from helpers.training import (
     RELEASED,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import refused
-from helpers.files import read_log
+from helpers.feature_files import read_log
 from helpers.training import logged, recorded_steps, run, val_flags
 from PIL import Image
 

@@ -115,10 +115,11 @@ def plan(world, store, monkeypatch, free, memory=4.0):
 
 
 def test_chunks_and_batches_are_sized_by_the_gpu_and_not_by_the_host(world, store, monkeypatch):
-    encoder, chunk_bytes = plan(world, store, monkeypatch, 80 * GIB, memory=1.0)
+    memory = 1 + resident_bytes(libraries=False) / GIB
+    encoder, chunk_bytes = plan(world, store, monkeypatch, 80 * GIB, memory)
     assert chunk_bytes == GPU_CHUNK_BYTES > 1 * GIB and encoder.batch_frames == 32768
     free = GIB // 4
-    encoder, chunk_bytes = plan(world, store, monkeypatch, free, memory=1.0)
+    encoder, chunk_bytes = plan(world, store, monkeypatch, free, memory)
     longest = max(store.lengths.values())
     assert chunk_bytes + encoder.batch_bytes(longest, encoder.batch_frames) <= GPU_SHARE * free
     assert chunk_bytes < GPU_CHUNK_BYTES

@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 from helpers.commands import call, refused
-from helpers.files import folder_contents, write_released
+from helpers.feature_files import folder_contents, write_released
 from helpers.oracles import TASKS, mean
 
 from evaluation import main

@@ -6,7 +6,7 @@ import torch
 from helpers.clips import index_of, numbered, write_video
 from helpers.commands import cli, refused
 from helpers.encoders import untrained_tca
-from helpers.files import write_ours, write_packed
+from helpers.feature_files import write_ours, write_packed
 from helpers.worlds import C
 from PIL import Image
 

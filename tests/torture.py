@@ -39,7 +39,7 @@ import numpy as np
 import pca
 import torch
 from helpers.clips import textured, write_video
-from helpers.files import write_ours, write_pickle
+from helpers.feature_files import write_ours, write_pickle
 from helpers.worlds import C, make_pairs, make_set, write_set
 
 import evaluation

@@ -307,7 +307,7 @@ def check_calibration(entry: dict[str, Any], source: str) -> None:
     if not is_object(entry):
         raise InputError(f"{source} is not one; make it again")
     numbers = ("threshold", "copies_threshold", "radius")
-    good = all(isinstance(entry.get(name, 0.0), float | int) for name in numbers)
+    good = all(_is_similarity(entry.get(name, 0.0)) for name in numbers)
     good = good and isinstance(entry.get("metric", ""), str)
     arguments = entry.get("align", {})
     if not good or not is_object(arguments, float, int):
@@ -318,6 +318,10 @@ def check_calibration(entry: dict[str, Any], source: str) -> None:
         is_number = isinstance(default, float) or type(value) is type(default) is int
         if not is_number or not 0 <= value <= 1000:
             raise InputError(f"{source}: align cannot take {name} {value}; make it again")
+
+
+def _is_similarity(value):
+    return isinstance(value, float | int) and -2 <= value <= 2
 
 
 def make_thumbnail(frame: np.ndarray) -> bytes:

@@ -31,7 +31,7 @@ from features.pca import load_projection
 from features.store import FeatureStore, StoreWriter
 from helpers import mutations as m
 from helpers.commands import ROOT, call
-from helpers.files import some_features, write_ours, write_released
+from helpers.feature_files import some_features, write_ours, write_released
 from helpers.library import add_made_up, made_up_video
 from helpers.worlds import write_public_sets
 from model import load_encoder

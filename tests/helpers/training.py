@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 import train
-from helpers.files import read_log
+from helpers.feature_files import read_log
 from helpers.worlds import C
 from model import MoCo
 

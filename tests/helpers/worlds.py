@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 
-from helpers.files import write_pickle
+from helpers.feature_files import write_pickle
 
 C = 32  # channels of every synthetic feature
 
