@@ -265,6 +265,7 @@ class Process:
             descriptor = os.open(self.log, os.O_WRONLY | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # pytest's go elsewhere
             words = [str(argument) for argument in self.arguments]
             sys.argv = [Path(self.main.__code__.co_filename).name, *words]
             status = _call_main(lambda: self.main(words)) or 0
