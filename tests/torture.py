@@ -275,6 +275,7 @@ class Process:
             status = 1
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
 
     def wait(self, limit=120):
