@@ -33,7 +33,7 @@ from model import ENCODERS
 from retrieval.compare import MEMORY
 from utils import InputError, available_cores
 from videoindex.index import METRIC, METRICS, SHORTLIST, VideoIndex
-from videoindex.pipeline import DEFAULT_OPTIONS, FILE_OPTIONS, WINDOW
+from videoindex.pipeline import DEFAULT_OPTIONS, WINDOW, names_file
 from videoindex.report import (
     format_segment,
     format_time,
@@ -394,18 +394,25 @@ def add_model_options(command, description):
     add("--components", type=int, help="use only the first components of --pca, this many")
     add(
         "--backbone",
-        help="efficientnet_lite0 (default), resnet50, or a torchvision classifier with --stages",
+        help="efficientnet_lite0 (default), sscd, resnet50, FILE.onnx, or a torchvision classifier"
+        " with --stages",
     )
     add(
         "--weights",
-        help="the backbone's state dict instead of the usual weights, or `random` for tests",
+        help="the backbone's state dict instead of the usual weights, or `random` for tests; for"
+        " sscd also its TorchScript file, a program that is run: only one that you trust",
     )
     add(
         "--stages",
         type=lambda names: names.split(","),
-        help="modules of the backbone whose outputs are pooled, separated by commas",
+        help="modules of the backbone, or outputs of FILE.onnx, that are pooled, separated by"
+        " commas",
     )
-    add("--pooling", help="imac (default), l3_imac, ...: see extract_features.py")
+    add(
+        "--pooling",
+        help="imac (default), l3_imac, ...: see extract_features.py; not for sscd, which gives"
+        " vectors",
+    )
     add(
         "--fps",
         help="frames a second (default 1, as in the paper; 2 locates matches more finely,"
@@ -433,9 +440,9 @@ def add_model_options(command, description):
 def model_options(args):
     """The options of the Pipeline, files by their absolute path."""
     options = {name: getattr(args, name) for name in DEFAULT_OPTIONS}
-    for name in FILE_OPTIONS:
-        if options[name] and options[name] != "random":
-            options[name] = os.path.abspath(options[name])
+    for name, value in options.items():
+        if value and names_file(name, value):
+            options[name] = os.path.abspath(value)
     return options
 
 

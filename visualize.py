@@ -31,6 +31,7 @@ from features.decoding import Decoder, Video
 from features.frame_rules import stated_rule
 from features.listing import find_videos
 from features.store import FeatureStore, warn_if_features_differ
+from features.views import View
 from files import atomic
 from model import load_encoder
 from padding import pad
@@ -106,7 +107,7 @@ class Side(NamedTuple):
     name: str  # its id, the end of a long one
     T: int  # rows of its features
     fps: Fraction  # rows a second
-    frames: list[np.ndarray] | None = None  # (224, 224, 3) uint8 each
+    frames: list[np.ndarray] | None = None  # (size, size, 3) uint8 each
 
 
 def draw_run_curves(args):
@@ -169,12 +170,20 @@ def load_side(args, store, video) -> Side:
             f"--videos has no {video!r}; give what the features were extracted from, or leave it"
             " out"
         )
-    clip, decoder = Video(video, videos[video]), Decoder(fps, rule)
-    with contextlib.closing(decoder):
+    clip = Video(video, videos[video])
+    with contextlib.closing(Decoder(fps, rule, view=stated_view(store))) as decoder:
         frames = list(decoder.frames(clip))
     if clip.reason:
         raise InputError(f"{str(clip.path)!r} cannot be shown: {clip.reason}; leave --videos out")
     return Side(name, T, fps, frames)
+
+
+def stated_view(store) -> View:
+    """The picture of a frame that features were made of, as their file states it."""
+    try:
+        return View.parse(str(store.meta.get("view", View())))
+    except ValueError as error:
+        raise InputError(f"features {str(store.path)!r}: {error}") from None
 
 
 def draw_panels(panels, rows, columns, title, scale, limits) -> Figure:

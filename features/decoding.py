@@ -39,7 +39,6 @@ from features.frame_rules import (
     own_timestamp,
 )
 from features.presentation import (
-    CROP,
     FrameTransform,
     choose_film,
     container_margins,
@@ -48,10 +47,10 @@ from features.presentation import (
     start_timestamp,
     stated_end,
 )
+from features.views import View
 from processes import child_environment, end_with_starter
 
 ROOT = Path(__file__).resolve().parent.parent
-FRAME_BYTES = CROP * CROP * 3
 REORDER_WINDOW = 16  # packets: how far a frame's neighbours in time may lie from it in the file
 
 TIME_LIMIT = 120  # seconds of decoding without a frame: 4K in software may need ten for a second
@@ -80,8 +79,11 @@ def read_frames(
     fps: Fraction = Fraction(1),
     rule: str = DEFAULT_RULE,
     max_hours: float = MAX_HOURS,
+    view: View | None = None,
 ) -> Iterator[np.ndarray]:
-    """Decode a video and yield the frames of the rule as they are shown, (224, 224, 3) uint8 RGB.
+    """Decode a video and yield the frames of the rule as they are shown, (size, size, 3) uint8 RGB.
+
+    By default the view is the centre, 224 pixels a side.
 
     Packets that do not decode are counted in `video` and skipped, as players do.
 
@@ -100,7 +102,7 @@ def read_frames(
         options={"protocol_whitelist": "file"},
     ) as container:
         reader = FilmReader(container, video, FRAME_RULES[rule], fps, max_hours)
-        transform = FrameTransform(container_margins(container, reader.stream))
+        transform = FrameTransform(container_margins(container, reader.stream), view)
         film = Film(reader.frames(), reader.rate, reader.end)
         for shown in FRAME_RULES[rule].choose(film, fps):
             rows += 1
@@ -278,6 +280,7 @@ class Decoder:
             time that a frame waits to be taken does not count.
         max_decode_hours: of decoding in all after which a video is given up.
         memory: bytes the process may take; a video that needs more fails.
+        view: see `read_frames`.
     """
 
     def __init__(
@@ -288,7 +291,9 @@ class Decoder:
         max_hours: float = MAX_HOURS,
         max_decode_hours: float = MAX_DECODE_HOURS,
         memory: int = MEMORY,
+        view: View | None = None,
     ) -> None:
+        self.view = view or View()
         self.task = {
             "fps": str(fps),
             "rule": rule,
@@ -296,6 +301,7 @@ class Decoder:
             "max_hours": max_hours,
             "max_decode_hours": max_decode_hours,
             "memory": memory,
+            "view": str(self.view),
         }
         self.process = None
 
@@ -303,11 +309,11 @@ class Decoder:
         """Yield the frames of `video` as `read_frames` does; errors go into `video.reason`."""
         if not self.process:
             self._start()
-        task = {"path": str(video.path), **self.task}
+        task, size = {"path": str(video.path), **self.task}, self.view.size
         try:
             self.connection.send_bytes(json.dumps(task).encode())
-            while len(message := self.connection.recv_bytes()) == FRAME_BYTES:
-                yield np.frombuffer(message, np.uint8).reshape(CROP, CROP, 3)
+            while len(message := self.connection.recv_bytes()) == self.view.num_bytes:
+                yield np.frombuffer(message, np.uint8).reshape(size, size, 3)
             vars(video).update(json.loads(message))  # seconds, corrupt_packets, reason
         except (EOFError, OSError):  # OSError: it died in the middle of a frame
             video.reason = self._exit_reason()
@@ -367,11 +373,11 @@ def _do_task(task, connection):
     with contextlib.suppress(ValueError):  # no such limit on this system, or a lower one
         resource.setrlimit(resource.RLIMIT_AS, (task["memory"], resource.RLIM_INFINITY))
     video, time_limit, hours = Video("", task["path"]), task["time_limit"], task["max_decode_hours"]
-    seconds_left = hours * 3600
+    seconds_left, fps, view = hours * 3600, Fraction(task["fps"]), View.parse(task["view"])
     try:
         signal.setitimer(signal.ITIMER_REAL, time_limit)
         started = time.monotonic()
-        for frame in read_frames(video, Fraction(task["fps"]), task["rule"], task["max_hours"]):
+        for frame in read_frames(video, fps, task["rule"], task["max_hours"], view):
             signal.setitimer(signal.ITIMER_REAL, 0)  # sending may wait for the backbone
             seconds_left -= time.monotonic() - started
             if seconds_left < 0:

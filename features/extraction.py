@@ -20,17 +20,19 @@ import torch
 from tqdm import tqdm
 
 from distributed import Distributed
-from features.backbones import Backbone
+from features.backbones import Backbone, backbone_settings
 from features.decoding import MAX_DECODE_HOURS, MAX_HOURS, TIME_LIMIT, Decoder, Video
 from features.extraction_report import ExtractionReport, file_stamp
 from features.frame_rules import DEFAULT_RULE, EARLIER_RULE
+from features.onnx_backbone import OnnxBackbone
 from features.pca import Projection
 from features.pooling import POOLINGS
 from features.store import FeatureStore, StoreWriter
+from features.views import View
 from files import DiskError, Lock
 from utils import InputError, available_cores, one_line, printable, tune_malloc
 
-# Frames (B, 224, 224, 3) uint8 -> rows (B, C).
+# Frames (B, size, size, 3) uint8 -> rows (B, C).
 FeatureFunction = Callable[[np.ndarray], np.ndarray]
 
 
@@ -43,6 +45,7 @@ def extract(
     *,
     fps: Fraction = Fraction(1),
     frame_rule: str = DEFAULT_RULE,
+    view: View | None = None,
     workers: int | None = None,
     time_limit: float = TIME_LIMIT,
     max_hours: float = MAX_HOURS,
@@ -61,6 +64,7 @@ def extract(
         compute_features: called on batches of exactly batch_sz frames, from `streams` threads.
         fps: frames per second to keep.
         frame_rule: which ones, an entry of FRAME_RULES.
+        view: the backbone's; by default the centre, 224 pixels a side.
         workers: decoder processes; by default as many as cores.
         time_limit, max_hours, max_decode_hours: when a video is given up; see `decoding.Decoder`.
         streams, threads: batches at a time, and threads of PyTorch for each; see
@@ -70,7 +74,7 @@ def extract(
     """
     workers = min(workers or available_cores(), len(videos))
     limits = time_limit, max_hours, max_decode_hours
-    decoders = [Decoder(fps, frame_rule, *limits) for _ in range(workers)]
+    decoders = [Decoder(fps, frame_rule, *limits, view=view) for _ in range(workers)]
     frame_queue = queue.Queue(2 * batch_sz)  # two batches: one in the making, one to come
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
     pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
@@ -181,20 +185,23 @@ def _full_batch(compute_features, images, size):
 
 
 def feature_function(
-    backbone: Backbone, pooling: str, projection: Projection | None, dtype: np.dtype | str
+    backbone: Backbone | OnnxBackbone,
+    pooling: str,
+    projection: Projection | None,
+    dtype: np.dtype | str,
 ) -> FeatureFunction:
     """The FeatureFunction of a backbone's stages, pooled, projected if given, in `dtype`.
 
     Frames travel to a GPU as uint8, from page-locked memory; the backbone normalises them there.
     """
-    device = backbone.mean.device
+    device = backbone.device
 
-    def compute_features(frames):  # (B, 224, 224, 3) uint8
+    def compute_features(frames):  # (B, size, size, 3) uint8
         x = torch.from_numpy(frames)
         if device.type == "cuda":
             with torch.cuda.device(device):  # each thread starts on GPU 0, whose memory it would be
                 x = x.pin_memory()
-        x = x.permute(0, 3, 1, 2)  # (B, 3, 224, 224), channels-last memory
+        x = x.permute(0, 3, 1, 2)  # (B, 3, size, size), channels-last memory
         with torch.inference_mode():
             pooled = [POOLINGS[pooling](stage) for stage in backbone(x)]  # (B, c) each
             rows = torch.cat(pooled, 1)  # (B, C)
@@ -239,14 +246,12 @@ def resolve_resources(options: argparse.Namespace, dist: Distributed) -> None:
 
 
 def extraction_settings(
-    options: argparse.Namespace, backbone: Backbone, projection: Projection | None
+    options: argparse.Namespace,
+    backbone: Backbone | OnnxBackbone,
+    projection: Projection | None,
 ) -> dict[str, str]:
     """What makes the features: the file's `meta`, which must agree when a run resumes."""
-    return {
-        "backbone": options.backbone,
-        "weights": backbone.weights,
-        "stages": ",".join(options.stages or ["default"]),
-        "pooling": options.pooling,
+    return backbone_settings(backbone, options.stages, options.pooling) | {
         "pca": projection.label if projection else "none",
         "fps": str(options.fps),
         "frames": options.frames,

@@ -51,3 +51,4 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "spoc": spoc,
     "gem": gem,
 }
+DEFAULT_POOLING = "imac"

@@ -18,7 +18,8 @@ from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-SHORT_SIDE, CROP = 256, 224  # pixels
+from features.views import View
+
 # A longer frame is cropped to its middle before it is resized: 4096 x 1 would become a gigabyte.
 MAX_ASPECT = 8
 
@@ -147,37 +148,45 @@ def turn_upright(image: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
 
 
 class FrameTransform:
-    """Cut off margins, resize to a short side of 256, turn upright, crop the centre 224 x 224.
+    """Cut off margins, resize, turn upright, and crop if the view is of the frame's centre.
 
-    The short side is that of the frame on screen, where its pixels are square. Transparent parts
-    are black.
+    The centre is that of the frame on screen, where its pixels are square. A whole frame becomes
+    square whatever its shape. Transparent parts are black.
     """
 
-    def __init__(self, margins: Margins | None = None) -> None:
-        self.margins = margins or Margins()
+    def __init__(self, margins: Margins | None = None, view: View | None = None) -> None:
+        self.margins, self.view = margins or Margins(), view or View()
         self.scaler = VideoReformatter()  # kept: it caches its set-up for the next frame
 
     def __call__(
         self, frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)
-    ) -> np.ndarray:  # (224, 224, 3) uint8 RGB
+    ) -> np.ndarray:  # (size, size, 3) uint8 RGB
         matrix = display_matrix(frame)
         colours = "rgba" if _has_alpha(frame.format) else "rgb24"
         frame = _cut(frame, colours, self.margins)
-        if excess := _excess(frame, pixel_aspect):
-            frame = _cut(frame, colours, excess)
-        width, height = frame.width * pixel_aspect, frame.height  # as shown
-        short = min(width, height)
-        size = int(SHORT_SIDE * width / short), int(SHORT_SIDE * height / short)
+        if self.view.whole:
+            width = height = self.view.size
+        else:
+            if excess := _excess(frame, pixel_aspect):
+                frame = _cut(frame, colours, excess)
+            width, height = self._size_before_crop(frame, pixel_aspect)
         image = self.scaler.reformat(
-            frame, *size, colours, interpolation="BICUBIC", threads=1
+            frame, width, height, colours, interpolation="BICUBIC", threads=1
         ).to_ndarray()
         if colours == "rgba":
             opacity = image[..., 3:].astype(np.uint16)
             image = ((image[..., :3] * opacity + 127) // 255).astype(np.uint8)
         if matrix:
             image = turn_upright(image, matrix)
-        top, left = (image.shape[0] - CROP) // 2, (image.shape[1] - CROP) // 2
-        return np.ascontiguousarray(image[top : top + CROP, left : left + CROP])
+        size = self.view.size
+        top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+        return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+    def _size_before_crop(self, frame, pixel_aspect):
+        """(width, height) of the frame as shown, with the short side of the view."""
+        width, height = frame.width * pixel_aspect, frame.height
+        short, short_side = min(width, height), self.view.short_side
+        return int(short_side * width / short), int(short_side * height / short)
 
 
 def _has_alpha(pixels):

@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distributed import SHARE_TIMEOUT, default_device, init_distributed, run_main
-from features.backbones import BACKBONES, build_backbone
+from features.backbones import BACKBONES, WEIGHTS_HELP, build_backbone
 from features.decoding import MAX_DECODE_HOURS, MAX_HOURS, TIME_LIMIT, Video
 from features.extraction import (
     extraction_settings,
@@ -43,7 +43,7 @@ from features.extraction import (
 from features.frame_rules import DEFAULT_RULE, EARLIER_NAMES, FRAME_RULES
 from features.listing import find_videos, shard_of
 from features.pca import load_projection
-from features.pooling import POOLINGS
+from features.pooling import DEFAULT_POOLING, POOLINGS
 from files import Lock
 from utils import InputError, Parser
 
@@ -95,13 +95,15 @@ def add_frame_arguments(add) -> None:
 
 def add_feature_arguments(add) -> None:
     names = ", ".join(BACKBONES)
-    backbone = f"{names} (the paper's: resnet50), or a torchvision classifier with --stages"
+    backbone = (
+        f"{names} (the paper's: resnet50), FILE.onnx, or a torchvision classifier with --stages"
+    )
     add("--backbone", default="efficientnet_lite0", help=backbone)
-    stages = "modules of the backbone whose outputs to pool, e.g. layer2,layer3"
+    stages = "modules of the backbone, or outputs of FILE.onnx, to pool, e.g. layer2,layer3"
     add("--stages", type=lambda text: text.split(","), help=stages)
-    add("--weights", help="a state dict's file instead of the usual weights; `random` for tests")
-    pooling = "default imac; the paper's final rows use l3_imac"
-    add("--pooling", choices=POOLINGS, default="imac", help=pooling)
+    add("--weights", help=WEIGHTS_HELP)
+    pooling = "default imac; the paper's final rows use l3_imac; not for sscd, which gives vectors"
+    add("--pooling", choices=POOLINGS, default=DEFAULT_POOLING, help=pooling)
     add("--pca", help="project by this file of pca.py, or a .npz of the released code")
     add("--components", type=int, help="keep only so many of --pca's components")
     add("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
@@ -178,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if projection:
             what = f"{options.backbone} with {options.pooling}"
             projection.check(sum(backbone.channels), what)
+        settings = extraction_settings(options, backbone, projection)
         lock = Lock(output)
 
-    settings = extraction_settings(options, backbone, projection)
     compute_features = feature_function(backbone, options.pooling, projection, options.dtype)
     passed_on = {name: getattr(options, name) for name in STORE_OPTIONS + EXTRACT_OPTIONS}
-    passed_on["frame_rule"] = options.frames
+    passed_on |= {"frame_rule": options.frames, "view": backbone.view}
     with lock:
         rows = update_store(output, videos, settings, compute_features, lock=lock, **passed_on)
 

@@ -562,7 +562,7 @@ def read_frames(video, *options):
     if name.startswith("odd"):
         raise KeyError("not an error one would expect")
     if name.startswith("torn"):  # the beginning of a message
-        os.write(int(sys.argv[1]), decoding.FRAME_BYTES.to_bytes(4, "big") + bytes(1000))
+        os.write(int(sys.argv[1]), decoding.View().num_bytes.to_bytes(4, "big") + bytes(1000))
         os.kill(os.getpid(), signal.SIGKILL)
     if name.startswith("ends"):
         os._exit(5)

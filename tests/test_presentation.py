@@ -16,7 +16,9 @@ from helpers.clips import index_of, numbered, turn, write_video
 from helpers.presentation import change_h264, crop_matroska, edit_mp4, write_tracks
 from PIL import Image
 
-from features.decoding import Video, read_frames
+from features.decoding import Decoder, Video, read_frames
+from features.presentation import FrameTransform
+from features.views import View
 
 H264 = {"codec": "libx264", "pix_fmt": "yuv444p", "options": {"qp": "1", "bf": "0"}}
 CORNERS = {
@@ -375,3 +377,47 @@ def test_transparent_parts_are_black(tmp_path):
     )
     row = first_row(tmp_path / "v.mov")
     assert row[112, 30].max() == 0 and np.abs(row[112, 194].astype(int) - 100).max() <= 1
+
+
+# --- which picture -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (90, 90), (1, 4096), (4096, 1)])
+def test_whole_frame_is_squeezed_into_the_square(shape):
+    """The corners of what is painted stay in the corners, whatever the shape."""
+    view = View(96, whole=True)
+    frame = av.VideoFrame.from_ndarray(painted(*shape), "rgb24")
+    image = FrameTransform(view=view)(frame, Fraction(4, 3))
+    assert image.shape == (96, 96, 3)
+    for (x, y), colour in CORNERS.items():
+        if shape[0] == 1 and y < 0 or shape[1] == 1 and x < 0:
+            continue  # a line has one half only
+        found = image[47 + 40 * y, 47 + 40 * x].astype(int)
+        assert np.abs(found - colour).max() <= 2
+
+
+def test_whole_frame_is_turned_upright(tmp_path):
+    write_video(tmp_path / "v.mp4", [painted(64, 128)] * 10, **H264)
+    lying = first_row(tmp_path / "v.mp4", view=View(96, whole=True))
+    turn(tmp_path / "v.mp4", (0, 1, -1, 0))  # a quarter turn to the right
+    upright = first_row(tmp_path / "v.mp4", view=View(96, whole=True))
+    assert np.array_equal(upright, np.rot90(lying, -1))
+
+
+@pytest.mark.parametrize("view", [View(), View(32, whole=True), View(1024, whole=True)])
+def test_decoder_process_gives_the_frames_of_its_view(tmp_path, view):
+    write_video(tmp_path / "v.mkv", numbered(20))
+    decoder, video = Decoder(view=view), Video("v", tmp_path / "v.mkv")
+    frames = list(decoder.frames(video))
+    decoder.close()
+    assert video.reason == "" and np.array_equal(frames, list(read_frames(video, view=view)))
+    assert np.shape(frames) == (2, view.size, view.size, 3)
+
+
+def test_view_is_stored_as_a_text():
+    for view in (View(), View(288, whole=True), View(32)):
+        assert View.parse(str(view)) == view
+    assert str(View()) == "224 centre" and View().short_side == 256
+    for text in ("288", "288 whole ", "16 whole", "9999 centre", "-288 whole", ""):
+        with pytest.raises(ValueError, match="is not a view"):
+            View.parse(text)

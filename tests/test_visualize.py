@@ -115,13 +115,13 @@ def frames_beside_the_matrix(figure):
     return left, below
 
 
-@pytest.mark.parametrize("fps, T", [(1, 4), (2, 8), (2, 20)])
-def test_margins_show_the_frame_of_their_row(here, tmp_path, fps, T):
+@pytest.mark.parametrize("fps, T, view", [(1, 4, {}), (2, 8, {}), (2, 20, {"view": "288 whole"})])
+def test_margins_show_the_frame_of_their_row(here, tmp_path, fps, T, view):
     """The frames of the clip are numbered, 10 a second, and every (10 / fps)-th has a row."""
     every = 10 // fps
     write_video(tmp_path / "clip.mkv", numbered(T * every))
     features = {"clip": np.random.default_rng(0).normal(size=(T, C))}
-    write_ours(tmp_path / "x.hdf5", features, fps=str(fps), frames="timestamp")
+    write_ours(tmp_path / "x.hdf5", features, fps=str(fps), frames="timestamp", **view)
     command = ["attention", "clip", "--model_path", one_layer(here), "--videos", tmp_path]
     command += ["--feature_path", tmp_path / "x.hdf5", "--output", tmp_path / "x.png"]
     args = visualize.parse_args([str(part) for part in command])
@@ -129,6 +129,15 @@ def test_margins_show_the_frame_of_their_row(here, tmp_path, fps, T):
         assert len(margin) == min(T, 8)
         for share, picture in margin:
             assert index_of(picture) == int(share * T) * every
+            assert picture.shape == ((288, 288, 3) if view else (224, 224, 3))
+
+
+def test_view_that_is_not_one_is_refused(here, tmp_path):
+    write_video(tmp_path / "clip.mkv", numbered(10))
+    write_ours(tmp_path / "x.hdf5", {"clip": np.ones((1, C))}, view="everything")
+    command = ["attention", "clip", "--model_path", one_layer(here), "--videos", tmp_path]
+    command += ["--feature_path", tmp_path / "x.hdf5", "--output", tmp_path / "x.png"]
+    assert "x.hdf5': 'everything' is not a view" in refused(visualize.main, *command)
 
 
 @pytest.mark.parametrize("rule, mention", [("timestamp", "a.mp4"), ("nonsense", "nonsense")])

@@ -48,7 +48,7 @@ DEFAULT_OPTIONS = {
     "window": WINDOW,
     "nhead": 8,
 }
-FILE_OPTIONS = ("model_path", "pca", "weights")
+FILE_OPTIONS = ("model_path", "pca", "weights")  # and a backbone FILE.onnx
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Pipeline:
 
     def __init__(self, device: str | None = None, workers: int | None = None, **options: Any):
         # Imported here: `search.py info` and the like need neither torchvision nor FFmpeg.
-        from features.backbones import build_backbone
+        from features.backbones import backbone_settings, build_backbone
 
         self.given = _absolute(options)
         self.options = options = complete_options(self.given)
@@ -104,11 +104,9 @@ class Pipeline:
         self.encoder, encoder_label = self._load_encoder(feature_size)
         # Indexes made earlier hold these values: they must not change in form. Files count by
         # their digest, so that their names and places do not matter.
-        self.identity = {
-            "backbone": options["backbone"],
+        backbone = backbone_settings(self.backbone, options["stages"], options["pooling"])
+        self.identity = backbone | {
             "weights": _digest_in(self.backbone.weights),
-            "stages": ",".join(options["stages"] or ["default"]),
-            "pooling": options["pooling"],
             "pca": _digest_in(self.projection.label) if self.projection else "none",
             "encoder": encoder_label,
             "size": self.encoder.descriptor_size,
@@ -164,6 +162,7 @@ class Pipeline:
             feature_function(self.backbone, self.options["pooling"], None, np.float16),
             fps=Fraction(self.options["fps"]),
             frame_rule=self.frame_rule,
+            view=self.backbone.view,
             workers=self.workers,
             on_frame=keep_thumbnail,
             **default_parallelism(self.device, self.workers),
@@ -214,6 +213,15 @@ def _digest_in(label):
 # --- options ------------------------------------------------------------------------------------
 
 
+def names_file(option: str, value: Any) -> bool:
+    """Whether the value of an option is the path of a file."""
+    from features.onnx_backbone import is_onnx
+
+    if option == "backbone":
+        return is_onnx(value)
+    return option in FILE_OPTIONS and value != "random"
+
+
 def _absolute(options):
     """The options that are not None, files by their absolute path."""
     given = {}
@@ -224,7 +232,7 @@ def _absolute(options):
             )
         if value is None:
             continue
-        if name in FILE_OPTIONS and value != "random":
+        if names_file(name, value):
             value = os.path.abspath(utils.require_path(value, f"--{name}"))
         given[name] = value
     return given
@@ -325,7 +333,7 @@ def _is_similarity(value):
 
 
 def make_thumbnail(frame: np.ndarray) -> bytes:
-    """A frame (224, 224, 3) uint8 as a small JPEG."""
+    """A frame (size, size, 3) uint8 as a small JPEG."""
     image = Image.fromarray(frame).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
