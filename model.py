@@ -593,9 +593,12 @@ def _check_fit(kind, arguments, tensors, source):
         for name, value in tensors.items()
     ):
         raise InputError(f"{source}: its weights are not named tensors; save it again")
+    parameters = inspect.signature(kind).parameters
     for name, value in arguments.items():
         limit = len(tensors) if "layers" in str(name) else MAX_FEATURE_SIZE
-        if not isinstance(value, int | float | str) or (type(value) is int and value > limit):
+        default = parameters[name].default if name in parameters else value
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or (isinstance(value, int) and value > limit):
             raise InputError(f"{source}: {name} {str(value)[:40]!r} cannot be; save it again")
     try:
         with torch.device("meta"):

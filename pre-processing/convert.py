@@ -235,7 +235,7 @@ def run_info(options: argparse.Namespace) -> None:
         facts["checksum"] = "none: made by another program, or by an older version of this one"
     meta = facts.pop("meta")
     for name, value in [*facts.items(), *meta.items()]:
-        print(f"{one_line(name):12} {one_line(str(value))}")
+        print(f"{one_line(str(name)):12} {one_line(str(value))}")
 
 
 def check_rows(rows: np.ndarray, stored: str | None) -> tuple[str, str]:

@@ -318,6 +318,12 @@ class VideoIndex:
             video = next(iter(self.encode_clips([clip])))
         if video.reason:
             raise InputError(f"clip {str(clip)!r}: {video.reason}")
+        size = self.nearest.index.d
+        if video.window_descriptors.shape[1] != size:
+            raise InputError(
+                f"clip {str(video.path)!r} has descriptors of {video.window_descriptors.shape[1]}"
+                f" values, the index of {size}; were both made by one model?"
+            )
         metric = self._choose_metric(metric)
         if threshold is None:
             threshold = self.calibration.get("threshold", NO_THRESHOLD)

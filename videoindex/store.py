@@ -31,7 +31,7 @@ import numpy as np
 
 import utils
 from files import Lock, atomic, remove_leftovers
-from utils import InputError
+from utils import InputError, one_line
 from videoindex import schema
 
 PATIENCE = 30  # seconds to wait for another process that is writing the database
@@ -86,8 +86,9 @@ def database_errors(folder: Path) -> Iterator[None]:
     """Raise InputError for a full disk, and for a locked or a broken database."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"index {str(folder)!r}: {error}; {_advice(error)}") from None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        reason = one_line(str(error))[:200]
+        raise InputError(f"index {str(folder)!r}: {reason}; {_advice(error)}") from None
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -535,7 +536,7 @@ class IndexStore:
         with database_errors(self.folder):
             for (line,) in self.db.execute("PRAGMA integrity_check"):
                 if line != "ok":
-                    yield f"index.db: {utils.one_line(line)}"
+                    yield f"index.db: {one_line(line)}"
             for content in self.contents():
                 if not self.is_intact(content):
                     yield self._damage(content)
