@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 # --- errors and arguments -----------------------------------------------------------------------
 
@@ -161,11 +160,15 @@ def seed_torch(*keys: int) -> None:
 
     Called before every step, so that a resumed run draws the same numbers as an unbroken one.
     """
+    import torch  # here: a decoder's process must not load it
+
     torch.manual_seed(int(np.random.SeedSequence(keys).generate_state(1)[0]))
 
 
 def provenance() -> dict:
     """What is stored beside every result: command, git revision, versions, machine."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,6 +1,8 @@
 """Which frames of a video are kept, and how they look: by time, upright, cropped."""
 
 import itertools
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.clips import index_of, numbered, textured, turn, write_video
+from helpers.commands import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.nn import functional as F
@@ -276,3 +279,8 @@ def test_relative_path_with_a_colon_is_not_a_protocol(tmp_path, monkeypatch):
     write_video(tmp_path / "12:30.mkv", numbered(3))
     monkeypatch.chdir(tmp_path)
     assert kept_indices("12:30.mkv") == [0]
+
+
+def test_decoder_process_loads_no_torch():
+    code = "import sys, features.decoding; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
