@@ -53,7 +53,7 @@ TWO := -n 2 --dist loadfile
 # If Horovod cannot be built (no compiler, no network, ...), its tests are skipped and say why.
 test: .venv/ready lint
 	@$(MAKE) horovod || echo "going on without Horovod"
-	$(RUN) -m pytest $(TWO) -rs
+	$(RUN) -m pytest $(TWO) -rsfE
 
 test-fast: .venv/ready lint
 	$(RUN) -m pytest $(TWO) -m "not slow and not distributed"

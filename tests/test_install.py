@@ -138,4 +138,4 @@ def test_make_test_goes_on_without_horovod(checkout):
     assert result.returncode == 0, result.stderr
     assert "there is no c++" in result.stderr and "going on without Horovod" in result.stdout
     (pytest_call,) = calls(checkout)
-    assert pytest_call.startswith("python -m pytest") and "-rs" in pytest_call.split()
+    assert pytest_call.startswith("python -m pytest") and "-rsfE" in pytest_call.split()
