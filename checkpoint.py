@@ -406,12 +406,17 @@ def settings_in(saved: dict) -> dict | None:
 
 def write_checkpoint(folder: str | Path, state: dict):
     """Write `state` as the newest checkpoint; the newest so far becomes the previous one."""
-    path = Path(folder) / NEWEST
-    # A kill at any point leaves NEWEST or PREVIOUS whole.
-    fresh = path.with_name(f".{NEWEST}.new")
+    path, previous = Path(folder) / NEWEST, Path(folder) / PREVIOUS
+    # A kill at any point leaves NEWEST whole, or PREVIOUS where there are no hard links.
+    fresh, link = (path.with_name(f".{name}.new") for name in (NEWEST, PREVIOUS))
     save_torch(fresh, state)
     if path.exists():
-        os.replace(path, path.with_name(PREVIOUS))
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+            os.replace(link, previous)
+        except OSError:
+            os.replace(path, previous)
     os.replace(fresh, path)
 
 
