@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+# What a score means, in words. The last: the same place or scene at another time, no copy.
+VERDICTS = ("certain", "likely", "look yourself", "same place")
+
 
 class TimeSegment(NamedTuple):
     """A part that two videos share, in seconds: half-open intervals of the query and the target.
@@ -28,6 +31,8 @@ class Match:
     content: its number in the index
     same_content_paths: other files of identical content
     segments: where it matches, best first
+    verdict: one of VERDICTS, or "" if the model is not calibrated
+    matched_seconds: how much film matches, a still counted once
     """
 
     path: str
@@ -37,15 +42,22 @@ class Match:
     content: int
     same_content_paths: list[str] = field(default_factory=list)
     segments: list[TimeSegment] = field(default_factory=list)
+    verdict: str = ""
+    matched_seconds: float = 0.0
 
 
 class Link(NamedTuple):
-    """Two contents, by number, that share material; in `segments`, `a` is the query."""
+    """Two contents, by number, that share material; in `segments`, `a` is the query.
+
+    verdict, matched_seconds: as of a Match.
+    """
 
     a: int
     b: int
     score: float
     segments: list[TimeSegment]
+    verdict: str = ""
+    matched_seconds: float = 0.0
 
 
 @dataclass
