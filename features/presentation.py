@@ -91,10 +91,26 @@ class Margins(NamedTuple):
 
 def container_margins(container: av.container.InputContainer, stream: av.VideoStream) -> Margins:
     """What the container cuts off (Matroska's PixelCrop, MP4's clap); decoders do their own."""
+    for line in _stated_lines(container, stream):
+        if line.lower().startswith("frame cropping:"):
+            left, right, top, bottom = map(int, line.split(":")[1].split("/"))
+            return Margins(top, bottom, left, right)
+    return Margins()
+
+
+def container_rotation(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """By how many degrees the container says that the frames are turned."""
+    for line in _stated_lines(container, stream):
+        if line.lower().startswith("display matrix: rotation of"):
+            return float(line.split()[4])
+    return 0.0
+
+
+def _stated_lines(container, stream):
+    """The lines of FFmpeg's description of a stream; PyAV shows its side data nowhere else."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
-        # PyAV shows a stream's side data nowhere else.
         lines = container.dumps_format().splitlines()
     finally:
         av.logging.set_level(level)
@@ -102,10 +118,8 @@ def container_margins(container: av.container.InputContainer, stream: av.VideoSt
     for line in map(str.strip, lines):
         if line.startswith("Stream #0:"):
             current = int(line[len("Stream #0:") :].split(":")[0].split("[")[0].split("(")[0])
-        if current == stream.index and line.lower().startswith("frame cropping:"):
-            left, right, top, bottom = map(int, line.split(":")[1].split("/"))
-            return Margins(top, bottom, left, right)
-    return Margins()
+        if current == stream.index:
+            yield line
 
 
 def pixel_aspect_function(stream: av.VideoStream) -> Callable[[], Fraction]:
