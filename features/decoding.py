@@ -66,6 +66,7 @@ class Video:
     id: str
     path: Path
     rows: list = field(default_factory=list)  # (C,) each
+    thumbnails: list[bytes] = field(default_factory=list)  # JPEGs, if asked for, one for each row
     seconds: float | None = None
     corrupt_packets: int = 0
     reason: str = ""  # why it failed; empty if it did not
@@ -80,10 +81,12 @@ def read_frames(
     rule: str = DEFAULT_RULE,
     max_hours: float = MAX_HOURS,
     view: View | None = None,
+    thumbnail_size: int = 0,
 ) -> Iterator[np.ndarray]:
     """Decode a video and yield the frames of the rule as they are shown, (size, size, 3) uint8 RGB.
 
-    By default the view is the centre, 224 pixels a side.
+    By default the view is the centre, 224 pixels a side. With a `thumbnail_size`, its long side in
+    pixels, a JPEG of the whole picture is put into `video.thumbnails` for each frame.
 
     Packets that do not decode are counted in `video` and skipped, as players do.
 
@@ -102,7 +105,8 @@ def read_frames(
         options={"protocol_whitelist": "file"},
     ) as container:
         reader = FilmReader(container, video, FRAME_RULES[rule], fps, max_hours)
-        transform = FrameTransform(container_margins(container, reader.stream), view)
+        margins = container_margins(container, reader.stream)
+        transform = FrameTransform(margins, view, thumbnail_size)
         film = Film(reader.frames(), reader.rate, reader.end)
         for shown in FRAME_RULES[rule].choose(film, fps):
             rows += 1
@@ -110,6 +114,8 @@ def read_frames(
                 raise ValueError(f"it has more frames than {max_hours:g} hours have (--max_hours)")
             if shown is not latest:  # a still is kept once for each second
                 latest, image = shown, transform(*shown)
+            if thumbnail_size:
+                video.thumbnails.append(transform.thumbnail)
             yield image
     if not rows:
         raise ValueError("none of its frames can be decoded")
@@ -280,7 +286,7 @@ class Decoder:
             time that a frame waits to be taken does not count.
         max_decode_hours: of decoding in all after which a video is given up.
         memory: bytes the process may take; a video that needs more fails.
-        view: see `read_frames`.
+        view, thumbnail_size: see `read_frames`.
     """
 
     def __init__(
@@ -292,6 +298,7 @@ class Decoder:
         max_decode_hours: float = MAX_DECODE_HOURS,
         memory: int = MEMORY,
         view: View | None = None,
+        thumbnail_size: int = 0,
     ) -> None:
         self.view = view or View()
         self.task = {
@@ -302,6 +309,7 @@ class Decoder:
             "max_decode_hours": max_decode_hours,
             "memory": memory,
             "view": str(self.view),
+            "thumbnail_size": thumbnail_size,
         }
         self.process = None
 
@@ -312,8 +320,11 @@ class Decoder:
         task, size = {"path": str(video.path), **self.task}, self.view.size
         try:
             self.connection.send_bytes(json.dumps(task).encode())
-            while len(message := self.connection.recv_bytes()) == self.view.num_bytes:
-                yield np.frombuffer(message, np.uint8).reshape(size, size, 3)
+            while len(message := self.connection.recv_bytes()) >= self.view.num_bytes:
+                frame = np.frombuffer(message, np.uint8, self.view.num_bytes)
+                if self.task["thumbnail_size"]:
+                    video.thumbnails.append(message[self.view.num_bytes :])
+                yield frame.reshape(size, size, 3)
             vars(video).update(json.loads(message))  # seconds, corrupt_packets, reason
         except (EOFError, OSError):  # OSError: it died in the middle of a frame
             video.reason = self._exit_reason()
@@ -357,6 +368,8 @@ class Decoder:
 def serve(connection: Connection) -> None:
     """The process's loop: read a task, send its frames, then {seconds, corrupt_packets, reason}.
 
+    A frame's message is its pixels, and its thumbnail if thumbnails are asked for.
+
     It ends when the parent closes the connection. The time limit is a kernel timer (SIGALRM), which
     also ends a process that hangs inside FFmpeg.
     """
@@ -374,15 +387,19 @@ def _do_task(task, connection):
         resource.setrlimit(resource.RLIMIT_AS, (task["memory"], resource.RLIM_INFINITY))
     video, time_limit, hours = Video("", task["path"]), task["time_limit"], task["max_decode_hours"]
     seconds_left, fps, view = hours * 3600, Fraction(task["fps"]), View.parse(task["view"])
+    options = fps, task["rule"], task["max_hours"], view, task["thumbnail_size"]
     try:
         signal.setitimer(signal.ITIMER_REAL, time_limit)
         started = time.monotonic()
-        for frame in read_frames(video, fps, task["rule"], task["max_hours"], view):
+        for frame in read_frames(video, *options):
             signal.setitimer(signal.ITIMER_REAL, 0)  # sending may wait for the backbone
             seconds_left -= time.monotonic() - started
             if seconds_left < 0:
                 raise ValueError(f"decoding it takes over {hours:g} hours (--max_decode_hours)")
-            connection.send_bytes(frame.reshape(-1))
+            message = frame.reshape(-1)
+            if video.thumbnails:
+                message = message.tobytes() + video.thumbnails.pop()
+            connection.send_bytes(message)
             signal.setitimer(signal.ITIMER_REAL, time_limit)
             started = time.monotonic()
     except Exception as error:  # a damaged video can raise nearly anything

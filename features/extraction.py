@@ -53,12 +53,12 @@ def extract(
     batch_sz: int = 8,
     streams: int = 1,
     threads: int = 1,
-    on_frame: Callable[[Video, np.ndarray], None] | None = None,
+    thumbnail_size: int = 0,
 ) -> Iterator[Video]:
     """Yield each video when it is finished: rows (C,) in `video.rows`, or `video.reason`.
 
-    Videos come in the order in which they finish. Memory follows batch_sz, workers and the rows of
-    the unfinished videos, not the length of a video.
+    Videos come in the order in which they finish. Memory follows batch_sz, workers and the rows and
+    thumbnails of the unfinished videos, not the length of a video.
 
     Args:
         compute_features: called on batches of exactly batch_sz frames, from `streams` threads.
@@ -69,12 +69,12 @@ def extract(
         time_limit, max_hours, max_decode_hours: when a video is given up; see `decoding.Decoder`.
         streams, threads: batches at a time, and threads of PyTorch for each; see
             `default_parallelism`.
-        on_frame: called with (video, frame) for every frame, a video's own in order, before its
-            rows are computed.
+        thumbnail_size: pixels of the long side of the JPEGs in `video.thumbnails`; 0 makes none.
     """
     workers = min(workers or available_cores(), len(videos))
     limits = time_limit, max_hours, max_decode_hours
-    decoders = [Decoder(fps, frame_rule, *limits, view=view) for _ in range(workers)]
+    options = {"view": view, "thumbnail_size": thumbnail_size}
+    decoders = [Decoder(fps, frame_rule, *limits, **options) for _ in range(workers)]
     frame_queue = queue.Queue(2 * batch_sz)  # two batches: one in the making, one to come
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
     pending = collections.deque()  # batches in work, oldest first: a video's rows come in order
@@ -84,8 +84,6 @@ def extract(
             for i, (video, image) in enumerate(batch):
                 if image is not None:
                     images.append(image)
-                    if on_frame:
-                        on_frame(video, image)
                 batch[i] = video, image is not None  # releases the pixels
             future = None
             if images:  # else only videos' ends

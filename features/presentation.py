@@ -4,6 +4,7 @@ The rules are FFmpeg's, of which `av_find_best_stream`, `av_guess_sample_aspect_
 automatic cropping and rotation of its command line are the models.
 """
 
+import io
 import math
 import os
 import struct
@@ -22,6 +23,7 @@ from features.views import View
 
 # A longer frame is cropped to its middle before it is resized: 4096 x 1 would become a gigabyte.
 MAX_ASPECT = 8
+JPEG_QUALITY = 70  # of thumbnails: about 3 KB for one of 160 x 90
 
 NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 PICTURE_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp")
@@ -156,9 +158,17 @@ def turn_upright(image: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
 
         turned = Image.fromarray(image).rotate(-angle, Image.Resampling.BICUBIC)
         return np.asarray(turned)
-    if abs(b) + abs(c) > abs(a) + abs(d):
+    if on_side(matrix):
         image, a, d = image.swapaxes(0, 1), c, b
     return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def on_side(matrix: tuple[int, ...] | None) -> bool:
+    """Whether a display matrix turns a frame by about a quarter, so that width becomes height."""
+    if not matrix:
+        return False
+    a, b, _, c, d = matrix[:5]
+    return abs(b) + abs(c) > abs(a) + abs(d)
 
 
 class FrameTransform:
@@ -166,10 +176,22 @@ class FrameTransform:
 
     The centre is that of the frame on screen, where its pixels are square. A whole frame becomes
     square whatever its shape. Transparent parts are black.
+
+    Args:
+        thumbnail_size: pixels of the long side of a thumbnail; 0 makes none.
+
+    Attributes:
+        thumbnail: the latest frame as a JPEG: the whole picture in the shape it is shown in.
     """
 
-    def __init__(self, margins: Margins | None = None, view: View | None = None) -> None:
+    def __init__(
+        self,
+        margins: Margins | None = None,
+        view: View | None = None,
+        thumbnail_size: int = 0,
+    ) -> None:
         self.margins, self.view = margins or Margins(), view or View()
+        self.thumbnail_size, self.thumbnail = thumbnail_size, b""
         self.scaler = VideoReformatter()  # kept: it caches its set-up for the next frame
 
     def __call__(
@@ -192,6 +214,9 @@ class FrameTransform:
             image = ((image[..., :3] * opacity + 127) // 255).astype(np.uint8)
         if matrix:
             image = turn_upright(image, matrix)
+        if self.thumbnail_size:
+            aspect = frame.width * pixel_aspect / frame.height
+            self.thumbnail = self._make_thumbnail(image, 1 / aspect if on_side(matrix) else aspect)
         size = self.view.size
         top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
         return np.ascontiguousarray(image[top : top + size, left : left + size])
@@ -201,6 +226,19 @@ class FrameTransform:
         width, height = frame.width * pixel_aspect, frame.height
         short, short_side = min(width, height), self.view.short_side
         return int(short_side * width / short), int(short_side * height / short)
+
+    def _make_thumbnail(self, image, aspect):
+        """The upright image of any shape as a JPEG whose width / height is `aspect`."""
+        from PIL import Image
+
+        size, aspect = self.thumbnail_size, min(max(aspect, Fraction(1, MAX_ASPECT)), MAX_ASPECT)
+        shape = round(size * min(1, aspect)), round(size * min(1, 1 / aspect))
+        file = io.BytesIO()
+        small = Image.fromarray(np.ascontiguousarray(image)).resize(
+            shape, Image.Resampling.BILINEAR
+        )
+        small.save(file, "JPEG", quality=JPEG_QUALITY)
+        return file.getvalue()
 
 
 def _has_alpha(pixels):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # Pixels a side. The decoder's messages tell a frame from a report by its length; a report has at
-# most 1.5 KB, a frame of 32 x 32 has 3 KB.
+# most 1.5 KB, a frame of 32 x 32 has 3 KB. A thumbnail follows its frame in one message.
 MIN_SIZE, MAX_SIZE = 32, 1024
 
 

@@ -414,6 +414,53 @@ def test_decoder_process_gives_the_frames_of_its_view(tmp_path, view):
     assert np.shape(frames) == (2, view.size, view.size, 3)
 
 
+@pytest.mark.parametrize("view", [View(), View(96, whole=True)])
+@pytest.mark.parametrize(
+    "shape, pixel_aspect, turned, expected",
+    [
+        ((64, 128), Fraction(1), False, (160, 80)),
+        ((64, 128), Fraction(1), True, (80, 160)),
+        ((96, 48), Fraction(3, 1), False, (160, 107)),
+        ((16, 320), Fraction(1), False, (160, 20)),
+    ],
+)
+def test_thumbnail_is_the_whole_picture_as_shown(
+    tmp_path, view, shape, pixel_aspect, turned, expected
+):
+    """Whatever the backbone sees: the sides that its centre lacks, and no square."""
+    frame = av.VideoFrame.from_ndarray(painted(*shape), "rgb24")
+    transform = FrameTransform(view=view, thumbnail_size=160)
+    transform(frame, pixel_aspect)
+    if turned:
+        write_video(tmp_path / "v.mp4", [painted(*shape)] * 10, **H264)
+        turn(tmp_path / "v.mp4", (0, 1, -1, 0))  # a quarter turn to the right
+        video = Video("v", tmp_path / "v.mp4")
+        next(read_frames(video, view=view, thumbnail_size=160))
+        transform.thumbnail = video.thumbnails[0]
+    image = Image.open(io.BytesIO(transform.thumbnail))
+    assert image.format == "JPEG" and image.size == expected
+    if shape == (16, 320):
+        return  # the ends of a ribbon are cut off
+    pixels = np.asarray(image).astype(int)
+    for (x, y), colour in CORNERS.items():
+        if turned:
+            x, y = -y, x
+        found = pixels[int((0.5 + 0.4 * y) * expected[1]), int((0.5 + 0.4 * x) * expected[0])]
+        assert np.abs(found - colour).max() <= 40  # JPEG halves the colours' resolution
+
+
+def test_decoder_process_gives_a_thumbnail_for_each_frame(tmp_path):
+    write_video(tmp_path / "v.mkv", numbered(50))
+    decoder, video = Decoder(thumbnail_size=48), Video("v", tmp_path / "v.mkv")
+    frames = list(decoder.frames(video))
+    decoder.close()
+    expected = Video("v", tmp_path / "v.mkv")
+    assert np.array_equal(frames, list(read_frames(expected, thumbnail_size=48)))
+    assert video.thumbnails == expected.thumbnails and len(frames) == len(video.thumbnails) == 5
+    reds = [Image.open(io.BytesIO(jpeg)).getpixel((24, 16))[0] for jpeg in video.thumbnails]
+    assert reds == pytest.approx([0, 10, 20, 30, 40], abs=3)
+
+
 def test_view_is_stored_as_a_text():
     for view in (View(), View(288, whole=True), View(32)):
         assert View.parse(str(view)) == view

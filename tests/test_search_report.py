@@ -13,7 +13,7 @@ from helpers.library import made_up_video
 from PIL import Image
 
 from videoindex.index import VideoIndex
-from videoindex.pipeline import EncodedVideo, make_thumbnail
+from videoindex.pipeline import EncodedVideo
 from videoindex.report import (
     _matrix_picture,
     format_segment,
@@ -41,7 +41,7 @@ def pages(tmp_path_factory):
         "index_type": "Flat",
     }
     store = IndexStore.create(folder / "index", 16, settings)
-    noise = [rng.integers(0, 255, (224, 224, 3), np.uint8) for _ in range(20)]
+    noise = [rng.integers(0, 255, (90, 160, 3), np.uint8) for _ in range(20)]
     thumbnails = [make_thumbnail(image) for image in noise]
     with store.writing():
         for i, path in enumerate([EVIL, *OTHERS]):
@@ -72,6 +72,12 @@ def pages(tmp_path_factory):
     group = Group(files, dict.fromkeys(files, 20.0), [link])
     write_duplicates(folder / "groups.html", index, [group])
     return folder
+
+
+def make_thumbnail(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG")
+    return file.getvalue()
 
 
 class Page(HTMLParser):

@@ -5,7 +5,6 @@ Its `identity` names everything that decides the values of the descriptors.
 """
 
 import inspect
-import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import utils
 from distributed import Distributed, default_device
@@ -30,7 +28,7 @@ from utils import InputError, available_cores
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "demo"
 # Beside an encoder's file, written by calibrate.py: {name: {"identity", "threshold", ...}}.
 CALIBRATION = "calibration.json"
-THUMBNAIL, QUALITY = 112, 70  # pixels a side, JPEG quality: about 3 KB for a second of video
+THUMBNAIL_SIZE = 160  # pixels of the long side: about 3 KB for a second of video
 WINDOW = 60  # frames that are encoded together, into one window descriptor
 
 # The options of a pipeline. An index stores them, so that a query need not repeat them.
@@ -60,7 +58,8 @@ class EncodedVideo:
     seconds: how long it plays
     frame_descriptors: (T, D) float16, L2-normalised, one for each sampled frame
     window_descriptors: (P, D) float32, L2-normalised, one for each window of frames
-    thumbnails: T JPEGs
+    thumbnails: T JPEGs of the whole picture in its own shape (in indexes made before: squares of
+        what the backbone saw)
     """
 
     path: Path
@@ -152,11 +151,6 @@ class Pipeline:
         from features.decoding import Video
         from features.extraction import default_parallelism, extract, feature_function
 
-        thumbnails: dict[Video, list[bytes]] = {}
-
-        def keep_thumbnail(video, frame):
-            thumbnails.setdefault(video, []).append(make_thumbnail(frame))
-
         finished = extract(
             [Video(str(path), Path(path)) for path in paths],
             feature_function(self.backbone, self.options["pooling"], None, np.float16),
@@ -164,11 +158,11 @@ class Pipeline:
             frame_rule=self.frame_rule,
             view=self.backbone.view,
             workers=self.workers,
-            on_frame=keep_thumbnail,
+            thumbnail_size=THUMBNAIL_SIZE,
             **default_parallelism(self.device, self.workers),
         )
         for video in finished:
-            jpegs = thumbnails.pop(video, [])
+            jpegs, video.thumbnails = video.thumbnails, []
             if video.reason:
                 yield EncodedVideo(video.path, video.reason)
                 continue
@@ -330,11 +324,3 @@ def check_calibration(entry: dict[str, Any], source: str) -> None:
 
 def _is_similarity(value):
     return isinstance(value, float | int) and -2 <= value <= 2
-
-
-def make_thumbnail(frame: np.ndarray) -> bytes:
-    """A frame (size, size, 3) uint8 as a small JPEG."""
-    image = Image.fromarray(frame).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=QUALITY)
-    return file.getvalue()
