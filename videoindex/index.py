@@ -14,6 +14,7 @@
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -77,11 +78,18 @@ class VideoIndex:
         self._options = {name: value for name, value in options.items() if value is not None}
         self._pipeline = pipeline
         self._nearest: NearestVideos | None = None
+        self._nearest_lock = threading.Lock()
         self.store: IndexStore | None = None
         if (self.folder / "index.db").exists():
             self.store = IndexStore(folder)
             if pipeline or self._options:
                 self._check_identity(self.pipeline)  # now, not after an hour of work
+
+    def __getstate__(self):  # for another process, which opens the folder itself
+        return vars(self) | {"_nearest": None, "_nearest_lock": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _nearest_lock=threading.Lock())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, **options: Any) -> "VideoIndex":
@@ -132,10 +140,12 @@ class VideoIndex:
     @property
     def nearest(self) -> NearestVideos:
         """The FAISS index of the current contents."""
-        if self._nearest is None:
+        with self._nearest_lock:
+            state = self.store.window_state()  # another process may have changed it
             index_type = self.index_type or self.store.settings["index_type"]
-            self._nearest = NearestVideos(self.store, index_type)
-        return self._nearest
+            if self._nearest is None or self._nearest.state != state:
+                self._nearest = NearestVideos(self.store, index_type, self._nearest)
+            return self._nearest
 
     def __len__(self) -> int:
         """The number of files in the index."""

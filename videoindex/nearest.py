@@ -23,18 +23,31 @@ class NearestVideos:
 
     Args:
         index_type: a FAISS factory string.
+        earlier: one of the same store, whose training is used again.
+
+    Attributes:
+        state: the store's `window_state` when it was read.
     """
 
-    def __init__(self, store: IndexStore, index_type: str = "Flat"):
+    def __init__(
+        self,
+        store: IndexStore,
+        index_type: str = "Flat",
+        earlier: "NearestVideos | None" = None,
+    ):
         self.store, self.index_type = store, index_type
-        self.owners = store.window_owners()
+        self.state = store.window_state()
+        self.generation, self.owners, self.descriptors = store.window_table()
         tag = hashlib.sha256(index_type.encode()).hexdigest()[:8]
-        self.path = store.folder / f"ann-{store.settings['generation']}-{tag}.faiss"
+        self.path = store.folder / f"ann-{self.generation}-{tag}.faiss"
 
-        descriptors = store.all_window_descriptors()
-        self.index = self._read() or trained_index(index_type, descriptors)
-        for start in range(self.index.ntotal, len(descriptors), BLOCK):
-            self.index.add(np.asarray(descriptors[start : start + BLOCK]))
+        trained = earlier and earlier.generation == self.generation
+        if trained and earlier.index_type == index_type:  # descriptors may have been added
+            self.index = faiss.clone_index(earlier.index)
+        else:
+            self.index = self._read() or trained_index(index_type, self.descriptors)
+        for start in range(self.index.ntotal, len(self.descriptors), BLOCK):
+            self.index.add(np.asarray(self.descriptors[start : start + BLOCK]))
 
     def _read(self):
         """The index that `save` wrote, or None."""
@@ -98,10 +111,9 @@ class NearestVideos:
         If FAISS has no range search for the kind of index, only the nearest MAX_NEIGHBOURS of each
         window are considered.
         """
-        descriptors = self.store.all_window_descriptors()
         seen = set()
-        for start in range(0, len(descriptors), batch):
-            queries = np.asarray(descriptors[start : start + batch])
+        for start in range(0, len(self.descriptors), batch):
+            queries = np.asarray(self.descriptors[start : start + batch])
             query_numbers, rows = self._near(queries, radius)
             ones, others = self.owners[start + query_numbers], self.owners[rows]
             lower = np.minimum(ones, others).tolist()

@@ -8,6 +8,7 @@ the columns' types, and rows that lie in the data files.
 import json
 import re
 import sqlite3
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,13 @@ FPS = r"\d{1,9}(/[1-9]\d{0,8})?"
 def require_own_files(folder: Path) -> None:
     """Raise InputError if a file of an index is a link, a pipe or the like: none is followed."""
     for path in folder.iterdir():
-        is_ours = re.match(r"index\.db|\.lock$|(frames|videos|thumbnails|ann)-", path.name)
-        if is_ours and (path.is_symlink() or not path.is_file()):
+        if not re.match(r"index\.db|\.lock$|(frames|videos|thumbnails|ann)-", path.name):
+            continue
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:  # the journal of a writer that has just finished
+            continue
+        if not stat.S_ISREG(mode):
             raise InputError(
                 f"index {str(folder)!r}: {path.name} is a link, or not a file; copy the file there"
             )
@@ -68,7 +74,11 @@ def connect(path: Path, patience: float) -> sqlite3.Connection:
     A database that a killed writer left is rolled back, so it is not opened as read-only.
     """
     db = sqlite3.connect(
-        f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=patience, isolation_level=None
+        f"{path.resolve().as_uri()}?mode=rw",
+        uri=True,
+        timeout=patience,
+        isolation_level=None,
+        check_same_thread=False,  # whichever thread comes last closes it
     )
     db.execute("PRAGMA trusted_schema = OFF")
     allow_writing(db, False)

@@ -15,6 +15,10 @@ Removal leaves holes. If they are more than half of the data, `compact` writes t
 generation G + 1, and one transaction switches to them.
 
 Files of identical content (equal SHA-256) share one entry.
+
+A reader needs no lock and lives through what writers do. What it reads of a video is of one moment;
+if `compact` has moved the data since, it is read again from where it lies now. An IndexStore may be
+used by any thread, and in a process that was forked: each has its own connection to the database.
 """
 
 import contextlib
@@ -22,8 +26,9 @@ import json
 import mmap
 import os
 import sqlite3
+import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +40,7 @@ from utils import InputError, one_line
 from videoindex import schema
 
 PATIENCE = 30  # seconds to wait for another process that is writing the database
+PAGE = 1000  # contents read at a time: an open cursor would keep writers waiting
 # The kinds of data, in the order in which a checksum runs over them.
 FILES = {"frames": "frames-{}.f16", "videos": "videos-{}.f32", "thumbnails": "thumbnails-{}.jpg"}
 
@@ -48,6 +54,7 @@ class Content(NamedTuple):
     num_windows, first_window: its rows of videos-G (P of them)
     jpeg_sizes: the bytes of each thumbnail, T int32 as a blob
     first_byte: where its first thumbnail begins in thumbnails-G
+    generation: G, when the row was read
     """
 
     id: int
@@ -60,6 +67,20 @@ class Content(NamedTuple):
     jpeg_sizes: bytes
     first_byte: int
     checksum: int
+    generation: int = 0
+
+
+class WindowTable(NamedTuple):
+    """The window descriptors of an index at one moment.
+
+    generation: of the file that they lie in
+    owners: (sum P,) int64, the content that each belongs to, -1 for a hole
+    descriptors: (sum P, D) float32, a view of the memory map
+    """
+
+    generation: int
+    owners: np.ndarray
+    descriptors: np.ndarray
 
 
 class FileEntry(NamedTuple):
@@ -128,12 +149,24 @@ class IndexStore:
             )
         with database_errors(folder):
             schema.require_own_files(self.folder)
-            self.db = schema.connect(self.folder / "index.db", PATIENCE)
+            self._connections = threading.local()
             schema.check_tables(self.db, self.folder)
             self.db.execute("BEGIN")  # settings and rows of one moment
             self.settings = self._read_settings()
             schema.check_rows(self.db, self.settings, self.folder)
             self.db.execute("COMMIT")
+
+    def __reduce__(self):  # a copy in another process opens the folder there
+        return IndexStore, (self.folder,)
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The connection to the database of this thread in this process."""
+        mine = self._connections
+        if getattr(mine, "process", None) != os.getpid():  # a fork must not use its parent's
+            mine.db = schema.connect(self.folder / "index.db", PATIENCE)
+            mine.process = os.getpid()
+        return mine.db
 
     @classmethod
     def create(cls, folder: str | os.PathLike, size: int, settings: dict[str, Any]) -> "IndexStore":
@@ -159,6 +192,11 @@ class IndexStore:
 
     def _read_settings(self):
         return schema.read_settings(self.db, self.folder)
+
+    def refresh(self) -> None:
+        """Read the settings again, which another process may have changed."""
+        with database_errors(self.folder):
+            self.settings = self._read_settings()
 
     def _write_settings(self, **values):
         rows = [(name, json.dumps(value)) for name, value in values.items()]
@@ -188,22 +226,26 @@ class IndexStore:
             generation = self.settings["generation"]
         return self.folder / FILES[kind].format(generation)
 
-    def _contents(self, where="1", values=()):
-        query = f"SELECT * FROM contents WHERE {where} ORDER BY id"
-        return map(Content._make, self._rows(query, values))
+    def _contents(self, where, values=(), limit=-1):
+        generation = "(SELECT CAST(value AS INTEGER) FROM settings WHERE name = 'generation')"
+        query = f"SELECT *, {generation} FROM contents WHERE {where} ORDER BY id LIMIT ?"
+        return [Content._make(row) for row in self._rows(query, (*values, limit))]
 
     def _rows(self, query, values=()):
-        """Yield the rows of a query."""
+        """The rows of a query, read at once."""
         with database_errors(self.folder):
-            yield from self.db.execute(query, values)
+            return self.db.execute(query, values).fetchall()
 
     def contents(self) -> Iterator[Content]:
         """All contents in the order in which they were added."""
-        return self._contents()
+        page = self._contents("1", limit=PAGE)
+        while page:
+            yield from page
+            page = self._contents("id > ?", (page[-1].id,), PAGE)
 
     def content(self, number: int) -> Content | None:
         """The content of this number."""
-        return next(self._contents("id = ?", (number,)), None)
+        return next(iter(self._contents("id = ?", (number,))), None)
 
     def paths(self, number: int) -> list[str]:
         """The files that have this content, sorted."""
@@ -228,12 +270,12 @@ class IndexStore:
         return failed
 
     def num_files(self) -> int:
-        return next(self._rows("SELECT count(*) FROM files"))[0]
+        return self._rows("SELECT count(*) FROM files")[0][0]
 
     def totals(self) -> tuple[int, int, float]:
         """How many contents there are, their frames, their seconds."""
         columns = "count(*), coalesce(sum(frames), 0), coalesce(sum(seconds), 0)"
-        return next(self._rows(f"SELECT {columns} FROM contents"))
+        return self._rows(f"SELECT {columns} FROM contents")[0]
 
     def frame_counts(self) -> dict[int, int]:
         """The number of frames of every content, by its number."""
@@ -246,49 +288,118 @@ class IndexStore:
 
     def frame_descriptors(self, content: Content) -> np.ndarray:
         """The frame descriptors (T, D) float16 of a content, a view of the memory map."""
-        rows = self._frame_rows(content)
+        rows = self._read(content, self._frame_rows)
         if len(rows) and not rows[0, 0] and not rows.any():  # lost blocks; no descriptor is zero
             raise InputError(f"index {str(self.folder)!r}: {self._damage(content)}")
         return rows
 
+    def _read(self, content: Content, read: Callable[[Content], Any]) -> Any:
+        """`read(content)`; once more if another process has compacted the index meanwhile."""
+        while True:
+            try:
+                return read(content)
+            except FileNotFoundError as error:
+                now = self.content(content.id)
+                if now is None or now.sha256 != content.sha256:
+                    raise InputError(self._removed()) from None
+                if now.generation == content.generation:
+                    raise InputError(self._cut_short(error)) from None
+                content = now
+
+    def _removed(self):
+        return (
+            f"index {str(self.folder)!r}: another process has removed a video meanwhile;"
+            " repeat the command"
+        )
+
+    def _cut_short(self, error):
+        name = os.path.basename(error.filename)
+        return f"index {str(self.folder)!r}: {name} is missing or cut short ({error})"
+
     def _frame_rows(self, content):
-        """The same, unchecked."""
-        first = content.first_frame
-        num_rows = self.settings["ends"][0]
-        frames = self._map("frames", num_rows, np.float16)
+        """The same, unchecked, from where the content says that it lies."""
+        end = content.first_frame + content.num_frames
+        frames = self._map("frames", content.generation, self._end(0, end, content), np.float16)
         self._mapped_frames = frames if isinstance(frames, np.memmap) else None
-        return frames[first : first + content.num_frames]
+        return frames[content.first_frame : end]
 
     def release_pages(self) -> None:
         """Release the frame descriptors' pages (MADV_DONTNEED): they count as resident memory."""
         if self._mapped_frames is not None:
             self._mapped_frames._mmap.madvise(mmap.MADV_DONTNEED)
 
+    def window_table(self) -> WindowTable:
+        """The window descriptors of the whole index, holes included, and whose they are."""
+        while True:
+            with database_errors(self.folder), self._snapshot():
+                self.settings = self._read_settings()
+                rows = self._rows("SELECT id, piece, pieces FROM contents")
+            generation, num_rows = self.settings["generation"], self.settings["ends"][1]
+            owners = np.full(num_rows, -1)
+            for number, first, count in rows:
+                owners[first : first + count] = number
+            try:
+                descriptors = self._map("videos", generation, num_rows, np.float32)
+                return WindowTable(generation, owners, descriptors)
+            except FileNotFoundError as error:
+                if self._read_settings()["generation"] == generation:
+                    raise InputError(self._cut_short(error)) from None
+
+    @contextlib.contextmanager
+    def _snapshot(self):
+        """In this block, all that is read from the database is of one moment."""
+        if self.db.in_transaction:
+            yield
+            return
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.execute("COMMIT")
+
+    def window_state(self) -> tuple[int | None, ...]:
+        """A value that changes when the window descriptors do. Reads the settings again."""
+        with database_errors(self.folder), self._snapshot():
+            self.settings = self._read_settings()
+            (counts,) = self._rows("SELECT count(*), max(id) FROM contents")
+        return self.settings["generation"], *self.settings["ends"], *counts
+
     def all_window_descriptors(self) -> np.ndarray:
         """The window descriptors (sum P, D) float32 of the whole index, holes included."""
-        return self._map("videos", self.settings["ends"][1], np.float32)
-
-    def window_descriptors(self, content: Content) -> np.ndarray:
-        """The window descriptors (P, D) float32 of a content, a view of the memory map."""
-        first = content.first_window
-        return self.all_window_descriptors()[first : first + content.num_windows]
+        return self.window_table().descriptors
 
     def window_owners(self) -> np.ndarray:
         """(sum P,) int64: the content that each window descriptor belongs to, -1 for a hole."""
-        owners = np.full(self.settings["ends"][1], -1)
-        rows = self._rows("SELECT id, piece, pieces FROM contents")
-        for number, first, count in rows:
-            owners[first : first + count] = number
-        return owners
+        return self.window_table().owners
 
-    def _map(self, kind, num_rows, dtype):
-        """A data file as a memory map (num_rows, D)."""
+    def window_descriptors(self, content: Content) -> np.ndarray:
+        """The window descriptors (P, D) float32 of a content, a view of the memory map."""
+        return self._read(content, self._window_rows)
+
+    def _window_rows(self, content):
+        end = content.first_window + content.num_windows
+        windows = self._map("videos", content.generation, self._end(1, end, content), np.float32)
+        return windows[content.first_window : end]
+
+    def _end(self, kind, end, content):
+        """The rows that a data file has at least, so that a file that was cut short is noticed."""
+        same = content.generation == self.settings["generation"]
+        return max(end, self.settings["ends"][kind]) if same else end
+
+    def _map(self, kind, generation, num_rows, dtype):
+        """The first rows of a data file as a memory map (num_rows, D).
+
+        Raises:
+            FileNotFoundError: there is no such file (any more).
+        """
         shape = num_rows, self.settings["size"]
         if not num_rows:  # the file need not exist yet
             return np.empty(shape, dtype)
-        path = self.data_path(kind)
+        path = self.data_path(kind, generation)
         try:
             return np.memmap(path, dtype, "r", shape=shape)
+        except FileNotFoundError:
+            raise
         except (OSError, ValueError, OverflowError) as error:
             raise InputError(
                 f"index {str(self.folder)!r}: {path.name} is missing or cut short ({error})"
@@ -296,20 +407,26 @@ class IndexStore:
 
     def thumbnails(self, content: Content, frame_numbers: Iterable[int]) -> list[bytes]:
         """The JPEGs of some frames of a content."""
-        sizes = self._jpeg_sizes(content)
-        starts = content.first_byte + np.cumsum([0, *sizes])
-        jpegs = []
-        with database_errors(self.folder), open(self.data_path("thumbnails"), "rb") as file:
+        with database_errors(self.folder), self._read(content, self._open_thumbnails) as file:
+            begin, sizes = file.tell(), self._jpeg_sizes(content, file)
+            starts = begin + np.cumsum([0, *sizes])
+            jpegs = []
             for i in frame_numbers:
                 file.seek(starts[i])
                 jpegs.append(file.read(sizes[i]))
         return jpegs
 
-    def _jpeg_sizes(self, content):
-        """The bytes (T,) int32 of a content's thumbnails, which lie in their file."""
+    def _open_thumbnails(self, content):
+        """The file of the thumbnails, at the content's first."""
+        file = open(self.data_path("thumbnails", content.generation), "rb")
+        file.seek(content.first_byte)
+        return file
+
+    def _jpeg_sizes(self, content, file):
+        """The bytes (T,) int32 of a content's thumbnails, which lie in the open file from here."""
         sizes = np.frombuffer(content.jpeg_sizes, np.int32)
-        end = content.first_byte + int(sizes.sum(dtype=np.int64))
-        if sizes.min() < 0 or end > self.settings["ends"][2]:
+        end = file.tell() + int(sizes.sum(dtype=np.int64))
+        if sizes.min() < 0 or end > os.fstat(file.fileno()).st_size:
             raise InputError(
                 f"index {str(self.folder)!r}: the thumbnails of video {content.id} are damaged"
             )
@@ -420,11 +537,11 @@ class IndexStore:
 
     def link_files(self, sha256: str, files: Sequence[FileEntry]) -> bool:
         """Add files whose content is stored already; False if the index does not have it."""
-        content = next(self._contents("sha256 = ?", (sha256,)), None)
-        if content is None:
+        contents = self._contents("sha256 = ?", (sha256,))
+        if not contents:
             return False
         with database_errors(self.folder), self._transaction():
-            self._set_content(files, content.id)
+            self._set_content(files, contents[0].id)
         return True
 
     def _set_content(self, files, number):
@@ -505,13 +622,14 @@ class IndexStore:
 
     def stored_bytes(self, content: Content) -> dict[str, bytes]:
         """The data of a content as it is stored: {kind: bytes}."""
-        total = int(self._jpeg_sizes(content).sum())
-        with open(self.data_path("thumbnails"), "rb") as file:
-            file.seek(content.first_byte)
-            thumbnails = file.read(total)
+        return self._read(content, self._stored_bytes)
+
+    def _stored_bytes(self, content):
+        with self._open_thumbnails(content) as file:
+            thumbnails = file.read(int(self._jpeg_sizes(content, file).sum()))
         return {
             "frames": self._frame_rows(content).tobytes(),
-            "videos": self.window_descriptors(content).tobytes(),
+            "videos": self._window_rows(content).tobytes(),
             "thumbnails": thumbnails,
         }
 
@@ -522,10 +640,17 @@ class IndexStore:
         except (OSError, InputError, ValueError):
             return False
 
+    def _is_stored(self, content):
+        """Whether the index holds the content still."""
+        now = self.content(content.id)
+        return now is not None and now.sha256 == content.sha256
+
     def require_intact(self, content: Content) -> None:
         """Raise InputError if the data of a content is not what was written."""
         if not self.is_intact(content):
-            raise InputError(f"index {str(self.folder)!r}: {self._damage(content)}")
+            is_stored = self._is_stored(content)
+            damage = f"index {str(self.folder)!r}: {self._damage(content)}"
+            raise InputError(damage if is_stored else self._removed())
 
     def _damage(self, content):
         names = "; ".join(map(repr, self.paths(content.id)))
@@ -534,11 +659,11 @@ class IndexStore:
     def find_damage(self) -> Iterator[str]:
         """Read everything, and yield a line for what differs from what was written."""
         with database_errors(self.folder):
-            for (line,) in self.db.execute("PRAGMA integrity_check"):
+            for (line,) in self._rows("PRAGMA integrity_check"):
                 if line != "ok":
                     yield f"index.db: {one_line(line)}"
             for content in self.contents():
-                if not self.is_intact(content):
+                if not self.is_intact(content) and self._is_stored(content):
                     yield self._damage(content)
 
     def disk_bytes(self) -> int:
