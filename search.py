@@ -380,7 +380,8 @@ def add_result_options(command):
     command.add_argument(
         "--report",
         metavar="FILE.html",
-        help="also write a page to look at: thumbnails, timelines, similarity matrices",
+        help="also write a page to look at: both videos of a match play side by side; what to keep"
+        " and to drop is ticked and saved as a file",
     )
 
 
