@@ -33,6 +33,7 @@ from model import ENCODERS
 from retrieval.compare import MEMORY
 from utils import InputError, available_cores
 from videoindex.index import METRIC, METRICS, SHORTLIST, VideoIndex
+from videoindex.moves import Drives
 from videoindex.pipeline import DEFAULT_OPTIONS, WINDOW, names_file
 from videoindex.report import (
     format_segment,
@@ -70,8 +71,8 @@ def run_index(args):
         index.nearest.save()
     print(
         f"{args.index}: {len(index)} videos; {update.added} added, {update.replaced} replaced,"
-        f" {update.same_content} of known content, {update.unchanged} unchanged,"
-        f" {update.removed} removed, {len(update.failed)} failed"
+        f" {update.moved} moved, {update.same_content} of known content,"
+        f" {update.unchanged} unchanged, {update.removed} removed, {len(update.failed)} failed"
     )
     return PARTIAL if update.failed else 0
 
@@ -156,14 +157,16 @@ def run_verify(args):
     damage = list(index.store.find_damage())
     for line in damage:
         print(line)
+    drives = Drives(index.store.settings["mounts"])
     for path, known in index.store.known_files().items():
         try:
             facts = os.stat(path)
         except OSError as error:
-            print(
-                f"note: {printable(path)}: {error.strerror}; to forget it, use `remove`, or"
-                " `index --prune` with its folder"
-            )
+            drive = drives.absent_drive(path)
+            advice = "to forget it, use `remove` with it or its folder"
+            if drive:
+                advice = f"no drive is mounted at {printable(drive)}"
+            print(f"note: {printable(path)}: {error.strerror}; {advice}")
             continue
         if not known.unchanged(facts.st_size, facts.st_mtime_ns):
             print(f"note: {printable(path)} has changed since; index it again")
@@ -193,7 +196,8 @@ def print_matches(video, matches):
         segments = [format_segment(segment) for segment in match.segments]
         first, *others = segments or ["no single stretch"]
         length = format_time(match.seconds)
-        print(f"  {match.score:.3f}  {printable(match.path)} ({length})  {first}")
+        missing = "  missing" if match.missing else ""
+        print(f"  {match.score:.3f}  {printable(match.path)} ({length}){missing}  {first}")
         for segment in others:
             print(f"{indent}and {segment}")
         for path in match.same_content_paths:
@@ -242,6 +246,7 @@ def query_json(video, matches):
             "seconds": round(match.seconds, 3),
             "similarity": round(match.similarity, 4),
             "same_content": match.same_content_paths,
+            "missing": match.missing,
             "stretches": segments_json(match.segments),
         }
         rows.append(row)

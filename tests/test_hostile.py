@@ -550,7 +550,7 @@ def long_index(folder, videos, frames):
     with store.writing():
         for number in range(videos):
             video = made_up_video(rng, num_windows=2, size=256, num_frames=frames)
-            add_made_up(store, number, video)
+            add_made_up(store, number, video, folder)
     store.db.close()
     return folder / "index"
 

@@ -265,17 +265,19 @@ def test_remove_leaves_the_others_and_compacts(index_copy, library):
 
 
 def test_add_prune_forgets_vanished_files(index_copy, library, tmp_path):
-    """And without it they stay."""
+    """And without it they stay. A folder below that has gone too is forgotten."""
     folder = tmp_path / "more"
-    folder.mkdir()
-    path = folder / "x.mp4"
+    (folder / "inner").mkdir(parents=True)
+    path = folder / "inner" / "x.mp4"
+    shutil.copy(library.path("b.mp4"), folder / "stays.mp4")
     shutil.copy(library.path("a.mp4"), path)
     index_copy.add([folder])
-    path.unlink()
+    shutil.rmtree(folder / "inner")
     assert index_copy.add([folder]).removed == 0
     assert str(path) in index_copy.store.known_files()
     assert index_copy.add([folder], prune=True).removed == 1
-    assert str(path) not in index_copy.store.known_files() and len(index_copy) == len(CLIPS)
+    assert str(path) not in index_copy.store.known_files()
+    assert len(index_copy) == len(CLIPS) + 1
 
 
 def test_add_name_that_is_not_utf8(index_copy, library, tmp_path, capsys):

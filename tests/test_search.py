@@ -60,7 +60,7 @@ assert not {"torchvision", "av"} & set(sys.modules)
 def test_index_prints_what_it_did(library):
     assert library.made.stdout == (
         f"{library.index}: {len(CLIPS)} videos; {len(CLIPS)} added, 0 replaced,"
-        " 0 of known content, 0 unchanged, 0 removed, 0 failed\n"
+        " 0 moved, 0 of known content, 0 unchanged, 0 removed, 0 failed\n"
     )
 
 
@@ -91,7 +91,7 @@ def test_index_names_bad_files_and_continues(library, tmp_path):
         "pipe.mp4",
         "nowhere.mp4",
     }
-    assert "2 videos; 1 added, 0 replaced, 1 of known content" in result.stdout
+    assert "2 videos; 1 added, 0 replaced, 0 moved, 1 of known content" in result.stdout
     assert "6 failed" in result.stdout
 
     made = VideoIndex(index, pipeline=library.pipeline)

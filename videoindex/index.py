@@ -31,9 +31,11 @@ from retrieval.compare import MEMORY
 from retrieval.encode import resident_bytes
 from retrieval.similarity import CHUNK_BYTES, FRAME_METRICS, WORKING_BYTES, similarity_table
 from utils import InputError, file_sha256
+from videoindex.moves import Drives, current_mounts, moved_from, require_sources
 from videoindex.nearest import NearestVideos
 from videoindex.pipeline import EncodedVideo, Pipeline, calibration_folder, read_calibration
 from videoindex.results import Group, IndexUpdate, Link, Match, TimeSegment
+from videoindex.shown import ShownFiles
 from videoindex.sources import find_files, vanished_files
 from videoindex.store import Content, IndexStore, KnownFile
 
@@ -163,12 +165,14 @@ class VideoIndex:
         """Bring the index up to date with files and folders.
 
         Every video is stored as soon as it is encoded, so a killed call can simply be repeated. A
-        changed file replaces its old entry. A file that cannot be read is reported and keeps its
-        entry. One that could not be encoded is remembered by its size and time, and reported again
-        without being read.
+        changed file replaces its old entry. A file that was renamed or moved keeps its data. A file
+        that cannot be read is reported and keeps its entry. One that could not be encoded is
+        remembered by its size and time, and reported again without being read.
 
         Args:
-            prune: forget files of these folders that no longer exist.
+            prune: forget files of these folders that no longer exist. Refused for a folder that
+                is absent or without videos while the index knows files there: its drive may not
+                be mounted. Files on a drive that is not mounted are kept and reported.
             on_file: called as on_file(path, reason) when a file is finished; "" means success.
             retry_failed: try again unchanged files that could not be encoded before.
         """
@@ -182,11 +186,20 @@ class VideoIndex:
             )
         self._open_store()
         counter = _AddCounter(on_file)
-        for path, reason in failed:
-            counter.failed(path, reason)
         with self.store.writing():
             self._nearest = None
             known = counter.known = self.store.known_files()
+            if prune:
+                require_sources(sources, known, found, self.folder)
+            mounts = current_mounts(self.store.settings["mounts"], found)
+            if mounts != self.store.settings["mounts"]:
+                self.store.update_settings(mounts=mounts)
+            counter.drives = Drives(mounts)
+            counter.searched = [source for source in sources if os.path.isdir(source)]
+            if prune:
+                failed += counter.drives.absent_below(counter.searched, known)
+            for path, reason in failed:
+                counter.failed(path, reason)
             failed_before = {} if retry_failed else self.store.failed_files()
             changed = []
             for file in found:
@@ -200,7 +213,8 @@ class VideoIndex:
                 self._add_files(changed[start : start + CHUNK], counter)
             if prune:
                 vanished = vanished_files(known, sources, found, failed)
-                counter.update.removed = self.store.remove(vanished)
+                gone = [path for path in vanished if not counter.drives.absent_drive(path)]
+                counter.update.removed = self.store.remove(gone)
             self._compact_if_sparse()
         return counter.update
 
@@ -231,8 +245,11 @@ class VideoIndex:
             except OSError as error:
                 counter.failed(file.path, error.strerror)
                 continue
-            if self.store.link_files(digest, [file]):
-                counter.stored([file], linked=True)
+            if content := self.store.find_content(digest):
+                before = self.store.paths(content.id)
+                moved = moved_from(before, file.path, counter.searched, counter.drives)
+                self.store.link_files(content, [file], [moved] if moved else [])
+                counter.stored([file], linked=True, moved=bool(moved))
             else:
                 by_digest.setdefault(digest, []).append(file)
         if not by_digest:
@@ -339,29 +356,37 @@ class VideoIndex:
             threshold = self.calibration.get("threshold", NO_THRESHOLD)
 
         candidates = self.nearest.search(video.window_descriptors, max(shortlist, top))
-        candidates = sorted(candidates)  # by number, which is the order of adding
-        if not candidates:
+        shown = ShownFiles(self.store)
+        rejected = shown.rejected_for(video)
+        contents, similarities = [], []
+        for number, similarity in sorted(candidates):  # the order of adding
+            content = self.store.content(number)
+            if content and number not in rejected:  # another process may have removed it
+                contents.append(content)
+                similarities.append(similarity)
+        if not contents:
             return []
-        contents = [self.store.content(number) for number, _ in candidates]
         scores = self._scores(video.frame_descriptors, contents, metric)  # (N,)
         matches = []
         for i in np.argsort(-scores, kind="stable")[:top]:
             if scores[i] < threshold:
                 break
-            content, similarity = contents[i], candidates[i][1]
+            content = contents[i]
             self.store.require_intact(content)  # what is shown; `verify` reads everything
             segments = []
             if with_segments:
                 segments = self.find_segments(video.frame_descriptors, video.seconds, content)
-            path, *same_content_paths = self.store.paths(content.id)
+            paths = shown.paths(content.id)
+            path, *same_content_paths = paths or self.store.paths(content.id)[:1]
             match = Match(
                 path=path,
                 score=min(float(scores[i]), 1.0),
-                similarity=similarity,
+                similarity=similarities[i],
                 seconds=content.seconds,
                 content=content.id,
                 same_content_paths=same_content_paths,
                 segments=segments,
+                missing=not paths,
             )
             matches.append(match)
         return matches
@@ -449,7 +474,8 @@ class VideoIndex:
 
         FAISS finds the pairs whose window descriptors are similar. A pair is linked if the
         frame-level similarity, with the shorter video as the query, reaches the threshold. Files
-        with identical content always form a group.
+        with identical content always form a group. Files that do not exist now are in no group,
+        links to one file are one file, and rejected pairs are not compared.
 
         Args:
             threshold: the lowest score that links a pair. The calibrated one, the default, is
@@ -465,20 +491,25 @@ class VideoIndex:
         radius = self.calibration.get("radius") if radius is None else radius
         if threshold is None or radius is None:
             raise InputError("this index's model is not calibrated; give --threshold and --radius")
-        lengths = self.store.frame_counts()
+        nearest = self.nearest
+        lengths, shown = self.store.frame_counts(), ShownFiles(self.store)
         candidates = {}  # {shorter content: [longer contents]}
-        for pair in self.nearest.range_search(radius):
+        for pair in nearest.range_search(radius):
+            if not lengths.keys() >= set(pair) or not shown.may_pair(*pair):
+                continue
             shorter, longer = sorted(pair, key=lambda number: (lengths[number], number))
             candidates.setdefault(shorter, []).append(longer)
         links = []
         for shorter, longer in candidates.items():
             links += self._find_links(shorter, longer, threshold, metric)
-        return self._connected_groups(links)
+        return self._connected_groups(links, shown)
 
     def _find_links(self, number, others, threshold, metric):
         """The links of a content, by number, with those of the others that reach the threshold."""
         content = self.store.content(number)
-        contents = [self.store.content(other) for other in others]
+        contents = [found for other in others if (found := self.store.content(other))]
+        if content is None or not contents:  # another process may have removed them
+            return []
         frames = self.store.frame_descriptors(content)
         scores = self._scores(frames, contents, metric).tolist()
         links = []
@@ -490,9 +521,9 @@ class VideoIndex:
                 links.append(Link(number, other.id, min(score, 1.0), segments))
         return links
 
-    def _connected_groups(self, links):
+    def _connected_groups(self, links, shown):
         """The connected components of the links, and the contents that several files have."""
-        numbers = self.store.shared_contents()
+        numbers = shown.shared_contents()
         for link in links:
             numbers |= {link.a, link.b}
         if not numbers:
@@ -506,7 +537,7 @@ class VideoIndex:
         groups = [Group() for _ in range(count)]
         for number, node in node_of.items():
             group = groups[labels[node]]
-            group.files[number] = self.store.paths(number)
+            group.files[number] = shown.paths(number)
             group.seconds[number] = self.store.content(number).seconds
         for link in sorted(links, key=lambda link: -link.score):
             groups[labels[node_of[link.a]]].links.append(link)
@@ -519,16 +550,20 @@ class _AddCounter:
 
     on_file: Callable[[str, str], None]
     known: dict[str, KnownFile] = field(default_factory=dict)  # before the update
+    searched: list[str | os.PathLike] = field(default_factory=list)  # folders
+    drives: Drives = field(default_factory=lambda: Drives([]))
     update: IndexUpdate = field(default_factory=IndexUpdate)
 
     def failed(self, path, reason):
         self.update.failed.append((path, reason))
         self.on_file(path, reason)
 
-    def stored(self, files, linked=False):
+    def stored(self, files, linked=False, moved=False):
         """Count files of one content; `linked`: the index had it before."""
         for i, file in enumerate(files):
-            if file.path in self.known:
+            if moved:
+                self.update.moved += 1
+            elif file.path in self.known:
                 self.update.replaced += 1
             elif linked or i:
                 self.update.same_content += 1

@@ -33,6 +33,7 @@ class Match:
     segments: where it matches, best first
     verdict: one of VERDICTS, or "" if the model is not calibrated
     matched_seconds: how much film matches, a still counted once
+    missing: there is no file at `path` now, nor another of the same content
     """
 
     path: str
@@ -44,6 +45,7 @@ class Match:
     segments: list[TimeSegment] = field(default_factory=list)
     verdict: str = ""
     matched_seconds: float = 0.0
+    missing: bool = False
 
 
 class Link(NamedTuple):
@@ -83,12 +85,14 @@ class Group:
 class IndexUpdate:
     """What `VideoIndex.add` did, in numbers of files.
 
+    moved: files whose content was indexed under a path at which there is no file any more
     same_content: files whose content was indexed already under another name
     failed: [(path, reason)]
     """
 
     added: int = 0
     replaced: int = 0
+    moved: int = 0
     same_content: int = 0
     unchanged: int = 0
     removed: int = 0

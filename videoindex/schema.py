@@ -118,6 +118,7 @@ def read_settings(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     """
     settings = {"identity": {"fps": "1"}, "options": {}, "calibration": {}}
     settings |= {"index_type": "Flat", "versions": {}, "frame_rule": EARLIER_RULE, "failed": []}
+    settings |= {"mounts": [], "rejected": []}
     try:
         for name, value in db.execute("SELECT name, value FROM settings"):
             settings[name] = json.loads(value)
@@ -160,6 +161,13 @@ def _is_failed(value):
     return all(isinstance(row, list) and list(map(type, row)) == kinds for row in rows)
 
 
+def _is_rejected(value):
+    """Whether a value is [[sha256, sha256], ...]."""
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in value)
+
+
 SETTINGS = {
     "size": lambda value: _is_count(value, 1 << 20) and value > 0,
     "generation": _is_count,
@@ -171,6 +179,10 @@ SETTINGS = {
     "calibration": is_object,
     "frame_rule": lambda value: isinstance(value, str) and value in FRAME_RULES,
     "failed": _is_failed,
+    "mounts": lambda value: (
+        isinstance(value, list) and all(isinstance(path, str) and path for path in value)
+    ),
+    "rejected": _is_rejected,
     "index_type": lambda value: isinstance(value, str) and len(value) < 100,
     "versions": lambda value: is_object(value, str),
 }

@@ -17,9 +17,10 @@ def find_files(
 
     A named file is taken with any suffix. Folders are searched as extract_features.py does: no
     hidden files, nothing that is certainly not a video, links followed. Each folder is entered
-    once, even if several paths lead to it; the index's own folder is not entered.
+    once, even if several paths lead to it; the index's own folder is not entered. Several links to
+    one file are one file, under the first path that is not a symbolic link.
     """
-    found: dict[str, FileEntry] = {}
+    found: dict[tuple[int, int], FileEntry] = {}  # by device and inode
     failed: Failures = []
     entered = {inode(index_folder)} if os.path.isdir(index_folder) else set()
 
@@ -28,7 +29,9 @@ def find_files(
             facts = os.stat(path)
             if not stat.S_ISREG(facts.st_mode):
                 raise OSError(0, "it is not a regular file")
-            found[path] = FileEntry(path, facts.st_size, facts.st_mtime_ns)
+            key = facts.st_dev, facts.st_ino
+            if key not in found or (os.path.islink(found[key].path) and not os.path.islink(path)):
+                found[key] = FileEntry(path, facts.st_size, facts.st_mtime_ns)
         except OSError as error:
             failed.append((path, error.strerror))
 
@@ -65,8 +68,8 @@ def vanished_files(
 
     Files in a folder that could not be read do not count as vanished.
     """
-    searched = _as_prefixes(source for source in sources if os.path.isdir(source))
-    unreadable = _as_prefixes(path for path, _ in failed)
+    searched = as_prefixes(source for source in sources if os.path.isdir(source))
+    unreadable = as_prefixes(path for path, _ in failed)
     present = {file.path for file in found} | {path for path, _ in failed}
     vanished = []
     for path in known:
@@ -76,7 +79,7 @@ def vanished_files(
     return vanished
 
 
-def _as_prefixes(folders):
+def as_prefixes(folders: Iterable[str | os.PathLike]) -> tuple[str, ...]:
     """Absolute paths that end in a slash, a tuple for `str.startswith`."""
     return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
 

@@ -281,6 +281,10 @@ class IndexStore:
         """The number of frames of every content, by its number."""
         return dict(self._rows("SELECT id, frames FROM contents"))
 
+    def digests(self) -> dict[int, str]:
+        """The SHA-256 of every content, by its number."""
+        return dict(self._rows("SELECT id, sha256 FROM contents"))
+
     def shared_contents(self) -> set[int]:
         """The contents that several files have."""
         query = "SELECT content FROM files GROUP BY content HAVING count(*) > 1"
@@ -535,14 +539,18 @@ class IndexStore:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def link_files(self, sha256: str, files: Sequence[FileEntry]) -> bool:
-        """Add files whose content is stored already; False if the index does not have it."""
-        contents = self._contents("sha256 = ?", (sha256,))
-        if not contents:
-            return False
+    def find_content(self, sha256: str) -> Content | None:
+        """The content with this digest."""
+        return next(iter(self._contents("sha256 = ?", (sha256,))), None)
+
+    def link_files(
+        self, content: Content, files: Sequence[FileEntry], moved_from: Sequence[str] = ()
+    ) -> None:
+        """Add files whose content is stored already, and forget the paths that they had before."""
         with database_errors(self.folder), self._transaction():
-            self._set_content(files, contents[0].id)
-        return True
+            self._set_content(files, content.id)
+            rows = [(os.fsencode(path),) for path in moved_from]
+            self.db.executemany("DELETE FROM files WHERE path = ?", rows)
 
     def _set_content(self, files, number):
         """Record that `files` have this content, and forget contents left without a file."""

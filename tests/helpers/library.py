@@ -111,9 +111,13 @@ def made_up_video(rng, num_windows=1, size=16, num_frames=3):
     )
 
 
-def add_made_up(store, number, video):
-    """Add a video to a store, as the file /v{number}."""
-    store.add_content(f"{number:064}", video, [FileEntry(f"/v{number}", 1, 1)])
+def add_made_up(store, number, video, folder=None):
+    """Add a video to a store, as the file /v{number}; in a `folder`, the file is made."""
+    path = f"/v{number}"
+    if folder:
+        path = f"{folder}/v{number}"
+        open(path, "wb").close()
+    store.add_content(f"{number:064}", video, [FileEntry(path, 1, 1)])
 
 
 def run_search(command, *arguments):

@@ -278,7 +278,8 @@ def make_index(folder):
     rng = np.random.default_rng(0)
     with store.writing():
         for number in range(4):
-            add_made_up(store, number, made_up_video(rng, num_windows=2, num_frames=5))
+            video = made_up_video(rng, num_windows=2, num_frames=5)
+            add_made_up(store, number, video, folder)
     store.db.close()
 
 
