@@ -61,6 +61,8 @@ class Pages:
                 write_video(folder / "made.mp4", textured(len(what), 100), **H264)
                 os.replace(folder / "made.mp4", path)  # FFmpeg takes UTF-8 names only
 
+        Image.new("RGB", (7, 5)).save(folder / "still.gif")
+
         settings = {
             "identity": {"fps": "1"},
             "options": {},
@@ -412,6 +414,20 @@ def test_what_the_browser_cannot_play_is_said(pages, browser):
     browser.wait_for(f"{line} !== null")
     assert "cannot play lossless.mkv" in browser.js(f"{line}.textContent")
     browser.wait_for(f"{PLAYERS}.length == 1 && !{PLAYERS}[0].paused")
+
+
+@in_a_browser
+def test_a_picture_is_shown_beside_the_video(pages, browser):
+    browser.open(pages.groups)
+    browser.js(
+        "document.querySelectorAll('.pair thead a')[0].href ="
+        f" {json.dumps((pages.folder / 'still.gif').as_uri())}"
+    )
+    browser.press("ArrowRight")
+    browser.press(" ")
+    browser.wait_for("document.querySelector('.current .stage img')?.naturalWidth == 7")
+    browser.wait_for(f"{PLAYERS}.length == 1 && !{PLAYERS}[0].paused")
+    assert browser.js(f"{PLAYERS}[0].currentTime") >= 10
 
 
 @in_a_browser

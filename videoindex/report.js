@@ -68,6 +68,7 @@ function show() {
   byId("clear").hidden = !count;
   byId("save").textContent = count ? `Save ${count} choice${count > 1 ? "s" : ""}` : "Save choices";
   byId("save").title = `choices.json, for search.py choices: ${keep.length} to keep, ${drop.length} to drop, ${no.length} not a match`;
+  measureTools();
 }
 
 function choose(path, choice) {
@@ -138,6 +139,8 @@ function sort() {
 
 // --- play ---------------------------------------------------------------------------------------
 
+const PICTURE = /\.(gif|a?png|jpe?g|webp|avif|bmp)$/i;
+
 // One pair has players at a time: a browser allows only so many.
 function stageOf(pair) {
   const stage = pair.querySelector(".stage");
@@ -155,17 +158,18 @@ function stageOf(pair) {
       stage.append(line);
       return;
     }
-    const video = document.createElement("video");
-    Object.assign(video, { preload: "none", controls: true, muted: true, playsInline: true });
-    video.poster = strip.querySelector("img").src;
-    video.src = links[i].href;
-    video.setAttribute("aria-label", links[i].title);
-    video.addEventListener("error", () => {
-      const link = links[i].cloneNode(true);
-      line.append("This browser cannot play ", link, ". Open it in a player.");
-      video.replaceWith(line);
+    const player = document.createElement(PICTURE.test(links[i].href) ? "img" : "video");
+    if (player.matches("video")) {
+      Object.assign(player, { preload: "none", controls: true, muted: true, playsInline: true });
+      player.poster = strip.querySelector("img").src;
+    }
+    player.setAttribute("aria-label", links[i].title);
+    player.addEventListener("error", () => {
+      line.append("This browser cannot play ", links[i].cloneNode(true), ". Open it in a player.");
+      player.replaceWith(line);
     });
-    stage.append(video);
+    player.src = links[i].href;
+    stage.append(player);
   });
   stage.hidden = false;
   return stage;
@@ -196,8 +200,8 @@ async function play(pair, at) {
   if (at) {
     const seconds = at.split(" ").map(Number);
     videos.forEach((video) => video.pause());
-    const whole = all("video, p", stage); // a line stands where a video failed
-    await Promise.all(videos.map((video) => seek(video, seconds[whole.indexOf(video)])));
+    const sides = [...stage.children]; // a picture or a line may stand in for a video
+    await Promise.all(videos.map((video) => seek(video, seconds[sides.indexOf(video)])));
   }
   for (const video of all("video", stage)) video.play().catch(() => {});
 }

@@ -37,9 +37,9 @@ LARGE_MATRICES = 40  # with more matches than this, the pictures have fewer cell
 MAX_VALUES = 1 << 22  # of a matrix that are computed together: 16 MB
 # From white to dark blue, as 256 times R, G, B.
 PALETTE = [round(255 + (end - 255) * i / 255) for i in range(256) for end in (8, 48, 107)]
-# What the page may load: the pictures inside it, and local videos.
+# What the page may load: the pictures inside it, local videos, and local pictures such as GIFs.
 POLICY = (
-    "default-src 'none'; img-src data:; media-src file:; style-src 'unsafe-inline'; "
+    "default-src 'none'; img-src data: file:; media-src file:; style-src 'unsafe-inline'; "
     "script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
 )
 UNKNOWN = "–"
