@@ -480,6 +480,12 @@ def test_dropping_both_is_warned_of(pages, browser):
     browser.press("d", shift=True)
     assert not browser.js(warning)
 
+    warning = "document.querySelector('h2 .warning').hidden"
+    boxes = "[...document.querySelectorAll('.members [data-choice=drop]:not(:checked)')]"
+    assert browser.js(f"{boxes}.length") == 2 and browser.js(warning)
+    browser.js(f"{boxes}.forEach(box => box.click())")
+    assert not browser.js(warning)
+
 
 SHOWN = "[...document.querySelectorAll('.pair')].filter(p => p.checkVisibility())"
 SCORES = f"{SHOWN}.map(p => p.dataset.score)"

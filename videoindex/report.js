@@ -63,6 +63,11 @@ function show() {
     const bothDropped = paths.every((path) => files.get(path) === "drop");
     pair.querySelector(".warning").hidden = !bothDropped;
   }
+  for (const members of all(".members")) {
+    const boxes = all("[data-choice=drop]", members);
+    const allDropped = boxes.length > 0 && boxes.every((box) => box.checked);
+    members.parentNode.querySelector("h2 .warning").hidden = !allDropped;
+  }
   const { keep, drop, not_a_match: no } = chosen(onThisPage);
   const count = keep.length + drop.length + no.length;
   byId("clear").hidden = !count;
