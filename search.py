@@ -35,13 +35,8 @@ from utils import InputError, available_cores
 from videoindex.index import METRIC, METRICS, SHORTLIST, VideoIndex
 from videoindex.moves import Drives
 from videoindex.pipeline import DEFAULT_OPTIONS, WINDOW, names_file
-from videoindex.report import (
-    format_segment,
-    format_time,
-    printable,
-    write_duplicates,
-    write_query,
-)
+from videoindex.report import write_duplicates, write_query
+from videoindex.text import format_segment, format_time, printable
 
 PARTIAL = 3  # exit status: the command was carried out, but not for all files
 

@@ -22,16 +22,18 @@ from videoindex.pipeline import EncodedVideo
 from videoindex.report import (
     _matrix_picture,
     _pooled_similarities,
-    format_facts,
-    format_segment,
-    format_span,
-    format_time,
-    printable,
     write_duplicates,
     write_query,
 )
 from videoindex.results import Group, Link, Match, TimeSegment
 from videoindex.store import FileEntry, IndexStore
+from videoindex.text import (
+    format_facts,
+    format_segment,
+    format_span,
+    format_time,
+    printable,
+)
 
 H264 = {"codec": "libx264", "pix_fmt": "yuv420p", "rate": 5}
 EVIL = '<script>alert("x")</script> & \'Кино\'\n"映画" %41#?.mp4'  # in a folder, for its slash

@@ -1,4 +1,4 @@
-"""How results are shown: names and times as text, and the HTML page of `--report`.
+"""The HTML page of `--report`.
 
 The page is one file: styles, pictures and the script are inside it, and nothing is fetched but the
 videos that are played. It works without the script too, except for what one does with it: playing,
@@ -10,7 +10,6 @@ import hashlib
 import io
 import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,18 @@ from markupsafe import Markup
 from PIL import Image
 
 from files import atomic
-from utils import one_line
-from videoindex.facts import MediaFacts, has_gone, media_facts
+from videoindex.facts import has_gone, media_facts
 from videoindex.index import VideoIndex
 from videoindex.pipeline import EncodedVideo
-from videoindex.results import VERDICTS, Group, Match, TimeSegment
+from videoindex.results import VERDICTS, Group, Match
 from videoindex.store import Content
+from videoindex.text import (
+    UNKNOWN,
+    format_facts,
+    format_span,
+    format_time,
+    printable,
+)
 
 TEMPLATES = Path(__file__).resolve().parent
 # Pictures are nearly all of a page. One of 1,000 matches should stay below 30 MB.
@@ -42,69 +47,6 @@ POLICY = (
     "default-src 'none'; img-src data: file:; media-src file:; style-src 'unsafe-inline'; "
     "script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
 )
-UNKNOWN = "–"
-
-
-def printable(path: str | os.PathLike) -> str:
-    """A file name on one line, relative to the working directory if it lies in it.
-
-    Control characters, and bytes that are not UTF-8, are shown as escapes.
-    """
-    here = os.path.join(os.getcwd(), "")
-    name = os.fsencode(os.fspath(path).removeprefix(here)).decode("utf-8", "backslashreplace")
-    return one_line(name)
-
-
-def format_time(seconds: float) -> str:
-    """Seconds as 0:04.5 or 1:02:03.0."""
-    minutes, tenths = divmod(round(seconds * 10), 600)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{tenths // 10:02}.{tenths % 10}"
-    return f"{minutes}:{tenths // 10:02}.{tenths % 10}"
-
-
-def format_span(start: float, end: float) -> str:
-    """A stretch of time as 0:12–0:31; with tenths if it would be empty without."""
-    first, last = format_time(round(start)), format_time(round(end))
-    if first == last:
-        return f"{format_time(start)}–{format_time(end)}"
-    return f"{first.partition('.')[0]}–{last.partition('.')[0]}"
-
-
-def format_segment(segment: TimeSegment) -> str:
-    """A segment as 0:01.0–0:06.0 = 0:04.0–0:09.0, the query's time first."""
-    query = f"{format_time(segment.query_start)}–{format_time(segment.query_end)}"
-    target = f"{format_time(segment.target_start)}–{format_time(segment.target_end)}"
-    return f"{query} = {target}"
-
-
-def format_facts(facts: MediaFacts) -> dict[str, str]:
-    """{name: text} of a file's facts; those that are unknown are a dash."""
-    texts = dict.fromkeys(("size", "picture", "codec", "bit rate", "length", "date"), UNKNOWN)
-    if facts.size is not None:
-        texts["size"] = _with_unit(facts.size, "B")
-    if facts.width and facts.height:
-        texts["picture"] = f"{facts.width} × {facts.height}"
-    if facts.codec:
-        texts["codec"] = one_line(facts.codec)
-    if facts.bit_rate:
-        texts["bit rate"] = _with_unit(facts.bit_rate, "bit/s")
-    if facts.seconds:
-        texts["length"] = format_time(facts.seconds)
-    if facts.modified is not None:
-        texts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.modified))
-    return texts
-
-
-def _with_unit(value, unit):
-    """A number to three digits, as 12.3 MB."""
-    prefixes = ["", "k", "M", "G", "T"]
-    while value >= 999.5 and len(prefixes) > 1:
-        value /= 1000
-        prefixes.pop(0)
-    digits = 0 if value >= 99.95 or not prefixes[0] else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {prefixes[0]}{unit}"
 
 
 # --- the page -----------------------------------------------------------------------------------
