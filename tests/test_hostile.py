@@ -508,6 +508,8 @@ def test_index_with_links_is_refused(index_folder, tmp_path, name):
         "UPDATE settings SET value = '{\"fps\": \"1e999999999\"}' WHERE name = 'identity'",
         "UPDATE settings SET value = '{\"align\": {\"limit\": 1e9}}' WHERE name = 'calibration'",
         "UPDATE settings SET value = 'nonsense' WHERE name = 'options'",
+        "INSERT INTO settings VALUES ('mounts', '\"/\"')",
+        "INSERT INTO settings VALUES ('rejected', '[[\"a\"]]')",
     ],
 )
 def test_index_with_another_database_is_refused(index_folder, sql):

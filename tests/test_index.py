@@ -23,6 +23,7 @@ from datasets.demo import edits
 from retrieval.similarity import similarity
 from utils import InputError
 from videoindex.index import VideoIndex, l2_normalise
+from videoindex.output import print_matches
 from videoindex.pipeline import SHIPPED
 
 
@@ -286,7 +287,7 @@ def test_add_name_that_is_not_utf8(index_copy, library, tmp_path, capsys):
     index_copy.add([tmp_path])
     assert os.fsdecode(path) in index_copy.store.known_files()
     (clip,) = index_copy.encode_clips([os.fsdecode(path)])
-    search.print_matches(clip, index_copy.query(clip))
+    print_matches(clip, index_copy.query(clip))
     assert "caf\\xe9.mp4" in capsys.readouterr().out
 
 

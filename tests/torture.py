@@ -156,6 +156,12 @@ def copy_index(w, o):
     shutil.copytree(w.folder / "index", o / "index")
 
 
+def copy_index_and_choices(w, o):
+    copy_index(w, o)
+    pair = [str(w.clips / "clip0.mkv"), str(w.clips / "clip2.mkv")]
+    (o / "choices.json").write_text(json.dumps({"not_a_match": [pair]}))
+
+
 # name: (main, arguments of (world, output folder), what is there before)
 COMMANDS = {
     "extract": (extract_features.main, extract_flags, None),
@@ -219,6 +225,26 @@ COMMANDS = {
             + ["--threshold", 0.5, "--report", o / "d.html"]
         ),
         None,
+    ),
+    "plan": (
+        search.main,
+        lambda w, o: (
+            ["duplicates", "--index", w.folder / "index", "--radius", 0.5, "--threshold", 0.5]
+            + ["--plan", o / "plan.csv", "--script", o / "moves.sh", "--into", "dropped"]
+        ),
+        None,
+    ),
+    "reject": (
+        search.main,
+        lambda w, o: (
+            ["reject", w.clips / "clip0.mkv", w.clips / "clip2.mkv", "--index", o / "index"]
+        ),
+        copy_index,
+    ),
+    "choices": (
+        search.main,
+        lambda w, o: ["choices", o / "choices.json", "--index", o / "index"],
+        copy_index_and_choices,
     ),
     "visualize": (
         visualize.main,
@@ -344,7 +370,8 @@ def _content_of(path):
     if path.name == "index.db":
         store = IndexStore(path.parent)
         assert not list(store.find_damage())
-        return sorted((store.paths(c.id), c.sha256, c.num_frames) for c in store.contents())
+        contents = sorted((store.paths(c.id), c.sha256, c.num_frames) for c in store.contents())
+        return contents, store.settings["rejected"]
     if path.suffix in (".webm", ".mkv", ".mp4", ".avi"):  # FFmpeg gives some a random number
         with av.open(str(path)) as video:
             return [frame.pts for frame in video.decode(video=0)]

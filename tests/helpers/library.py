@@ -122,7 +122,7 @@ def add_made_up(store, number, video, folder=None):
 
 def run_search(command, *arguments):
     """Run a command of search.py in this process, on the CPU; gives returncode, stdout, stderr."""
-    if command in ("index", "query"):
+    if command in ("index", "query", "against"):
         arguments = (*arguments, "--device", "cpu")
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):

@@ -39,8 +39,10 @@ from retrieval.comparator import VideoComparator, load_comparator
 from training_log import read_log, series
 from untrusted import read_ids
 from utils import InputError
+from videoindex.choices import chosen_plan, read_choices
 from videoindex.index import VideoIndex
 from videoindex.pipeline import EncodedVideo, read_calibration
+from videoindex.plan import write_plan, write_script
 from videoindex.report import write_duplicates, write_query
 from videoindex.store import IndexStore
 
@@ -318,6 +320,18 @@ def read_calibrations(folder):
         )
 
 
+def make_choices(folder):
+    value = {"keep": ["/a"], "drop": ["/b", "/c"], "not_a_match": [["/a", "/b"], ["/a", "/c"]]}
+    (folder / "choices.json").write_text(json.dumps(value))
+
+
+def read_chosen(folder):
+    choices = read_choices(folder / "choices.json")
+    rows = chosen_plan(choices, {"/a", "/b"})
+    write_plan(folder / "plan.csv", rows)
+    write_script(folder / "moves.sh", rows, "dropped")
+
+
 # --- videos --------------------------------------------------------------------------------------
 
 
@@ -401,6 +415,9 @@ READERS = {
     ),
     "calibration": Reader(
         make_calibration, read_calibrations, {"*": [m.mutate_json, m.mutate_bytes]}
+    ),
+    "choices": Reader(
+        make_choices, read_chosen, {"*.json": [m.mutate_json, m.mutate_json, m.mutate_bytes]}
     ),
     "video": Reader(make_video, read_video, {"*": [m.mutate_bytes]}),
 }

@@ -1,0 +1,205 @@
+"""What to keep of duplicates, and the script that moves the rest."""
+
+import csv
+import os
+import subprocess
+
+import pytest
+from helpers.clips import numbered, write_video
+
+from utils import InputError
+from videoindex.plan import (
+    DROP,
+    KEEP,
+    LOOK,
+    make_plan,
+    parse_rules,
+    plan_summary,
+    write_plan,
+    write_script,
+)
+from videoindex.results import Group, Link, TimeSegment
+from videoindex.store import KnownFile
+
+ODD = "it's $(touch hacked) `touch hacked`\n-rf \udce9.mkv"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Videos: large.mkv of 96 x 64 pixels; small.mkv, of 48 x 32; and one with an odd name."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "large.mkv", [image.repeat(2, 0).repeat(2, 1) for image in numbered(10)])
+    write_video(folder / "small.mkv", numbered(10))
+    write_video(folder / "v.mkv", numbered(10))
+    os.rename(folder / "v.mkv", folder / ODD)
+    for day, name in enumerate(("small.mkv", ODD, "large.mkv")):  # small is the oldest
+        os.utime(folder / name, (86400 * day, 86400 * day))
+    return folder
+
+
+def known_of(paths):
+    known = {}
+    for path in paths:
+        facts = os.stat(path)
+        known[path] = KnownFile(facts.st_size, facts.st_mtime_ns, 0)
+    return known
+
+
+def group_of(folder, names, seconds, *links):
+    """A group of contents 0, 1, ...; links are (a, b, verdict, [(start, end)]), spans in both."""
+    group = Group()
+    for i, name in enumerate(names):
+        group.files[i] = [str(folder / name)]
+        group.seconds[i] = seconds[i]
+    for a, b, verdict, spans in links:
+        segments = [TimeSegment(start, end, start, end, 0.9) for start, end in spans]
+        group.links.append(Link(a, b, 0.9, segments, verdict))
+    return group
+
+
+def plan_of(folder, names, seconds, *links, rules=("resolution", "bit_rate", "oldest")):
+    group = group_of(folder, names, seconds, *links)
+    rows = make_plan([group], parse_rules(rules), known_of(group.paths))
+    return {os.path.basename(row.path): row for row in rows}
+
+
+WHOLE = [(0.0, 60.0)]
+
+
+@pytest.mark.parametrize(
+    "rules, kept",
+    [
+        (["resolution"], "large.mkv"),
+        (["oldest"], "small.mkv"),
+        (["newest"], "large.mkv"),
+        (["size"], "large.mkv"),
+        (["folder=elsewhere", "oldest,resolution"], "small.mkv"),
+    ],
+)
+def test_rules_choose_what_is_kept(folder, rules, kept):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE), rules=rules)
+    (other,) = {"large.mkv", "small.mkv"} - {kept}
+    assert (plan[kept].action, plan[kept].kept) == (KEEP, "")
+    assert (plan[other].action, plan[other].kept) == (DROP, str(folder / kept))
+
+
+def test_folders_come_in_the_order_of_the_rules(folder):
+    (folder / "archive").mkdir()
+    os.rename(folder / "small.mkv", folder / "archive/small.mkv")
+    names = ["large.mkv", "archive/small.mkv"]
+    rules = [f"folder={folder}/archive", "resolution"]
+    plan = plan_of(folder, names, [60, 60], (0, 1, "", WHOLE), rules=rules)
+    assert plan["small.mkv"].action == KEEP and plan["large.mkv"].action == DROP
+
+
+def test_unknown_rule():
+    with pytest.raises(InputError, match="'beauty' is no rule; give resolution, "):
+        parse_rules(["resolution,beauty"])
+
+
+def test_a_film_is_not_dropped_for_its_excerpt(folder):
+    """Though the excerpt has the higher resolution; the other way round it is."""
+    names, seconds = ["large.mkv", "small.mkv"], [10, 600]
+    excerpt = (0, 1, "certain", [(0.0, 10.0)])
+    plan = plan_of(folder, names, seconds, excerpt)
+    assert [row.action for row in plan.values()] == [KEEP, KEEP]
+    assert plan["small.mkv"].reason == "not all of it is in a file to keep"
+    plan = plan_of(folder, names, seconds, excerpt, rules=["oldest"])
+    assert plan["large.mkv"].action == DROP
+
+
+@pytest.mark.parametrize(
+    "spans, action",
+    [
+        ([(0.0, 58.5)], DROP),  # the ends of segments are found within a second
+        ([(0.0, 30.0), (20.0, 59.0)], DROP),
+        ([(0.0, 30.0), (0.0, 30.0)], KEEP),  # the same half twice
+        ([(0.0, 50.0)], KEEP),
+        ([], KEEP),
+    ],
+)
+def test_all_of_a_file_must_be_in_what_is_kept(folder, spans, action):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", spans))
+    assert plan["small.mkv"].action == action
+
+
+def test_short_videos_must_be_covered_by_half(folder):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [2, 2], (0, 1, "", [(0.0, 0.5)]))
+    assert plan["small.mkv"].action == KEEP
+
+
+@pytest.mark.parametrize("verdict", ["likely", "look yourself", "same place"])
+def test_what_is_not_certain_is_to_be_looked_at(folder, verdict):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, verdict, WHOLE))
+    assert plan["small.mkv"].action == LOOK and verdict in plan["small.mkv"].reason
+
+
+def test_file_that_changed_since_it_was_indexed_is_to_be_looked_at(folder):
+    """The index does not say what it holds now; so nothing is dropped for it either."""
+    group = group_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE))
+    known = known_of(group.paths)
+    os.truncate(folder / "large.mkv", 100)
+    rows = make_plan([group], ["newest"], known)
+    assert [(os.path.basename(row.path), row.action) for row in rows] == [
+        ("large.mkv", LOOK),
+        ("small.mkv", KEEP),
+    ]
+
+
+def test_plan_file_has_the_facts(folder, tmp_path):
+    names = ["large.mkv", "small.mkv", ODD]
+    links = [(0, 1, "", WHOLE), (0, 2, "", WHOLE)]
+    rows = list(plan_of(folder, names, [60] * 3, *links).values())
+    write_plan(tmp_path / "plan.csv", rows)
+    with open(tmp_path / "plan.csv", newline="", errors="surrogateescape") as file:
+        table = {row["path"]: row for row in csv.DictReader(file)}
+    assert set(table) == {str(folder / name) for name in names}
+    large = table[str(folder / "large.mkv")]
+    assert large["action"] == "keep" and large["codec"] == "ffv1"
+    assert (large["width"], large["height"]) == ("96", "64")
+    assert table[str(folder / ODD)]["kept"] == str(folder / "large.mkv")
+    size = os.path.getsize(folder / "small.mkv") + os.path.getsize(folder / ODD)
+    assert plan_summary(rows) == f"1 to keep, 2 to drop ({size / 1e6:.1f} MB), 0 to look at"
+
+
+def run_script(path, folder):
+    command = ["sh", path]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+
+
+def test_script_moves_what_is_to_drop_and_nothing_else(folder, tmp_path):
+    names = ["large.mkv", "small.mkv", ODD]
+    links = [(0, 1, "", WHOLE), (0, 2, "", WHOLE)]
+    rows = list(plan_of(folder, names, [60] * 3, *links).values())
+    content = (folder / ODD).read_bytes()
+    target = tmp_path / "dropped here"
+    assert write_script(tmp_path / "moves.sh", rows, str(target)) == 2
+    assert sorted(os.listdir(folder)) == sorted(names), "writing it moves nothing"
+    assert run_script(tmp_path / "moves.sh", tmp_path).returncode == 0
+    assert os.listdir(folder) == ["large.mkv"]
+    moved = target / str(folder).lstrip("/")
+    assert sorted(os.listdir(moved)) == sorted(names[1:])
+    assert (moved / ODD).read_bytes() == content
+    assert "hacked" not in os.listdir(tmp_path)
+    again = run_script(tmp_path / "moves.sh", tmp_path)
+    assert again.returncode == 0 and again.stderr.count("has gone") == 2
+
+
+def test_script_leaves_a_file_whose_better_copy_has_gone(folder, tmp_path):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE))
+    write_script(tmp_path / "moves.sh", plan.values(), str(tmp_path / "dropped"))
+    (folder / "large.mkv").unlink()
+    result = run_script(tmp_path / "moves.sh", tmp_path)
+    assert "stays, for what would be kept has gone" in result.stderr
+    assert (folder / "small.mkv").exists()
+
+
+def test_script_overwrites_nothing(folder, tmp_path):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE))
+    write_script(tmp_path / "moves.sh", plan.values(), str(tmp_path / "dropped"))
+    there = tmp_path / "dropped" / str(folder).lstrip("/") / "small.mkv"
+    there.parent.mkdir(parents=True)
+    there.write_text("another")
+    run_script(tmp_path / "moves.sh", tmp_path)
+    assert there.read_text() == "another" and (folder / "small.mkv").exists()

@@ -1,0 +1,241 @@
+"""A plan of what to keep of videos that share material, and a script that moves the rest.
+
+A plan only says what could be done. A file is to drop if all of it is in a file to keep: if both
+have the same content, or a certain match covers it. Nothing is ever deleted: the script, which its
+user runs, moves files into a folder.
+"""
+
+import csv
+import io
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from files import atomic
+from utils import InputError
+from videoindex.facts import MediaFacts, media_facts
+from videoindex.results import Group, Link
+from videoindex.store import KnownFile
+from videoindex.text import printable
+
+KEEP, DROP, LOOK = ACTIONS = "keep", "drop", "look"
+# What makes a file the better one: {rule: its value}; the highest is kept.
+RULES: dict[str, Callable[[MediaFacts], float | None]] = {
+    "resolution": lambda facts: facts.width and facts.height and facts.width * facts.height,
+    "bit_rate": lambda facts: facts.bit_rate,
+    "size": lambda facts: facts.size,
+    "longest": lambda facts: facts.seconds,
+    "newest": lambda facts: facts.modified,
+    "oldest": lambda facts: facts.modified and -facts.modified,
+}
+DEFAULT_RULES = ["resolution", "bit_rate", "oldest"]
+ENDS = 2.0  # seconds of a video that a match may miss at its ends, as they are found
+COVERED = 0.9  # of a video that a match must cover, if that allows for more than ENDS
+LEAST_COVERED = 0.5  # in any case
+
+
+class PlanRow(NamedTuple):
+    """What to do with a file.
+
+    group: its number, from 1
+    action: one of ACTIONS
+    path: the file
+    reason: why, in words
+    kept: the file to keep that has all of it; "" unless it is to drop
+    facts: of the file
+    """
+
+    group: int
+    action: str
+    path: str
+    reason: str
+    kept: str
+    facts: MediaFacts
+
+
+def parse_rules(rules: Iterable[str]) -> list[str]:
+    """The rules of --keep, the first first: names of RULES, and folder=FOLDER.
+
+    Raises:
+        InputError: for one that does not exist
+    """
+    parsed = []
+    for rule in rules:
+        if rule.startswith("folder="):
+            parsed.append(rule)
+            continue
+        for name in rule.split(","):
+            if name not in RULES:
+                raise InputError(
+                    f"--keep {name!r} is no rule; give {', '.join(RULES)} or folder=FOLDER"
+                )
+            parsed.append(name)
+    return parsed
+
+
+def make_plan(
+    groups: Iterable[Group], rules: Sequence[str], known: dict[str, KnownFile]
+) -> list[PlanRow]:
+    """What to keep of groups of duplicates.
+
+    The files of a group are taken from the best to the worst by the rules. One is kept unless all
+    of it is in a file that is kept already.
+
+    Args:
+        rules: of `parse_rules`.
+        known: what the index knows of its files. One that has changed since is left to a person.
+    """
+    rows = []
+    for number, group in enumerate(groups, 1):
+        rows += _plan_group(number, group, rules, known)
+    return rows
+
+
+def _plan_group(number, group, rules, known):
+    files = {}  # {path: (content, facts)}
+    for content, paths in group.files.items():
+        for path in paths:
+            files[path] = content, media_facts(path)
+    rows, kept = [], {}  # {content: path}
+    for path in sorted(files, key=lambda path: _rank(path, files[path][1], rules), reverse=True):
+        content, facts = files[path]
+        action, reason, other = KEEP, "the best by the rules" if not kept else "", ""
+        if not _is_as_indexed(path, known):
+            action, reason = LOOK, "it has changed since it was indexed"
+        elif content in kept:
+            action, reason, other = DROP, "same content", kept[content]
+        elif kept:
+            action, reason, other = _compare(group, content, kept)
+        if action == KEEP:
+            kept.setdefault(content, path)
+        rows.append(PlanRow(number, action, path, reason, other, facts))
+    return rows
+
+
+def _rank(path, facts, rules):
+    """The higher, the better; an unknown value is the worst."""
+    values = []
+    for rule in rules:
+        if rule.startswith("folder="):
+            folder = os.path.join(os.path.abspath(rule.removeprefix("folder=")), "")
+            values.append(float(path.startswith(folder)))
+        else:
+            value = RULES[rule](facts)
+            values.append(float("-inf") if value is None else float(value))
+    return values
+
+
+def _is_as_indexed(path, known):
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return False
+    return path in known and known[path].unchanged(facts.st_size, facts.st_mtime_ns)
+
+
+def _compare(group, content, kept):
+    """(action, reason, file) for a content, given {content: path} of those that are kept."""
+    doubtful = None
+    for link in group.links:
+        pair = {link.a, link.b}
+        other = next(iter(pair - {content}), None)
+        if content not in pair or other not in kept:
+            continue
+        if not _covers(link, content, group.seconds[content]):
+            continue
+        if link.verdict in ("", "certain"):
+            score = f"a copy, score {link.score:.3f}"
+            return DROP, f"{score}, {link.verdict}" if link.verdict else score, kept[other]
+        doubtful = doubtful or (LOOK, f"{link.verdict}: score {link.score:.3f}", kept[other])
+    return doubtful or (KEEP, "not all of it is in a file to keep", "")
+
+
+def _covers(link: Link, content: int, seconds: float) -> bool:
+    """Whether the segments of a link cover a content of this length but for its ends."""
+    spans = []
+    for segment in link.segments:
+        if content == link.a:
+            spans.append((segment.query_start, segment.query_end))
+        else:
+            spans.append((segment.target_start, segment.target_end))
+    covered = end = 0.0
+    for start, stop in sorted(spans):
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    missing = max(ENDS, (1 - COVERED) * seconds)
+    return covered >= max(seconds - missing, LEAST_COVERED * seconds)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+COLUMNS = ["group", "action", "path", "reason", "kept", *MediaFacts._fields]
+
+
+def write_plan(path: str | os.PathLike, rows: Iterable[PlanRow]) -> None:
+    """Write a plan as CSV. Names that are not UTF-8 keep their bytes."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(COLUMNS)
+    for row in rows:
+        table.writerow([*row[:-1], *row.facts])
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def plan_summary(rows: Sequence[PlanRow]) -> str:
+    """How many files are to keep, to drop and to look at, and the bytes of those to drop."""
+    counts = Counter(row.action for row in rows)
+    size = sum(row.facts.size or 0 for row in rows if row.action == DROP)
+    return (
+        f"{counts[KEEP]} to keep, {counts[DROP]} to drop ({size / 1e6:.1f} MB),"
+        f" {counts[LOOK]} to look at"
+    )
+
+
+SCRIPT = """#!/bin/sh
+# Moves the files that a plan of search.py drops; nothing is deleted, and nothing overwritten.
+# A file stays where it is if the file that is kept in its place has gone.
+set -eu
+
+# move FILE FOLDER NAME [KEPT]
+move() {
+    if [ $# -gt 3 ] && [ ! -f "$4" ]; then
+        printf 'stays, for what would be kept has gone: %s\\n' "$1" >&2
+    elif [ ! -f "$1" ]; then
+        printf 'has gone: %s\\n' "$1" >&2
+    elif [ -e "$2/$3" ]; then
+        printf 'stays, for there is one of its name: %s\\n' "$2/$3" >&2
+    else
+        mkdir -p -- "$2"
+        mv -n -- "$1" "$2/$3"
+    fi
+}
+
+"""
+
+
+def write_script(path: str | os.PathLike, rows: Iterable[PlanRow], folder: str) -> int:
+    """Write a shell script that moves the files to drop into `folder`; the number of files.
+
+    There they keep their whole path, so that names do not clash and they can be moved back.
+    """
+    lines = []
+    for row in rows:
+        if row.action == DROP:
+            target, name = os.path.split(os.path.abspath(row.path).lstrip("/"))
+            words = [row.path, os.path.join(os.path.abspath(folder), target), name]
+            words += [row.kept] if row.kept else []
+            lines.append(" ".join(["move", *map(shlex.quote, words)]))
+    text = SCRIPT + "".join(f"{line}\n" for line in lines)
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return len(lines)
+
+
+def plan_lines(rows: Iterable[PlanRow]) -> Iterable[str]:
+    """A plan as lines of text."""
+    for row in rows:
+        kept = f" of {printable(row.kept)}" if row.kept else ""
+        yield f"  {row.action}  {printable(row.path)}  {row.reason}{kept}"

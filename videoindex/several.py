@@ -1,0 +1,128 @@
+"""Several indexes that answer as one, and files that are looked up in them without being added."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils import InputError, file_sha256
+from videoindex.index import VideoIndex
+from videoindex.moves import distinct_files
+from videoindex.pipeline import EncodedVideo
+from videoindex.results import Match
+from videoindex.sources import find_files
+from videoindex.store import IndexStore
+
+
+def load_indexes(folders: Sequence[str | os.PathLike], **options: Any) -> list[VideoIndex]:
+    """Open indexes that are searched together; `options` are those of VideoIndex.
+
+    Raises:
+        InputError: they were made by different models, whose scores cannot be compared
+    """
+    indexes = [VideoIndex.load(folders[0], **options)]
+    shared = {name: options[name] for name in ("index_type", "memory") if name in options}
+    for folder in folders[1:]:
+        _require_one_model(indexes[0].store, IndexStore(folder))
+        indexes.append(VideoIndex(folder, pipeline=indexes[0].pipeline, **shared))
+    return indexes
+
+
+def _require_one_model(first, other):
+    here, there = (
+        store.settings["identity"] | {"frames": store.frame_rule} for store in (first, other)
+    )
+    for part in sorted(here.keys() | there.keys()):
+        if here.get(part) != there.get(part):
+            raise InputError(
+                f"indexes {str(first.folder)!r} and {str(other.folder)!r} were made with {part}"
+                f" {here.get(part)!r} and {there.get(part)!r}, so their scores cannot be compared;"
+                " query one at a time"
+            )
+
+
+def query_indexes(
+    indexes: Sequence[VideoIndex], video: EncodedVideo, top: int = 10, *options: Any
+) -> list[Match]:
+    """The best matches of all indexes, best first; a file that several hold is shown once.
+
+    Args:
+        options: the arguments of `VideoIndex.query` after `top`.
+    """
+    if len(indexes) == 1:
+        return indexes[0].query(video, top, *options)
+    matches: list[Match] = []
+    for index in indexes:
+        matches += index.query(video, top, *options)
+    matches.sort(key=lambda match: -match.score)
+    present = [match.path for match in matches if not match.missing]
+    distinct, shown = set(distinct_files(present)), set()
+    merged = []
+    for match in matches:
+        if match.path not in shown and (match.missing or match.path in distinct):
+            shown.add(match.path)
+            merged.append(match)
+    return merged[:top]
+
+
+# --- new files ----------------------------------------------------------------------------------
+
+
+@dataclass
+class KnownVideo:
+    """What indexes know about a file that need not be in them.
+
+    path: the file
+    reason: why it could not be looked up; "" if it was
+    seconds: how long it plays
+    matches: the videos of the indexes that show the same; empty if it is new
+    same_content: whether an index holds its very content
+    """
+
+    path: str
+    reason: str = ""
+    seconds: float = 0.0
+    matches: list[Match] = field(default_factory=list)
+    same_content: bool = False
+
+
+def look_up(
+    indexes: Sequence[VideoIndex], sources: Iterable[str | os.PathLike], *options: Any
+) -> Iterator[KnownVideo]:
+    """Yield what the indexes know of files and folders, as they are finished; nothing is added.
+
+    Files whose content an index holds are not decoded.
+
+    Args:
+        options: the arguments of `VideoIndex.query` after the video.
+    """
+    found, failed = find_files(sources, indexes[0].folder)
+    for path, reason in failed:
+        yield KnownVideo(path, reason)
+    unknown = []
+    for file in found:
+        try:
+            video = _stored_video(indexes, file.path)
+        except OSError as error:
+            yield KnownVideo(file.path, error.strerror or str(error))
+            continue
+        if video is None:
+            unknown.append(file.path)
+        else:
+            matches = query_indexes(indexes, video, *options)
+            yield KnownVideo(file.path, "", video.seconds, matches, same_content=True)
+    for video in indexes[0].encode_clips(unknown):
+        matches = [] if video.reason else query_indexes(indexes, video, *options)
+        yield KnownVideo(str(video.path), video.reason, video.seconds, matches)
+
+
+def _stored_video(indexes, path):
+    """An EncodedVideo of the data that an index holds of a file's content, or None."""
+    digest = file_sha256(path)
+    for index in indexes:
+        content = index.store.find_content(digest)
+        if content:
+            frames = index.store.frame_descriptors(content)
+            windows = index.store.window_descriptors(content)
+            return EncodedVideo(path, "", content.seconds, frames, windows)
+    return None
