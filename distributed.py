@@ -13,7 +13,6 @@ that `init_distributed()` returns:
 import atexit
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -23,8 +22,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from entry import call_main, open_standard_streams, print_error
 from processes import end_with_parent, end_with_starter
-from utils import InputError, available_cores, one_line
+from utils import InputError, available_cores
 
 # --- the interface ------------------------------------------------------------------------------
 
@@ -512,14 +512,9 @@ def check_device(name: str) -> str:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Call a script's `main` and exit with its status.
 
-    Errors of the user are one line on stderr, without a traceback. In a run of several processes
-    the line names the process, except for the first. The exit status is
-
-        main's own, if it returns
-        2    InputError or OSError
-        130  Ctrl-C
-        141  nobody reads our output any more, as in `script | head -1`
-        1    the exchange between processes failed, mostly because another process ended
+    As entry.run_main, for scripts that may run as several processes. A line on stderr names the
+    process, except for the first. The exit status is 1 if the exchange between processes failed,
+    mostly because another process ended.
     """
     end_with_starter()
     open_standard_streams()
@@ -533,53 +528,18 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def open_standard_streams() -> None:
-    """Let a process write to its streams, whatever they are.
-
-    Closed ones (`>&-`) lead nowhere. Otherwise the next file that is opened takes their number, and
-    what a library prints goes into it. Text that the encoding lacks is shown as escapes.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
-            if nowhere != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
-        if getattr(sys, name) is None:  # Python found it closed
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-
-
 def _call_main(main):
     """Call `main` and return the exit status."""
-    try:
+
+    def call():
         status = main()
         sys.stdout.flush()  # may raise BrokenPipeError
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return status
-    except SystemExit as stop:  # argparse's --help, exit_together_on_error
-        if stop.code is None or isinstance(stop.code, int):
-            return stop.code
-        _print_error(str(stop.code))  # sys.exit("a text") means: print it, status 1
-        return 1
-    except BrokenPipeError:
-        _discard_output()
-        return 128 + signal.SIGPIPE
-    except (InputError, OSError) as error:  # OSError: no permission, a full disk, ...
-        _print_error(error)
-        with contextlib.suppress(AttributeError):
-            try:
-                sys.stdout.flush()
-            except OSError:  # a full disk: the flush at exit would raise again
-                _discard_output()
-        return 2
-    except KeyboardInterrupt:
-        _print_error("interrupted")
-        return 130
+
+    try:
+        return call_main(call, _print_error)
     except RuntimeError as error:
         if not _is_engine_error(error):
             raise
@@ -594,25 +554,14 @@ def _call_main(main):
         return 1
 
 
-def _discard_output():
-    """Let what is still buffered go nowhere, or the flush at exit would raise again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _print_error(error: Exception | str) -> None:
-    """Print an error, or a notice, as one line on stderr."""
-    # The message of a data-loading worker comes at the end of that worker's traceback.
-    message = str(error).rpartition("InputError: ")[2]
-    line = " ".join(message.strip().splitlines())
+    """Print an error, or a notice, as one line on stderr that names the process."""
+    prefix = ""
     with contextlib.suppress(InputError):  # the launcher's variables may be the error
         _, rank, size = detect_launcher()
         if rank:
-            line = f"process {rank} of {size}: {line}"
-    if isinstance(error, Exception):
-        line = f"error: {line}"
-    with contextlib.suppress(OSError):  # nobody reads it
-        sys.stderr.write(f"{one_line(line)}\n")  # one write: launchers cut between two
-        sys.stderr.flush()
+            prefix = f"process {rank} of {size}: "
+    print_error(error, prefix)
 
 
 def _is_engine_error(error: RuntimeError) -> bool:

@@ -27,8 +27,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from processes import Owner
 from utils import InputError
 
@@ -415,6 +413,8 @@ def nan_to_none(value: Any) -> Any:
 
 def save_torch(path: str | os.PathLike, value: Any) -> None:
     """`torch.save`, atomically: a killed run leaves the old file or the new one."""
+    import torch  # here: most of what writes needs no PyTorch
+
     with atomic(path) as temporary, DeferredFile(temporary) as file:
         torch.save(value, file)
         file.check()

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 import utils
-from distributed import run_main
+from entry import run_main
 from utils import InputError
 from videoindex import output
 from videoindex.arguments import given, parse_args

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from utils import InputError, require_path
 
@@ -288,6 +287,8 @@ class _TorchTrial(_PlainUnpickler):
             return self.ordered_dict
         if module in ("torch", "torch.storage") and name.endswith("Storage"):
             return _storage_class(name.removesuffix("Storage"))
+        import torch  # in functions alone: most files that are read hold no tensors
+
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or f"{module}.{name}" in REBUILDERS:
             return _Stub
@@ -322,6 +323,8 @@ def load_torch(path: str | os.PathLike, what: str = "model file") -> Any:
         InputError: the file cannot be read, holds any other type, which is never executed, or
             would grow beyond its size
     """
+    import torch
+
     path = require_path(path, what)
     with reading(path, what, "is it complete, and a PyTorch file?"):
         _try_torch(path)
@@ -352,6 +355,8 @@ def _try_torch(path):
 
 def _require_own_values(leaf):
     """Raise ValueError for a tensor that has fewer values in memory than its shape says."""
+    import torch
+
     if isinstance(leaf, torch.Tensor):
         if leaf.layout != torch.strided or leaf.device.type != "cpu" or leaf.is_quantized:
             raise ValueError("it holds a tensor that is not dense")

@@ -20,7 +20,7 @@ METHOD = {"model", "losses", "data", "batches", "checkpoint", "training_log", "p
 LAYERS = [
     {"processes"},
     {"utils"},
-    {"files"},
+    {"files", "entry"},
     {"distributed", "untrusted"},
     METHOD,
     {"features", "datasets"},  # neither imports the other: features know no protocol

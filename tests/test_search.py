@@ -40,6 +40,24 @@ def test_search_process_reports_bad_input_in_one_line(tmp_path):
     assert "not a database" in one_error(cli("search.py", "info", "--index", tmp_path))
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["query", "--help"], ["duplicates", "--keep", "size"], ["query"]]
+)
+def test_search_help_and_bad_commands_load_nothing_heavy(arguments):
+    """They answer at once."""
+    code = f"""
+import sys
+import search
+try:
+    search.main({arguments + (["--index", "x"] if "--help" not in arguments else [])!r})
+except (SystemExit, search.InputError):
+    pass
+assert not {{"torch", "faiss", "sklearn", "scipy", "torchvision", "av"}} & set(sys.modules)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_search_info_imports_neither_torchvision_nor_av(library):
     """They are slow to load, and info, verify and remove work without FFmpeg."""
     code = """

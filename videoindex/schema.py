@@ -16,7 +16,6 @@ from typing import Any
 from features.frame_rules import EARLIER_RULE, FRAME_RULES
 from untrusted import is_object
 from utils import InputError
-from videoindex.pipeline import check_calibration
 
 VERSION = 1  # of the format
 SCHEMA = """
@@ -116,6 +115,8 @@ def read_settings(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: one is missing, or has another type
     """
+    from videoindex.pipeline import check_calibration  # here: --help needs no index
+
     settings = {"identity": {"fps": "1"}, "options": {}, "calibration": {}}
     settings |= {"index_type": "Flat", "versions": {}, "frame_rule": EARLIER_RULE, "failed": []}
     settings |= {"mounts": [], "rejected": []}
