@@ -94,6 +94,14 @@ def test_folded_batch_norm_changes_nothing(tmp_path, name):
         assert (ours - expected[stage]).abs().max() <= 1e-4 * expected[stage].abs().max()
 
 
+def test_lite0_needs_no_torchvision():
+    """Which takes two seconds to import."""
+    code = "import sys; from features.backbones import build_backbone as build\n"
+    code += "build('efficientnet_lite0', 'random'); assert 'torchvision' not in sys.modules"
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_backbone_channels():
     assert sum(build_backbone("efficientnet_lite0", "random").channels) == 1752
     assert build_backbone("resnet50", "random").channels == [256, 512, 1024, 2048]
