@@ -42,22 +42,18 @@ def _require_one_model(first, other):
 
 
 def query_indexes(
-    indexes: Sequence[VideoIndex],
-    video: EncodedVideo,
-    top: int = 10,
-    *arguments: Any,
-    **options: Any,
+    indexes: Sequence[VideoIndex], video: EncodedVideo, top: int = 10, *options: Any
 ) -> list[Match]:
     """The best matches of all indexes, best first; a file that several hold is shown once.
 
     Args:
-        arguments, options: those of `VideoIndex.query` after `top`.
+        options: the arguments of `VideoIndex.query` after `top`.
     """
     if len(indexes) == 1:
-        return indexes[0].query(video, top, *arguments, **options)
+        return indexes[0].query(video, top, *options)
     matches: list[Match] = []
     for index in indexes:
-        matches += index.query(video, top, *arguments, **options)
+        matches += index.query(video, top, *options)
     matches.sort(key=lambda match: -match.score)
     present = [match.path for match in matches if not match.missing]
     distinct, shown = set(distinct_files(present)), set()
@@ -91,17 +87,14 @@ class KnownVideo:
 
 
 def look_up(
-    indexes: Sequence[VideoIndex],
-    sources: Iterable[str | os.PathLike],
-    *arguments: Any,
-    **options: Any,
+    indexes: Sequence[VideoIndex], sources: Iterable[str | os.PathLike], *options: Any
 ) -> Iterator[KnownVideo]:
     """Yield what the indexes know of files and folders, as they are finished; nothing is added.
 
     Files whose content an index holds are not decoded.
 
     Args:
-        arguments, options: those of `VideoIndex.query` after the video.
+        options: the arguments of `VideoIndex.query` after the video.
     """
     found, failed = find_files(sources, indexes[0].folder)
     for path, reason in failed:
@@ -116,10 +109,10 @@ def look_up(
         if video is None:
             unknown.append(file.path)
         else:
-            matches = query_indexes(indexes, video, *arguments, **options)
+            matches = query_indexes(indexes, video, *options)
             yield KnownVideo(file.path, "", video.seconds, matches, same_content=True)
     for video in indexes[0].encode_clips(unknown):
-        matches = [] if video.reason else query_indexes(indexes, video, *arguments, **options)
+        matches = [] if video.reason else query_indexes(indexes, video, *options)
         yield KnownVideo(str(video.path), video.reason, video.seconds, matches)
 
 
