@@ -161,6 +161,8 @@ $(PROJECTED):
 
 # --- the model that search.py ships, and its calibration ------------------------------------------
 
+# RECORDINGS: a folder of those that benchmarks/recordings.csv names (docs/search.md).
+RECORDINGS := recordings
 search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
 	mkdir -p $(DEMO)/search
 	$(RUN) pre-processing/pca.py fit $< --components 512 --frames_per_video 100 --output $(DEMO)/search/pca.npz
@@ -174,7 +176,8 @@ search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
 	  --batch_sz 32 --epochs 4 --loss infonce --moco_t 0.015 --learning_rate 1e-4 \
 	  --val_set DEMO-VAL --val_feature_path $(DEMO)/search/val.hdf5 --annotation_dir $(DEMO)/annotations
 	$(RUN) -m videoindex.calibrate pack --pca $(DEMO)/search/pca.npz --model_path $(DEMO)/search/tca --output models/demo
-	$(RUN) -m videoindex.calibrate measure --demo $(DEMO) --model models/demo
+	$(RUN) -m videoindex.calibrate copies $(RECORDINGS) --list benchmarks/recordings.csv --output runs/copies
+	$(RUN) -m videoindex.calibrate measure runs/copies --name lite0
 
 # --- benchmarks: each measures a fast way against the plain way -----------------------------------
 

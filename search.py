@@ -6,6 +6,7 @@
     python search.py against DOWNLOADS --index my.index        # which of these are known already
     python search.py reject A.mp4 B.mp4 --index my.index       # no match: never shown again
     python search.py choices choices.json --index my.index     # what was chosen on a page
+    python search.py calibrate --index my.index                # thresholds for your own videos
     python search.py info --index my.index
     python search.py verify --index my.index
     python search.py remove PATH... --index my.index
@@ -95,6 +96,25 @@ def run_index(args):
     return PARTIAL if update.failed else 0
 
 
+def run_calibrate(args):
+    from tqdm import tqdm
+
+    from videoindex.calibrate import calibrate_index, print_entry
+    from videoindex.index import VideoIndex
+
+    index = VideoIndex.load(args.index, **given(args, "device"))
+    if args.undo:
+        entry = index.pipeline.calibration
+    else:
+        with tqdm(unit="copy", disable=None) as bar:
+            entry = calibrate_index(index, args.count, on_video=lambda name: bar.update())
+        print_entry(args.index, entry)
+        for a, b in entry.pop("related"):
+            print(f"  left out, as they seem to share film: {printable(a)} and {printable(b)}")
+    with index.store.writing():
+        index.store.update_settings(calibration=entry)
+
+
 def run_info(args):
     from videoindex.index import VideoIndex
 
@@ -159,7 +179,7 @@ def run_remove(args):
 
 
 def load_indexes(args):
-    """The indexes of a query, and the arguments of `VideoIndex.query` after the clip."""
+    """The indexes of a query, and the options of `VideoIndex.query`."""
     from videoindex.index import SHORTLIST
     from videoindex.several import load_indexes
 
@@ -171,7 +191,12 @@ def load_indexes(args):
             " yourself, or give --threshold",
             file=sys.stderr,
         )
-    return indexes, (args.top, args.threshold, args.shortlist or SHORTLIST, args.metric)
+    return indexes, {
+        "top": args.top,
+        "threshold": args.threshold,
+        "shortlist": args.shortlist or SHORTLIST,
+        **given(args, "skip_start", "min_match"),
+    }
 
 
 def run_query(args):
@@ -183,7 +208,7 @@ def run_query(args):
     results = {}  # {clip: (EncodedVideo, [Match])}
     videos = indexes[0].encode_clips(args.paths)
     for video in tqdm(videos, total=len(args.paths), unit="clip", disable=None, leave=False):
-        matches = [] if video.reason else query_indexes(indexes, video, *options)
+        matches = [] if video.reason else query_indexes(indexes, video, **options)
         results[str(video.path)] = video, matches
     # Clips are finished in any order, and are shown in the order in which they were named.
     results = [results[str(Path(clip))] for clip in args.paths]
@@ -214,7 +239,7 @@ def run_against(args):
     from videoindex.several import look_up
 
     indexes, options = load_indexes(args)
-    looked_up = look_up(indexes, args.paths, *options)
+    looked_up = look_up(indexes, args.paths, **options)
     videos = list(tqdm(looked_up, unit="video", disable=None, leave=False))
     videos.sort(key=lambda video: video.path)
     readable = [video for video in videos if not video.reason]
@@ -234,7 +259,7 @@ def run_duplicates(args):
     from videoindex.index import VideoIndex
 
     index = VideoIndex.load(args.index, **given(args, "index_type", "memory"))
-    groups = index.duplicates(args.threshold, args.radius, args.metric)
+    groups = index.duplicates(args.threshold, args.radius, **given(args, "skip_start", "min_match"))
     if args.report:
         from videoindex.report import write_duplicates
 
@@ -326,6 +351,7 @@ COMMANDS = {
     "against": run_against,
     "reject": run_reject,
     "choices": run_choices,
+    "calibrate": run_calibrate,
     "info": run_info,
     "verify": run_verify,
     "remove": run_remove,

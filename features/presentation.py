@@ -24,6 +24,8 @@ from features.views import View
 # A longer frame is cropped to its middle before it is resized: 4096 x 1 would become a gigabyte.
 MAX_ASPECT = 8
 JPEG_QUALITY = 70  # of thumbnails: about 3 KB for one of 160 x 90
+# Black bars are looked for in this many rows and columns of a frame; black, of 0 to 255.
+BAR_CELLS, MAX_BLACK = 128, 24
 
 NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 PICTURE_CODECS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp")
@@ -192,7 +194,8 @@ class FrameTransform:
     ) -> None:
         self.margins, self.view = margins or Margins(), view or View()
         self.thumbnail_size, self.thumbnail = thumbnail_size, b""
-        self.scaler = VideoReformatter()  # kept: it caches its set-up for the next frame
+        # Kept: they cache their set-up for the next frame.
+        self.scaler, self.bar_scaler = VideoReformatter(), VideoReformatter()
 
     def __call__(
         self, frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)
@@ -200,6 +203,8 @@ class FrameTransform:
         matrix = display_matrix(frame)
         colours = "rgba" if _has_alpha(frame.format) else "rgb24"
         frame = _cut(frame, colours, self.margins)
+        if self.view.cut_bars:
+            frame = _cut(frame, colours, black_bars(frame, self.bar_scaler))
         if self.view.whole:
             width = height = self.view.size
         else:
@@ -266,6 +271,34 @@ def _cut(frame, colours, margins):
         return frame
     image = frame.to_ndarray(format=colours)[top : top + height, left : left + width]
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), colours)
+
+
+def black_bars(frame: av.VideoFrame, scaler: VideoReformatter) -> Margins:
+    """The black rows and columns at the edges of a frame; none of a frame that is black.
+
+    Looked for in a grey picture of BAR_CELLS a side. A frame of which they would leave less than a
+    quarter each way is taken to be dark, not barred.
+    """
+    width, height = min(BAR_CELLS, frame.width), min(BAR_CELLS, frame.height)
+    grey = scaler.reformat(frame, width, height, "gray", interpolation="AREA", threads=1)
+    bright = grey.to_ndarray() > MAX_BLACK  # (height, width)
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    if len(rows) < height / 4 or len(columns) < width / 4:
+        return Margins()
+    # A cell that is partly black is cut too, so that no rest of a bar stays.
+    above, below = rows[0], height - 1 - rows[-1]  # black cells
+    before, after = columns[0], width - 1 - columns[-1]
+    return Margins(
+        top=_bar(above, height, frame.height),
+        bottom=_bar(below, height, frame.height),
+        left=_bar(before, width, frame.width),
+        right=_bar(after, width, frame.width),
+    )
+
+
+def _bar(black_cells, cells, pixels):
+    """The pixels that are cut for so many black cells at an edge; a bar of one cell is none."""
+    return int(-(-(black_cells + 1) * pixels // cells)) if black_cells > 1 else 0
 
 
 # --- from when to when ---------------------------------------------------------------------------

@@ -18,10 +18,12 @@ class View(NamedTuple):
     size: pixels a side
     whole: the whole frame, squeezed into the square. Else its centre, as classifiers are shown it:
         of the frame resized to a short side of 8 / 7 of `size`.
+    cut_bars: black bars at the sides are no part of the frame (`presentation.black_bars`).
     """
 
     size: int = 224
     whole: bool = False
+    cut_bars: bool = False
 
     @property
     def short_side(self) -> int:
@@ -34,12 +36,13 @@ class View(NamedTuple):
         return self.size * self.size * 3
 
     def __str__(self) -> str:
-        return f"{self.size} {'whole' if self.whole else 'centre'}"
+        part = "whole" if self.whole else "centre"
+        return f"{self.size} {part}{' without bars' if self.cut_bars else ''}"
 
     @classmethod
     def parse(cls, text: str) -> "View":
         """The View of a text such as "288 whole", as feature files store it; or ValueError."""
-        match = re.fullmatch(r"(\d{1,4}) (whole|centre)", text)
+        match = re.fullmatch(r"(\d{1,4}) (whole|centre)( without bars)?", text)
         if not match or not MIN_SIZE <= int(match[1]) <= MAX_SIZE:
             raise ValueError(f"{text[:40]!r} is not a view such as '288 whole'")
-        return cls(int(match[1]), match[2] == "whole")
+        return cls(int(match[1]), match[2] == "whole", bool(match[3]))

@@ -16,7 +16,7 @@ from torch import Tensor
 NONE = -torch.inf
 BLOCK_ROWS = 8  # of a matrix, that `tn` looks at together
 START = -1  # of a path of dynamic programming
-SKEW = 0.03
+STEP, GAP, SKEW = 5, 0.1, 0.03  # of `align`
 
 
 def dp(matrix: Tensor, lengths: Sequence[int], phi: int = 10) -> Tensor:
@@ -152,6 +152,23 @@ def tn(
     return torch.stack([part.amax() for part in best]).clamp(min=0) / len(matrix)
 
 
+def path_weights(matrix: Tensor, lengths: Sequence[int], min_similarity: float) -> np.ndarray:
+    """The weight of the path that `align` finds first, of one query with n targets -> (n,).
+
+    0 where no two frames have `min_similarity`.
+
+    Args:
+        matrix: frame similarities (Tq, sum (Tt + STEP)): after each target STEP columns below
+            min_similarity, which no edge crosses.
+    """
+    best = matrix.new_zeros(matrix.shape[1])
+    weights = (torch.where(row >= min_similarity, row - min_similarity, NONE) for row in matrix)
+    for L in longest_paths(weights, STEP, GAP, SKEW):
+        torch.maximum(best, L, out=best)
+    starts = np.cumsum([0, *[length + STEP for length in lengths[:-1]]])
+    return np.maximum.reduceat(best.numpy(force=True), starts)
+
+
 def _top_nodes(matrix, top, min_similarity):
     """The similarities of each row's `top` cells, and of cells equal to the last; else -inf."""
     least = matrix.topk(min(top, matrix.shape[1]), 1).values[:, -1:].clamp(min=min_similarity)
@@ -183,8 +200,8 @@ def align(
     min_similarity: float = 0.4,
     min_score: float = 0.5,
     min_length: int = 3,
-    step: int = 5,
-    gap: float = 0.1,
+    step: int = STEP,
+    gap: float = GAP,
     skew: float = SKEW,
     max_speed: float = 2.0,
     limit: int = 10,
@@ -219,10 +236,10 @@ def align(
     weights = torch.where(matrix >= min_similarity, matrix - min_similarity, NONE)
     least = min(min_length, *matrix.shape)
     segments = []
-    for score, path in _heaviest_paths(weights, step, gap, skew, 5 * limit):
+    for score, path in heaviest_paths(weights, step, gap, skew, 5 * limit):
         if score < min_score or len(segments) == limit:
             break
-        segment = _segment(score, path, matrix)
+        segment = segment_of(score, path, matrix)
         shorter, longer = _extents(segment)
         is_speed_allowed = longer - 2 <= max_speed * shorter
         if shorter >= least and is_speed_allowed and _is_apart(segment, segments):
@@ -251,8 +268,8 @@ def tn_segments(
     weights = _top_nodes(matrix, top, min_similarity)
     least = min(min_length, *matrix.shape)
     segments = []
-    for score, path in _heaviest_paths(weights, step, 0.0, 0.0, limit):
-        segment = _segment(score, path, matrix)
+    for score, path in heaviest_paths(weights, step, 0.0, 0.0, limit):
+        segment = segment_of(score, path, matrix)
         shorter, longer = _extents(segment)
         is_dense = score > min_similarity * (shorter + longer) / 2
         if shorter >= least and is_dense and _is_apart(segment, segments):
@@ -284,7 +301,7 @@ def dp_segments(
         score, path = _best_dp_path(weights, phi)
         if not path:
             break
-        segment = _segment(score, path, matrix)
+        segment = segment_of(score, path, matrix)
         if _extents(segment)[0] >= least and _is_apart(segment, segments):
             segments.append(segment)
         weights[_rectangle(path)] = NONE
@@ -298,8 +315,10 @@ ALIGNERS = {"align": align, "tn": tn_segments, "dp": dp_segments}
 # --- paths --------------------------------------------------------------------------------------
 
 
-def _heaviest_paths(weights, step, gap, skew, count):
-    """Yield (weight, path) of up to `count` paths, heaviest first.
+def heaviest_paths(
+    weights: Tensor, step: int, gap: float, skew: float, count: int
+) -> Iterator[tuple[float, list[tuple[int, int]]]]:
+    """Yield (weight, nodes) of up to `count` paths, heaviest first; see `longest_paths`.
 
     The rectangle of each is closed in `weights` before the next is found.
     """
@@ -371,7 +390,8 @@ def _rectangle(path):
     return slice(q0, q1 + 1), slice(t0, t1 + 1)
 
 
-def _segment(score, path, matrix):
+def segment_of(score: float, path: list[tuple[int, int]], matrix: Tensor) -> Segment:
+    """The Segment of a path's nodes; its similarity is their mean in the matrix (Tq, Tt)."""
     query, target = _rectangle(path)
     similarity = float(matrix[tuple(zip(*path, strict=True))].mean())
     return Segment(score, similarity, query.start, query.stop, target.start, target.stop)

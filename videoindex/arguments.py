@@ -12,7 +12,9 @@ from utils import InputError, available_cores
 from videoindex.output import FORMATS
 from videoindex.plan import DEFAULT_RULES, RULES, parse_rules
 
-COMMANDS = "index | query | duplicates | against | reject | choices | info | verify | remove"
+COMMANDS = (
+    "index | query | duplicates | against | reject | choices | calibrate | info | verify | remove"
+)
 
 
 def parse_args(
@@ -48,6 +50,9 @@ def parse_args(
     add_against(add_command("against", "which new files are known already; nothing is added", True))
     add_reject(add_command("reject", "remember that two videos are no match"))
     add_choices(add_command("choices", "carry out what was chosen on a page of --report"))
+    add_calibrate(
+        add_command("calibrate", "choose thresholds by edited copies of the index's own videos")
+    )
     add_format(add_command("info", "what the index holds and what made it"))
     add_command(
         "verify",
@@ -147,6 +152,14 @@ def add_choices(command: argparse.ArgumentParser) -> None:
     _add_plan(command)
 
 
+def add_calibrate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--count", type=int, default=20, help="videos of the sample (default %(default)s)"
+    )
+    command.add_argument("--undo", action="store_true", help="go back to the model's calibration")
+    command.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
 # --- options of several commands ----------------------------------------------------------------
 
 
@@ -193,9 +206,13 @@ def _add_results(command):
         "--threshold", type=float, help="lowest score to show (default: the calibrated one)"
     )
     command.add_argument(
-        "--metric",
-        type=_metric,
-        help="frame-level score: tn, chamfer, sym_chamfer, ... (default: calibrated, or tn)",
+        "--skip_start",
+        type=float,
+        metavar="S",
+        help="seconds at the start of every video that count for nothing, such as an intro",
+    )
+    command.add_argument(
+        "--min_match", type=float, metavar="S", help="the least seconds of a stretch that matches"
     )
     command.add_argument(
         "--memory",
@@ -272,9 +289,16 @@ def _add_model(command, description):
         " earlier versions)",
     )
     add(
+        "--bars",
+        choices=("cut", "keep"),
+        help="black bars at the sides of the picture (default cut; keep in indexes of earlier"
+        " versions)",
+    )
+    add(
         "--window",
         type=int,
-        help="frames encoded together, into one descriptor each (default 60)",
+        help="frames encoded together, into one descriptor each, by which videos are shortlisted"
+        " (default 10; 60 with --model_path)",
     )
     add(
         "--nhead",
@@ -285,12 +309,6 @@ def _add_model(command, description):
 
 
 # --- values -------------------------------------------------------------------------------------
-
-
-def _metric(name):
-    from videoindex.index import METRICS
-
-    return _choose(name, METRICS)
 
 
 def _encoder(name):
@@ -308,9 +326,12 @@ def _choose(name, choices):
 
 
 def _validate(args):
-    for name in ("top", "shortlist", "workers", "window", "components", "nhead"):
+    for name in ("top", "shortlist", "workers", "window", "components", "nhead", "count"):
         if getattr(args, name, None) is not None:
             utils.check_ranges(args, {name: (1, math.inf)})
+    for name in ("skip_start", "min_match"):
+        if getattr(args, name, None) is not None:
+            utils.check_ranges(args, {name: (0, math.inf)})
     for name in ("report", "plan", "script"):
         path = getattr(args, name, None)
         if path and os.path.isdir(path):

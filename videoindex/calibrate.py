@@ -1,54 +1,69 @@
-"""Make the model files that `search.py` ships, and measure on the demo what its scores mean.
+"""Make the model files that `search.py` ships, and measure what its scores mean.
 
     python -m videoindex.calibrate pack --pca runs/demo/search/pca.npz \\
         --model_path runs/demo/search/tca --output models/demo
-    python -m videoindex.calibrate measure --demo runs/demo --model models/demo
+    python -m videoindex.calibrate copies FOLDER --list benchmarks/recordings.csv --output COPIES
+    python -m videoindex.calibrate measure COPIES --name lite0
+    python -m videoindex.calibrate measure COPIES --name sscd --backbone sscd.onnx --any_weights
 
 `pack` writes pca.npz and model.pth in half precision.
 
-`measure` indexes the demo's val and test videos with them, and writes calibration.json beside them.
-It has an entry for the encoder and one for `mean` (the same features, untrained), with these keys:
+`copies` makes graded copies of real recordings (`videoindex.graded_copies`), in two halves that
+share no recording.
 
-threshold                   the lowest score at which 99 % of the answers are right, over all
-                            (query, video) pairs of the test part. Right: the two share film, or
-                            show the same place (ND, DS, CS)
-precision, share_film       of the answers at that threshold, those that are right, and those that
-                            share film (and not just a place)
-recall                      of all ND and DS pairs, those that reach the threshold
-copies_threshold            as threshold, but only shared film is right; for `duplicates`
-recall_at_copies_threshold  of all ND and DS pairs, those that reach copies_threshold
-recall_by_kind              {kind of edit: [found, of]} among the benchmark's copies, most of which
-                            carry four or five edits
-recall_of_single_edits      the same among copies made here, with that edit alone
-align                       how similar two frames must be to match (`retrieval.alignment.align`),
-                            chosen on the val part by the error of the segments' ends
-localisation                that error on the test part
-radius, radius_share        the similarity of window descriptors that 99 % of the copies found
-                            have, and the share of all pairs that have it; for `duplicates`
-mAP                         of the test part, over the whole table and as `search.py` ranks
+`measure` compares all pairs of each half. Thresholds are those of the one half, the figures those
+of the other. It writes an entry of models/demo/calibration.json:
+
+identity        of the model
+min_similarity  how similar two frames must be to match
+threshold       the least score that `query` shows: 99 % of the answers share film or a place, and
+                one in 2,000 unrelated pairs reaches it, whichever is stricter
+certain         the least score, with two seconds of different film and more, at which 99 % share
+                film
+likely          the least score, with 1.2 s, at which 90 % share film; for `duplicates`
+radius          the similarity of window descriptors that 99 % of the copies found have
+measured        the figures of the other half, with their counts
 """
 
 import argparse
+import itertools
 import os
+import random
+import tempfile
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
+from tqdm import tqdm
 
 import untrusted
 import utils
 from distributed import run_main
 from files import atomic, save_torch, write_json
 from model import model_file
-from retrieval.alignment import align
-from retrieval.similarity import similarity_table
-from videoindex.calibration_data import EDIT_KINDS, DemoPart, SingleEditCopies
-from videoindex.index import METRIC, SHORTLIST, VideoIndex
-from videoindex.pipeline import CALIBRATION, Pipeline
+from videoindex.comparison import Comparer
+from videoindex.evidence import CERTAIN_SECONDS, LIKELY_SECONDS, Stretch
+from videoindex.graded_copies import (
+    HALVES,
+    Piece,
+    Recording,
+    label_of,
+    make_copies,
+    read_recordings,
+    read_truth,
+    shared_segments,
+)
+from videoindex.index import VideoIndex
+from videoindex.pipeline import SHIPPED, Pipeline
 
-PRECISION = 0.99
-MISSING_ERROR = 5  # seconds that count for a copy in which no segment is found
+PRECISION, CERTAIN_PRECISION, LIKELY_PRECISION = 0.99, 0.99, 0.9
+UNRELATED_SHARE = 1 / 2000  # of unrelated pairs, that may reach the threshold
+MIN_SIMILARITY = 0.15
+MODEL_OPTIONS = ("backbone", "weights", "encoder", "model_path", "pca", "bars", "window")
 
 
 def main(argv=None):
@@ -58,7 +73,7 @@ def main(argv=None):
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="pack | measure")
+    commands = parser.add_subparsers(required=True, metavar="pack | copies | measure")
 
     def add_command(name, run, help):
         command = commands.add_parser(
@@ -72,10 +87,27 @@ def parse_args(argv=None):
     command.add_argument("--model_path", required=True, help="a run's folder, or its model.pth")
     command.add_argument("--output", required=True, help="folder to write to")
 
-    command = add_command("measure", measure, "write calibration.json")
-    command.add_argument("--demo", required=True, help="a build of make_demo.py")
-    command.add_argument("--model", required=True, help="folder of pca.npz and model.pth")
-    command.add_argument("--work", help="folder for the indexes (default: the demo's)")
+    command = add_command("copies", write_copies, "make graded copies of recordings")
+    command.add_argument("recordings", help="folder of the recordings")
+    command.add_argument("--list", required=True, help="CSV of file, film, place and half")
+    command.add_argument("--output", required=True, help="folder to write to")
+
+    command = add_command("measure", measure, "write an entry of calibration.json")
+    command.add_argument("copies", help="folder that `copies` wrote")
+    command.add_argument("--name", required=True, help="of the entry")
+    command.add_argument(
+        "--calibration", default=str(SHIPPED / "calibration.json"), help="file of the entry"
+    )
+    command.add_argument("--work", help="folder for the indexes (default: the copies')")
+    command.add_argument("--min_similarity", type=float, default=MIN_SIMILARITY)
+    command.add_argument(
+        "--any_weights",
+        action="store_true",
+        help="let the entry hold for other weights and forms of the network too",
+    )
+    for name in MODEL_OPTIONS:
+        kind = int if name == "window" else str
+        command.add_argument(f"--{name}", type=kind, help="as for search.py index")
     return parser.parse_args(argv)
 
 
@@ -109,88 +141,154 @@ def pack(args):
         print(f"{output / name}: {megabytes:.1f} MB")
 
 
+# --- copies -------------------------------------------------------------------------------------
+
+
+def write_copies(args):
+    recordings = read_recordings(Path(args.list), utils.require_path(args.recordings, "recordings"))
+    with tqdm(unit="video", disable=None) as bar:
+        make_copies(recordings, Path(args.output), lambda name: bar.update())
+
+
 # --- measure ------------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """All pairs of videos of a half.
+
+    names: [(video, video)]
+    labels: (n,) of `graded_copies.label_of`
+    evidence, distinct, matched: (n,), of the first stretch, in seconds; 0 without one
+    stretches: the first stretch, or None
+    near: (n,), the highest similarity of two window descriptors
+    """
+
+    names: list[tuple[str, str]]
+    labels: np.ndarray
+    evidence: np.ndarray
+    distinct: np.ndarray
+    matched: np.ndarray
+    stretches: list[Stretch | None]
+    near: np.ndarray
 
 
 def measure(args):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", utils.available_cores())))
-    demo = utils.require_path(args.demo, "demo")
-    model = utils.require_path(args.model, "model folder")
-    work = Path(args.work or demo)
-    pca = str(model / "pca.npz")
-    encoders = {
-        "tca": {"pca": pca, "model_path": str(model / "model.pth")},
-        "mean": {"pca": pca, "encoder": "mean"},
+    copies = utils.require_path(args.copies, "copies")
+    options = {
+        name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None
     }
-    entries = {}
-    for name, options in encoders.items():
-        entries[name] = calibrate(demo, name, Pipeline(**options), work)
-    write_json(model / CALIBRATION, entries)
-    for name, entry in entries.items():
-        print_entry(name, entry)
+    pipeline = Pipeline(**options)
+    entry = calibrate(copies, pipeline, Path(args.work or copies), args.min_similarity)
+    if args.any_weights:
+        for part in ("weights", "backbone", "stages", "pooling"):
+            entry["identity"].pop(part)
+        entry["identity"]["backbone"] = args.name
+    path = Path(args.calibration)
+    advice = "make it again or remove it"
+    entries = untrusted.read_json(path, "calibration", advice) if path.exists() else {}
+    write_json(path, entries | {args.name: entry})
+    print_entry(args.name, entry)
 
 
-def calibrate(demo: Path, name: str, pipeline: Pipeline, work: Path) -> dict[str, Any]:
-    """The calibration of one encoder, an entry of calibration.json."""
+def calibrate(
+    copies: Path,
+    pipeline: Pipeline,
+    work: Path,
+    min_similarity: float = MIN_SIMILARITY,
+    related: bool = False,
+) -> dict[str, Any]:
+    """The calibration of a model, an entry of calibration.json.
+
+    Args:
+        copies: of `make_copies`.
+        work: folder for the indexes.
+        related: whether recordings may share film that the truth does not know of.
+    """
+    truth = read_truth(copies)
     stamp = utils.digest(pipeline.identity)  # another model gets other indexes
+    indexes = {}
+    for half in HALVES:
+        indexes[half] = VideoIndex(work / f"{half}-{stamp}.index", pipeline=pipeline)
+        update = indexes[half].add([copies / half])
+        if update.failed:
+            raise utils.InputError(f"{update.failed[0][0]!r}: {update.failed[0][1]}")
+    settings = {"min_similarity": min_similarity}
+    tuned = compare_all(indexes["calibration"], truth["calibration"], settings)
+    left_out = []
+    if related:
+        tuned, left_out = without_related(tuned, truth["calibration"])
+    settings |= choose_thresholds(tuned)
+    settings = {name: round(float(value), 4) for name, value in settings.items()}
+    seen = compare_all(indexes["test"], truth["test"], settings)
+    if related:
+        seen, others = without_related(seen, truth["test"])
+        left_out += others
+    figures = figures_of(seen, settings) | {
+        "groups": figures_of_groups(indexes["test"], truth["test"], settings),
+        "ends": figures_of_ends(seen, truth["test"], settings, pipeline.options["fps"]),
+        "mAP": round(mean_average_precision(seen), 4),
+    }
+    entry = {"identity": dict(pipeline.identity), **settings, "measured": figures}
+    return entry | {"related": left_out} if related else entry
 
-    def open_index(what):
-        return VideoIndex(work / f"search-{name}-{what}-{stamp}.index", pipeline=pipeline)
 
-    val = DemoPart(demo, "val", open_index("val"))
-    test = DemoPart(demo, "test", open_index("test"))
-    copies = SingleEditCopies(test, work / "single", open_index("single"))
-    queries, database = test.set.queries, test.set.database
+def compare_all(
+    index: VideoIndex, truth: dict[str, list[Piece]], settings: dict[str, float]
+) -> Pairs:
+    """Compare every pair of an index's videos."""
+    numbers = {Path(path).stem: file.content for path, file in index.store.known_files().items()}
+    names = sorted(truth)
+    contents = [index.store.content(numbers[name]) for name in names]
+    comparer = Comparer(index.store, index.fps, settings, index.memory)
+    fps = float(index.fps)
+    windows = [index.store.window_descriptors(content) for content in contents]
+    pairs, labels, found, near = [], [], [], []
+    for i in tqdm(range(len(names)), unit="video", disable=None, leave=False):
+        others = contents[i + 1 :]
+        first = comparer.compare(comparer.frames_of(contents[i]), others, 0.0) if others else {}
+        for j in range(i + 1, len(names)):
+            pairs.append((names[i], names[j]))
+            labels.append(label_of(truth[names[i]], truth[names[j]]))
+            found.append(first.get(contents[j].id))
+            near.append(float((windows[i] @ windows[j].T).max()))
 
-    table = test.score_table()  # (Q, N)
-    scores, labels = test.labelled_scores(table)  # (n,) each, n pairs
-    is_copy = np.isin(labels, ("ND", "DS"))
-    shares_film = np.isin(labels, ("ND", "DS", "film"))
-    is_right = np.isin(labels, ("ND", "DS", "CS", "film"))
-    threshold = lowest_threshold(scores, is_right)
-    copies_threshold = lowest_threshold(scores, shares_film)
-    found = scores >= threshold
+    def values(part):
+        return np.array([getattr(s, part) / fps if s else 0.0 for s in found])
 
-    align_options = choose_align_options(val, val.score_table(), threshold)
-    radius, radius_share = choose_radius(test, is_copy & found)
-    shortlisted = test.search_rankings(SHORTLIST)
+    parts = values("evidence"), values("distinct"), values("matched")
+    return Pairs(pairs, np.array(labels), *parts, found, np.array(near))
+
+
+def choose_thresholds(pairs: Pairs) -> dict[str, float]:
+    """threshold, certain, likely and radius; see the module."""
+    is_film = np.isin(pairs.labels, ("film", "a moment"))
+    unrelated = np.sort(pairs.evidence[pairs.labels == ""])[::-1]
+    threshold = max(
+        lowest_threshold(pairs.evidence, pairs.labels != "", PRECISION),
+        unrelated[int(UNRELATED_SHARE * len(unrelated))] if len(unrelated) else 0.0,
+    )
+    levels = {}
+    for name, seconds, precision in (
+        ("certain", CERTAIN_SECONDS, CERTAIN_PRECISION),
+        ("likely", LIKELY_SECONDS, LIKELY_PRECISION),
+    ):
+        among = pairs.distinct >= seconds
+        lowest = lowest_threshold(pairs.evidence[among], is_film[among], precision)
+        levels[name] = max(threshold, lowest)
+    is_found = (pairs.labels == "film") & (pairs.evidence >= threshold)
     return {
-        "identity": pipeline.identity,
-        "metric": METRIC,
-        "threshold": round(threshold, 4),
-        "copies_threshold": round(copies_threshold, 4),
-        "radius": round(radius, 4),
-        "align": align_options,
-        "measured on": f"the demo's test part: {len(queries)} queries, {len(database)} videos",
-        "precision": share(is_right[found]),
-        "share_film": share(shares_film[found]),
-        "recall": share(found[is_copy]),
-        "recall_at_copies_threshold": share(scores[is_copy] >= copies_threshold),
-        "recall_by_kind": recall_by_kind(test, table, threshold),
-        "recall_of_single_edits": recall_of_single_edits(copies, threshold, align_options),
-        "radius_share": round(radius_share, 4),
-        "mAP": rounded(test.set.evaluate_table(queries, database, table)),
-        f"mAP, shortlist {SHORTLIST}": rounded(test.set.evaluate(shortlisted)),
-        "localisation": localisation(test, table, threshold, align_options),
+        "threshold": threshold,
+        "certain": max(levels.values()),
+        "likely": levels["likely"],
+        "radius": np.quantile(pairs.near[is_found], 0.01),
     }
 
 
-def share(flags):
-    """The share of true ones, to four digits."""
-    return round(float(flags.mean()), 4)
+def lowest_threshold(scores: np.ndarray, is_right: np.ndarray, precision: float) -> float:
+    """The lowest score s such that of the pairs with score >= s, this share is right.
 
-
-def rounded(metrics):
-    return {task: round(value, 4) for task, value in metrics.items()}
-
-
-# --- what is measured ---------------------------------------------------------------------------
-
-
-def lowest_threshold(
-    scores: np.ndarray, is_right: np.ndarray, precision: float = PRECISION
-) -> float:
-    """The lowest score s such that of the pairs with score >= s, this share is right; else inf.
+    If there is none, the highest score of all.
 
     Args:
         scores, is_right: (n,), of n pairs.
@@ -198,169 +296,187 @@ def lowest_threshold(
     order = np.argsort(-scores, kind="stable")
     num_right = np.cumsum(is_right[order])
     num_answers = np.arange(1, len(order) + 1)
-    good = np.flatnonzero(num_right >= precision * num_answers)
-    return float(scores[order[good[-1]]]) if len(good) else float("inf")
+    # Of equal scores all are answers.
+    is_last = np.append(np.diff(scores[order]) != 0, True)[: len(order)]
+    good = np.flatnonzero((num_right >= precision * num_answers) & is_last)
+    if not len(good):
+        return float(scores.max(initial=0.0))
+    return float(scores[order[good[-1]]])
 
 
-def recall_by_kind(part: DemoPart, table: np.ndarray, threshold: float) -> dict[str, list[int]]:
-    """{kind: [found, of]} over the copies and excerpts made of each query.
-
-    A video with several edits counts in several rows.
-    """
-    rows = {kind: [0, 0] for kind in ("copies", "excerpts", *EDIT_KINDS, "trimmed")}
-    for query, video, found in part.copies_and_excerpts(table, threshold):
-        for kind in part.edit_kinds(query, video):
-            rows[kind][0] += found
-            rows[kind][1] += 1
-    return rows
+# --- an index's own videos ----------------------------------------------------------------------
 
 
-def recall_of_single_edits(
-    copies: SingleEditCopies, threshold: float, align_options: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    """{kind: {found, of, median_seconds}}, the last over all four ends of the best segments."""
-    test = copies.test
-    fps = float(test.index.fps)
-    found = {kind: 0 for kind, _, _ in copies.copies}
-    of, errors = dict(found), {kind: [] for kind in found}
-    for kind, query, clip in copies.copies:
-        query_frames, frames = test.frames[query], copies.frames[clip.id]
-        of[kind] += 1
-        if similarity_table([query_frames], [frames], METRIC)[0, 0] < threshold:
-            continue
-        found[kind] += 1
-        for segment in align(query_frames @ frames.T, **align_options)[:1]:
-            ends = ends_in_seconds(segment, fps)
-            errors[kind].extend(np.abs(ends - copies.true_segment(query, clip)))
-    rows = {}
-    for kind in found:
-        median = round(float(np.median(errors[kind])), 3)
-        rows[kind] = {"found": found[kind], "of": of[kind], "median_seconds": median}
-    return rows
-
-
-def localisation_errors(
-    part: DemoPart, table: np.ndarray, threshold: float, align_options: dict[str, float]
-) -> tuple[np.ndarray, int]:
-    """How far the ends of the best segment are off, over the copies and excerpts found.
-
-    A jump cut within a copy counts as inside the segment.
-
-    Returns:
-        errors (n, 4) in seconds: query start and end, video start and end;
-        the number of videos in which no segment was found.
-    """
-    fps = float(part.index.fps)
-    errors, missing = [], 0
-    for query, video, found in part.copies_and_excerpts(table, threshold):
-        if not found:
-            continue
-        segments = align(part.frames[query] @ part.frames[video].T, **align_options)
-        if not segments:
-            missing += 1
-            continue
-        true = np.array(part.true_segments(query, video))  # (segments, 4)
-        starts, ends = true.min(0), true.max(0)
-        true_ends = [starts[0], ends[1], starts[2], ends[3]]
-        errors.append(np.abs(ends_in_seconds(segments[0], fps) - true_ends))
-    return np.array(errors).reshape(-1, 4), missing
-
-
-def ends_in_seconds(segment, fps):
-    """[query start, query end, target start, target end] of an `alignment.Segment`."""
-    frames = [
-        segment.query_start,
-        segment.query_end,
-        segment.target_start,
-        segment.target_end,
-    ]
-    return np.array(frames) / fps
-
-
-def choose_align_options(part: DemoPart, table: np.ndarray, threshold: float) -> dict[str, float]:
-    """The frame similarity with the lowest mean error of a segment's ends on this part."""
-
-    def mean_error(min_similarity):
-        options = {"min_similarity": min_similarity}
-        errors, missing = localisation_errors(part, table, threshold, options)
-        total = np.minimum(errors.mean(1), MISSING_ERROR).sum() + MISSING_ERROR * missing
-        return total / max(len(errors) + missing, 1)
-
-    best = min(np.arange(0.1, 0.75, 0.05), key=mean_error)
-    return {"min_similarity": round(float(best), 2)}
-
-
-def localisation(
-    part: DemoPart, table: np.ndarray, threshold: float, align_options: dict[str, float]
+def calibrate_index(
+    index: VideoIndex,
+    count: int = 20,
+    seed: int = 0,
+    on_video: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """The medians of `localisation_errors`."""
-    errors, missing = localisation_errors(part, table, threshold, align_options)
-    names = ("query start", "query end", "video start", "video end")
-    medians = np.median(errors, 0).round(3).tolist()
+    """The calibration of an index's model by copies of a sample of its own videos.
+
+    Half of the sample gives the thresholds, the other half the figures. Videos of the sample that
+    seem to share film are left apart: `related` names these pairs.
+
+    Args:
+        count: how many videos; at least four.
+        on_video: called with the name of each copy that is made.
+
+    Raises:
+        InputError: with fewer than four videos that exist.
+    """
+    paths = sorted(path for path in index.store.known_files() if os.path.exists(path))
+    random.Random(seed).shuffle(paths)
+    if len(paths) < 4:
+        raise utils.InputError("calibration takes four videos and more; index some first")
+    recordings = []
+    for i, path in enumerate(paths[:count]):
+        recordings.append(Recording(Path(path), path, path, HALVES[i % 2]))
+    with tempfile.TemporaryDirectory() as folder:
+        make_copies(recordings, Path(folder), on_video, max_originals=1)
+        entry = calibrate(Path(folder), index.pipeline, Path(folder), related=True)
+    return entry | {"own": True}
+
+
+def without_related(pairs: Pairs, truth: dict[str, list[Piece]]) -> tuple[Pairs, list[list[str]]]:
+    """The pairs, less those of recordings that seem to share film, and these recordings' names.
+
+    Two recordings seem to if any of their videos match in CERTAIN_SECONDS of different film.
+    """
+    films = [
+        tuple(frozenset(piece.film for piece in truth[name]) for name in pair)
+        for pair in pairs.names
+    ]
+    related = set()
+    for (a, b), label, distinct in zip(films, pairs.labels, pairs.distinct, strict=True):
+        if not label and distinct >= CERTAIN_SECONDS:
+            related |= {frozenset((x, y)) for x in a for y in b}
+    kept = []
+    for (a, b), label in zip(films, pairs.labels, strict=True):
+        kept.append(bool(label) or not any(frozenset((x, y)) in related for x in a for y in b))
+    parts = []
+    for part in pairs:
+        if isinstance(part, np.ndarray):
+            parts.append(part[kept])
+        else:
+            parts.append(list(itertools.compress(part, kept)))
+    return Pairs(*parts), sorted(sorted(pair) for pair in related)
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def figures_of(pairs: Pairs, settings: dict[str, float]) -> dict[str, Any]:
+    """Precision and recall of the answers, and of each verdict, as [right, of]."""
+    from videoindex.evidence import verdict
+
+    found = pairs.evidence >= settings["threshold"]
+    is_film = np.isin(pairs.labels, ("film", "a moment"))
+    is_copy = pairs.labels == "film"
+    words = np.array(
+        [
+            verdict(settings, *parts)
+            for parts in zip(pairs.evidence, pairs.distinct, pairs.matched, strict=True)
+        ]
+    )
+    figures = {
+        "videos": len({name for pair in pairs.names for name in pair}),
+        "pairs": len(pairs.labels),
+        "right": counts(pairs.labels[found] != ""),
+        "share_film": counts(is_film[found]),
+        "recall": counts(found[is_copy]),
+        "unrelated": counts(found[pairs.labels == ""]),
+    }
+    for word in np.unique(words[found]):
+        figures[str(word)] = counts(is_film[found & (words == word)])
+    return figures
+
+
+def counts(flags):
+    """[how many are true, of how many]."""
+    return [int(flags.sum()), len(flags)]
+
+
+def figures_of_groups(
+    index: VideoIndex, truth: dict[str, list[Piece]], settings: dict[str, float]
+) -> dict[str, Any]:
+    """How pure the groups of `duplicates` are.
+
+    pure: [pairs of one group that share film, pairs of one group]
+    grouped: [videos that have a copy and are in a group or a part of one, videos that have a copy]
+    """
+    groups = index.duplicates(calibration=settings)
+    pure, grouped = [], set()
+    for group in groups:
+        members = [Path(paths[0]).stem for paths in group.files.values()]
+        for a, b in itertools.combinations(members, 2):
+            pure.append(label_of(truth[a], truth[b]) in ("film", "a moment"))
+        grouped |= set(members) | {Path(paths[0]).stem for paths in group.part_files.values()}
+    copied = set()
+    for a, b in itertools.combinations(truth, 2):
+        if label_of(truth[a], truth[b]) == "film":
+            copied |= {a, b}
     return {
-        "videos": len(errors),
-        "without_stretch": missing,
-        "median_seconds": dict(zip(names, medians, strict=True)),
-        "median_seconds_all_ends": round(float(np.median(errors)), 3),
-        "within_1_second": round(float((errors <= 1).mean()), 3),
+        "groups": len(groups),
+        "largest": max((len(group.files) for group in groups), default=0),
+        "pure": counts(np.array(pure, bool)),
+        "grouped": [len(copied & grouped), len(copied)],
     }
 
 
-def choose_radius(part: DemoPart, is_found_copy: np.ndarray) -> tuple[float, float]:
-    """The window similarity that all but 1 % of the copies found have, for `duplicates`.
+def figures_of_ends(
+    pairs: Pairs, truth: dict[str, list[Piece]], settings: dict[str, float], fps: str
+) -> dict[str, list[int]]:
+    """[ends of stretches within 1 s of the truth, ends], of copies and of film inside others."""
+    rate = float(Fraction(fps))
+    rows = {"copies": [], "inside others": []}
+    for (a, b), label, score, stretch in zip(
+        pairs.names, pairs.labels, pairs.evidence, pairs.stretches, strict=True
+    ):
+        true = list(shared_segments(truth[a], truth[b]))
+        if label != "film" or score < settings["threshold"] or len(true) != 1:
+            continue
+        segment = stretch.segment
+        ends = segment.query_start, segment.query_end, segment.target_start, segment.target_end
+        errors = np.abs(np.array(ends) / rate - true[0])
+        is_inside = len(truth[a]) > 1 or len(truth[b]) > 1
+        rows["inside others" if is_inside else "copies"].extend(errors <= 1)
+    return {name: counts(np.array(flags, bool)) for name, flags in rows.items()}
 
-    Args:
-        is_found_copy: (n,), of the pairs in the order of `labelled_scores`.
 
-    Returns:
-        the radius, and the share of all pairs that have it.
-    """
-    windows = {}
-    for video, content in part.contents.items():
-        windows[video] = part.index.store.window_descriptors(content)  # (P, D)
-    nearest = []
-    for query in part.set.queries:
-        for video in part.set.database:
-            if query != video:
-                nearest.append(float((windows[query] @ windows[video].T).max()))
-    nearest = np.array(nearest)  # (n,)
-    radius = float(np.quantile(nearest[is_found_copy], 0.01))
-    return radius, float((nearest >= radius).mean())
+def mean_average_precision(pairs: Pairs) -> float:
+    """mAP by evidence: each video that has a copy asks for its copies among all others."""
+    scores: dict[str, list] = {}
+    for (a, b), label, score in zip(pairs.names, pairs.labels, pairs.evidence, strict=True):
+        if label != "a moment":  # neither right nor wrong
+            for name in (a, b):
+                scores.setdefault(name, []).append((label == "film", score))
+    values = []
+    for rows in scores.values():
+        is_right, of_pair = np.array(rows).T
+        if is_right.any():
+            values.append(average_precision_score(is_right, of_pair))
+    return float(np.mean(values))
 
 
 # --- what is printed ----------------------------------------------------------------------------
 
 
 def print_entry(name: str, entry: dict[str, Any]) -> None:
-    for key, metrics in entry.items():
-        if key.startswith("mAP"):
-            values = ", ".join(f"{task} {value:.4f}" for task, value in metrics.items())
-            print(f"{name}, {entry['metric']}, {key}: {values}")
-    print(
-        f"  threshold {entry['threshold']:.3f}: {entry['precision']:.1%} right"
-        f" ({entry['share_film']:.1%} share film), recall {entry['recall']:.1%};"
-        f" for copies alone {entry['copies_threshold']:.3f},"
-        f" recall {entry['recall_at_copies_threshold']:.1%};"
-        f" radius {entry['radius']:.3f} ({entry['radius_share']:.1%} of all pairs)"
+    measured = entry["measured"]
+    levels = ", ".join(
+        f"{level} {entry[level]:.3f}" for level in ("threshold", "certain", "likely", "radius")
     )
-    for kind, (found, of) in entry["recall_by_kind"].items():
-        print(f"  {kind:20} {found:4} of {of:4}  {found / of:.1%}")
-    for kind, row in entry["recall_of_single_edits"].items():
-        found, of = row["found"], row["of"]
-        print(
-            f"  {kind + ' only':20} {found:4} of {of:4}  {found / of:.1%}"
-            f"  ends off by {row['median_seconds']:.2f} s"
-        )
-    errors = entry["localisation"]
-    ends = ", ".join(f"{end} {value:.2f}" for end, value in errors["median_seconds"].items())
-    print(
-        f"  places: median error {errors['median_seconds_all_ends']:.2f} s ({ends}),"
-        f" {errors['videos']} videos,"
-    )
-    print(
-        f"    {errors['within_1_second']:.1%} of the ends within 1 s,"
-        f" {errors['without_stretch']} without a stretch"
-    )
+    print(f"{name}: {levels}; mAP {measured['mAP']:.4f}")
+    rows = {key: value for key, value in measured.items() if isinstance(value, list)}
+    rows |= {
+        f"groups, {key}": value
+        for key, value in measured["groups"].items()
+        if key in ("pure", "grouped")
+    }
+    rows |= {f"ends, {key}": value for key, value in measured["ends"].items()}
+    for key, (part, whole) in rows.items():
+        print(f"  {key:20} {part:5} of {whole:5}  {part / max(whole, 1):.1%}")
 
 
 if __name__ == "__main__":

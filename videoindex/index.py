@@ -23,28 +23,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from retrieval.alignment import ALIGN_BYTES, align
 from retrieval.compare import MEMORY
-from retrieval.encode import resident_bytes
-from retrieval.similarity import CHUNK_BYTES, FRAME_METRICS, WORKING_BYTES, similarity_table
 from utils import InputError, file_sha256
+from videoindex.comparison import (
+    RECURRING,
+    Comparer,
+    is_inside_both,
+    l2_normalise,
+    recurring_frames,
+)
+from videoindex.grouping import JOINING, judge, make_clusters
 from videoindex.moves import Drives, current_mounts, moved_from, require_sources
 from videoindex.nearest import NearestVideos
-from videoindex.pipeline import EncodedVideo, Pipeline, calibration_folder, read_calibration
-from videoindex.results import Group, IndexUpdate, Link, Match, TimeSegment
+from videoindex.pipeline import (
+    EncodedVideo,
+    Pipeline,
+    calibration_folder,
+    options_of,
+    read_calibration,
+)
+from videoindex.results import Group, IndexUpdate, Link, Match
 from videoindex.shown import ShownFiles
 from videoindex.sources import find_files, vanished_files
 from videoindex.store import Content, IndexStore, KnownFile
 
-# On the demo tn is the best frame-level measure, in mAP and in recall at 99 % precision.
-METRIC = "tn"
-METRICS = [name for name in FRAME_METRICS if name != "comparator"]  # that needs a network
-SHORTLIST = 500  # videos compared frame by frame; 100 of the demo's 460 cost 3 points of mAP
+SHORTLIST = 500  # videos compared frame by frame
 CHUNK = 128  # new files that are hashed, then encoded, together
-NO_THRESHOLD = -2.0  # below every score
 MAX_HOLES = 0.5  # the share of holes above which an index is compacted
 
 
@@ -105,7 +110,9 @@ class VideoIndex:
         if self._pipeline is None:
             stored = {}
             if self.store:
-                stored = self.store.settings["options"] | {"frames": self.store.frame_rule}
+                identity = self.store.settings["identity"]
+                stored = options_of(identity) | self.store.settings["options"]
+                stored["frames"] = self.store.frame_rule
             self._pipeline = Pipeline(self._device, self._workers, **(stored | self._options))
             if self.store:  # the files that the options name may have changed since
                 self._check_identity(self._pipeline)
@@ -114,8 +121,8 @@ class VideoIndex:
     def _check_identity(self, pipeline):
         stored = self.store.settings["identity"] | {"frames": self.store.frame_rule}
         given = pipeline.identity | {"frames": pipeline.frame_rule}
-        for part, value in stored.items():
-            other = given.get(part)
+        for part in [*stored, *(given.keys() - stored)]:
+            value, other = stored.get(part, "keep"), given.get(part, "keep")
             if other != value:
                 raise InputError(
                     f"index {str(self.folder)!r} was made with {part} {value!r}, this model has"
@@ -124,15 +131,20 @@ class VideoIndex:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What calibrate.py measured for this model: threshold, radius, metric, align; or {}.
+        """What calibrate.py measured for this model: threshold, radius, ...; or {}.
 
         Read from the model's folder; if it is missing there, the copy stored in the index is used.
         """
         if self.store is None:
             return {}
         settings = self.store.settings
-        current = read_calibration(calibration_folder(settings["options"]), settings["identity"])
-        return current or settings["calibration"]
+        stored = settings["calibration"]
+        if stored.get("own"):  # of `search.py calibrate`
+            return stored
+        folder = calibration_folder(settings["options"])
+        current = read_calibration(folder, settings["identity"])
+        # Before 1.0 it held other scores.
+        return current or (stored if "min_similarity" in stored else {})
 
     @property
     def fps(self) -> Fraction:
@@ -326,19 +338,23 @@ class VideoIndex:
         top: int = 10,
         threshold: float | None = None,
         shortlist: int = SHORTLIST,
-        metric: str | None = None,
         with_segments: bool = True,
+        skip_start: float = 0.0,
+        min_match: float = 0.0,
     ) -> list[Match]:
-        """The videos most similar to `clip`, best first; ties in the order of adding.
+        """The videos that share most with `clip`, best first; ties in the order of adding.
 
-        The `shortlist` nearest by window descriptors (`top`, if that is more) are ranked by the
-        frame-level `metric`.
+        The `shortlist` nearest by window descriptors (`top`, if that is more) are compared frame
+        by frame (`videoindex.evidence`). A stretch that the clip shares with RECURRING videos and
+        more, such as an intro, is no evidence, unless it is half of the clip or of the video.
 
         Args:
             top: the most matches to return.
-            threshold: the lowest score to return; by default the calibrated one, or none.
-            metric: one of METRICS; by default the calibrated one, or METRIC.
-            with_segments: find where the videos match; off saves time.
+            threshold: the lowest score to return; by default the calibrated one. Without either,
+                everything that shares two similar frames.
+            with_segments: find every stretch that matches, not the first alone.
+            skip_start: seconds at the start of every video that are no evidence.
+            min_match: the least seconds of a stretch.
         """
         video = clip
         if not isinstance(clip, EncodedVideo):
@@ -351,112 +367,82 @@ class VideoIndex:
                 f"clip {str(video.path)!r} has descriptors of {video.window_descriptors.shape[1]}"
                 f" values, the index of {size}; were both made by one model?"
             )
-        metric = self._choose_metric(metric)
         if threshold is None:
-            threshold = self.calibration.get("threshold", NO_THRESHOLD)
+            threshold = self.calibration.get("threshold", 0.0)
 
-        candidates = self.nearest.search(video.window_descriptors, max(shortlist, top))
+        candidates = dict(self.nearest.search(video.window_descriptors, max(shortlist, top)))
         shown = ShownFiles(self.store)
         rejected = shown.rejected_for(video)
-        contents, similarities = [], []
-        for number, similarity in sorted(candidates):  # the order of adding
+        contents = []
+        for number in sorted(candidates):  # the order of adding
             content = self.store.content(number)
             if content and number not in rejected:  # another process may have removed it
                 contents.append(content)
-                similarities.append(similarity)
         if not contents:
             return []
-        scores = self._scores(video.frame_descriptors, contents, metric)  # (N,)
+        comparer = self.comparer(skip_start, min_match)
+        frames = comparer.frames_of_clip(video)
+        least = threshold * float(self.fps)
+        found, frames = self._without_recurring(comparer, frames, contents, least, top)
+        contents = {content.id: content for content in contents}
         matches = []
-        for i in np.argsort(-scores, kind="stable")[:top]:
-            if scores[i] < threshold:
-                break
-            content = contents[i]
+        for number in sorted(found, key=lambda number: -found[number].evidence)[:top]:
+            content = contents[number]
             self.store.require_intact(content)  # what is shown; `verify` reads everything
-            segments = []
+            target = comparer.frames_of(content)
+            stretches = [found[number]]
             if with_segments:
-                segments = self.find_segments(video.frame_descriptors, video.seconds, content)
+                stretches = comparer.stretches(frames, target, least) or stretches
             paths = shown.paths(content.id)
             path, *same_content_paths = paths or self.store.paths(content.id)[:1]
             match = Match(
                 path=path,
-                score=min(float(scores[i]), 1.0),
-                similarity=similarities[i],
+                score=found[number].evidence / float(self.fps),
+                similarity=candidates[number],
                 seconds=content.seconds,
                 content=content.id,
                 same_content_paths=same_content_paths,
-                segments=segments,
+                segments=[comparer.time_segment(stretch, frames, target) for stretch in stretches],
+                verdict=comparer.verdict(found[number]),
+                matched_seconds=found[number].distinct / float(self.fps),
                 missing=not paths,
             )
             matches.append(match)
+        self.store.release_pages()
         return matches
 
-    def _choose_metric(self, metric):
-        metric = metric or self.calibration.get("metric", METRIC)
-        if metric not in METRICS:
-            raise InputError(
-                f"metric {metric!r} cannot rank here; choose from {', '.join(METRICS)}"
-            )
-        return metric
+    def comparer(
+        self,
+        skip_start: float = 0.0,
+        min_match: float = 0.0,
+        calibration: dict[str, Any] | None = None,
+    ) -> Comparer:
+        """What compares videos with this index's contents."""
+        calibration = self.calibration if calibration is None else calibration
+        return Comparer(self.store, self.fps, calibration, self.memory, skip_start, min_match)
 
-    def _scores(self, frames, contents, metric):
-        """Frame-level similarities (N,) of a video's frames (T, D) with N contents.
-
-        Contents are read a few at a time: as float32, two hours of film are 15 MB.
-        """
-        query, scores = l2_normalise(frames), []
-        for group, chunk_bytes in self._groups(query, contents, metric):
-            targets = [l2_normalise(self.store.frame_descriptors(content)) for content in group]
-            scores.append(similarity_table([query], targets, metric, chunk_bytes=chunk_bytes)[0])
-            self.store.release_pages()
-        return np.concatenate(scores)
-
-    def _groups(self, query, contents, metric):
-        """Yield (contents that are read together, bytes for their comparison)."""
-        longest = max(content.num_frames for content in contents)
-        left = self.memory - resident_bytes()
-        pair = len(query) * longest * max(4 + WORKING_BYTES.get(metric, 0), ALIGN_BYTES)
-        pair += 16 * query.shape[1] * longest  # its descriptors: stored, normalised, packed
-        if pair > left:
-            required = (self.memory + pair - left) / 2**30 + 0.005  # to round up
-            raise InputError(
-                f"--memory {self.memory / 2**30:.3g} GiB does not hold the comparison of videos of"
-                f" {len(query)} and {longest} frames; give {required:.2f} or more"
-            )
-        budget = min(CHUNK_BYTES, left / 2)
-        group, size = [], 0
-        for content in contents:
-            bytes_ = 4 * query.shape[1] * content.num_frames
-            if group and size + bytes_ > budget / 2:
-                yield group, budget
-                group, size = [], 0
-            group.append(content)
-            size += bytes_
-        yield group, budget
-
-    def find_segments(
-        self, frames: np.ndarray, seconds: float, content: Content
-    ) -> list[TimeSegment]:
-        """The segments that a video shares with a content, best first.
-
-        Args:
-            frames: the video's frame descriptors (T, D).
-            seconds: how long the video plays.
-        """
-        fps = float(self.fps)
-        matrix = self.frame_similarities(frames, content)
-        self.store.release_pages()
-        segments = []
-        for found in align(matrix, **self.calibration.get("align", {})):  # in frames
-            segment = TimeSegment(
-                query_start=found.query_start / fps,
-                query_end=min(found.query_end / fps, seconds),
-                target_start=found.target_start / fps,
-                target_end=min(found.target_end / fps, content.seconds),
-                similarity=found.similarity,
-            )
-            segments.append(segment)
-        return segments
+    def _without_recurring(self, comparer, frames, contents, least, top):
+        """The first stretches {content: Stretch}, and the clip's frames without recurring ones."""
+        count = max(top, 3 * RECURRING)  # so that recurring stretches are noticed
+        found = comparer.compare(frames, contents, least, count)
+        lengths = {content.id: content.num_frames for content in contents}
+        spans = []
+        for number, stretch in found.items():
+            if is_inside_both(stretch, len(frames.descriptors), lengths[number]):
+                spans.append((stretch.segment.query_start, stretch.segment.query_end))
+        recurring = recurring_frames(spans, len(frames.descriptors))
+        if recurring.any():
+            kept = frames._replace(is_evidence=frames.is_evidence & ~recurring)
+            others = []
+            for content in contents:
+                stretch = found.get(content.id)
+                if stretch is None or is_inside_both(
+                    stretch, len(frames.descriptors), content.num_frames
+                ):
+                    found.pop(content.id, None)
+                    others.append(content)
+            found |= comparer.compare(kept, others, least, top) if others else {}
+        return found, frames
 
     def frame_similarities(self, frames: np.ndarray, content: Content) -> np.ndarray:
         """The similarities (Tq, Tt) float32 of frame descriptors (Tq, D) with a content's."""
@@ -468,80 +454,93 @@ class VideoIndex:
         self,
         threshold: float | None = None,
         radius: float | None = None,
-        metric: str | None = None,
+        skip_start: float = 0.0,
+        min_match: float = 0.0,
+        calibration: dict[str, Any] | None = None,
     ) -> list[Group]:
-        """Groups of videos that share material, the largest first.
+        """Groups of copies, the largest first (`videoindex.grouping`).
 
-        FAISS finds the pairs whose window descriptors are similar. A pair is linked if the
-        frame-level similarity, with the shorter video as the query, reaches the threshold. Files
-        with identical content always form a group. Files that do not exist now are in no group,
-        links to one file are one file, and rejected pairs are not compared.
+        A member matches the centre of its group, its longest video, over half of both. What matches
+        over less, such as an excerpt, is listed as a part. Files with identical content always form
+        a group. Files that do not exist now are in no group, links to one file are one file, and
+        rejected pairs are not compared.
 
         Args:
-            threshold: the lowest score that links a pair. The calibrated one, the default, is
-                stricter than a query's: one wrong link joins two groups.
-            radius: the lowest similarity of window descriptors; by default the calibrated one.
-            metric: as for `query`.
+            threshold: the lowest score that joins; by default what is at least `likely`.
+            radius: the lowest similarity of window descriptors of videos that are compared; by
+                default the calibrated one.
+            skip_start, min_match: as for `query`.
+            calibration: another than this index's.
 
         Raises:
             InputError: if the model is not calibrated, and threshold or radius is missing.
         """
-        metric = self._choose_metric(metric)
-        threshold = self.calibration.get("copies_threshold") if threshold is None else threshold
-        radius = self.calibration.get("radius") if radius is None else radius
-        if threshold is None or radius is None:
+        calibration = self.calibration if calibration is None else calibration
+        radius = calibration.get("radius") if radius is None else radius
+        if radius is None or (threshold is None and "certain" not in calibration):
             raise InputError("this index's model is not calibrated; give --threshold and --radius")
         nearest = self.nearest
         lengths, shown = self.store.frame_counts(), ShownFiles(self.store)
-        candidates = {}  # {shorter content: [longer contents]}
-        for pair in nearest.range_search(radius):
-            if not lengths.keys() >= set(pair) or not shown.may_pair(*pair):
-                continue
-            shorter, longer = sorted(pair, key=lambda number: (lengths[number], number))
-            candidates.setdefault(shorter, []).append(longer)
-        links = []
-        for shorter, longer in candidates.items():
-            links += self._find_links(shorter, longer, threshold, metric)
-        return self._connected_groups(links, shown)
+        near: dict[int, list[int]] = {}
+        for a, b in nearest.range_search(radius):
+            if {a, b} <= lengths.keys() and shown.may_pair(a, b):
+                near.setdefault(a, []).append(b)
+                near.setdefault(b, []).append(a)
+        comparer = self.comparer(skip_start, min_match, calibration)
+        lowest = calibration["threshold"] if threshold is None else threshold
+        least = lowest * float(self.fps)
 
-    def _find_links(self, number, others, threshold, metric):
-        """The links of a content, by number, with those of the others that reach the threshold."""
-        content = self.store.content(number)
-        contents = [found for other in others if (found := self.store.content(other))]
-        if content is None or not contents:  # another process may have removed them
-            return []
-        frames = self.store.frame_descriptors(content)
-        scores = self._scores(frames, contents, metric).tolist()
-        links = []
-        for other, score in zip(contents, scores, strict=True):
-            if score >= threshold:
-                self.store.require_intact(content)
-                self.store.require_intact(other)
-                segments = self.find_segments(frames, content.seconds, other)
-                links.append(Link(number, other.id, min(score, 1.0), segments))
-        return links
+        def compare(number, others):
+            content = self.store.content(number)
+            contents = [found for other in others if (found := self.store.content(other))]
+            if content is None or not contents:  # another process may have removed them
+                return {}
+            return comparer.compare(comparer.frames_of(content), contents, least)
 
-    def _connected_groups(self, links, shown):
-        """The connected components of the links, and the contents that several files have."""
-        numbers = shown.shared_contents()
-        for link in links:
-            numbers |= {link.a, link.b}
-        if not numbers:
-            return []
-        node_of = {number: node for node, number in enumerate(sorted(numbers))}
-        edges = [(node_of[link.a], node_of[link.b]) for link in links]
-        ends = np.array(edges, int).reshape(-1, 2).T  # (2, edges)
-        graph = coo_array((np.ones(len(links)), ends), shape=(len(node_of), len(node_of)))
-        count, labels = connected_components(graph, directed=False)
+        def joins(stretch):
+            return threshold is not None or comparer.verdict(stretch) in JOINING
 
-        groups = [Group() for _ in range(count)]
-        for number, node in node_of.items():
-            group = groups[labels[node]]
-            group.files[number] = shown.paths(number)
-            group.seconds[number] = self.store.content(number).seconds
-        for link in sorted(links, key=lambda link: -link.score):
-            groups[labels[node_of[link.a]]].links.append(link)
+        groups, alone = [], shown.shared_contents()
+        for cluster in make_clusters(lengths, near, compare, joins):
+            judge(cluster, compare)
+            group = self._group(cluster, comparer, shown, least)
+            alone -= group.files.keys() | group.part_files.keys()
+            groups.append(group)
+        for number in sorted(alone):
+            content = self.store.content(number)
+            if content:
+                groups.append(Group({number: shown.paths(number)}, {number: content.seconds}))
         return sorted(groups, key=lambda group: -len(group.paths))
+
+    def _group(self, cluster, comparer, shown, least):
+        """A Cluster with its files and seconds."""
+        group = Group(is_doubtful=cluster.is_doubtful)
+        centre = self.store.content(cluster.centre)
+        self.store.require_intact(centre)
+        target = comparer.frames_of(centre)
+        group.files[centre.id], group.seconds[centre.id] = shown.paths(centre.id), centre.seconds
+        copies = cluster.members, group.links, group.files
+        parts = cluster.parts, group.parts, group.part_files
+        for stretches, links, files in (copies, parts):
+            for number, first in stretches.items():
+                content = self.store.content(number)
+                self.store.require_intact(content)
+                frames = comparer.frames_of(content)
+                found = comparer.stretches(frames, target, least) or [first]
+                link = Link(
+                    number,
+                    centre.id,
+                    first.evidence / float(self.fps),
+                    [comparer.time_segment(stretch, frames, target) for stretch in found],
+                    comparer.verdict(first),
+                    first.distinct / float(self.fps),
+                )
+                links.append(link)
+                files[number] = shown.paths(number)
+                group.seconds[number] = content.seconds
+            links.sort(key=lambda link: -link.score)
+        self.store.release_pages()
+        return group
 
 
 @dataclass
@@ -570,12 +569,6 @@ class _AddCounter:
             else:
                 self.update.added += 1
             self.on_file(file.path, "")
-
-
-def l2_normalise(x: np.ndarray) -> np.ndarray:
-    """The rows of x as float32 of unit length, which half precision has rounded."""
-    x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def package_versions() -> dict[str, str]:

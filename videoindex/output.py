@@ -200,6 +200,10 @@ def print_groups(groups: Sequence[Group]) -> None:
                 print(f"  {printable(path)} ({length}){note}  {_facts_line(path)}")
         for link in group.links:
             print(f"    {_link_line(group, link)}")
+        for link in group.parts:
+            print(f"    part: {_link_line(group, link)}")
+        if group.is_doubtful:
+            print("    most of these match the first video, but not each other: look at them")
     total = sum(len(group.paths) for group in groups)
     print(f"{len(groups)} groups, {total} videos")
 
@@ -211,47 +215,56 @@ def _facts_line(path):
 
 
 def _link_line(group, link):
-    a, b = (printable(os.path.basename(group.files[number][0])) for number in (link.a, link.b))
+    files = group.files | group.part_files
+    a, b = (printable(os.path.basename(files[number][0])) for number in (link.a, link.b))
     segments = ", ".join(map(format_segment, link.segments))
     verdict = f"  {link.verdict}" if link.verdict else ""
     return f"{link.score:.3f}{verdict}  {a} ~ {b}  {segments}"
 
 
 def group_json(group: Group) -> dict[str, Any]:
-    videos, links = [], []
+    videos = []
     for number, paths in group.files.items():
         seconds = round(group.seconds[number], 3)
         videos.append({"paths": paths, "seconds": seconds, "files": _files_json(paths)})
-    for link in group.links:
-        row = {
-            "a": group.files[link.a][0],
-            "b": group.files[link.b][0],
-            "score": round(link.score, 4),
-            "verdict": link.verdict,
-            "matched_seconds": round(link.matched_seconds, 3),
-            "stretches": segments_json(link.segments),
-        }
-        links.append(row)
-    return {"videos": videos, "links": links}
+    return {
+        "videos": videos,
+        "links": [_link_json(group, link) for link in group.links],
+        "parts": [_link_json(group, link) for link in group.parts],
+        "doubtful": group.is_doubtful,
+    }
 
 
-GROUP_COLUMNS = ["group", "path", "same_content", "score", "verdict", "linked_to"]
+def _link_json(group, link):
+    files = group.files | group.part_files
+    return {
+        "a": files[link.a][0],
+        "b": files[link.b][0],
+        "score": round(link.score, 4),
+        "verdict": link.verdict,
+        "matched_seconds": round(link.matched_seconds, 3),
+        "stretches": segments_json(link.segments),
+    }
+
+
+GROUP_COLUMNS = ["group", "path", "part", "same_content", "score", "verdict", "linked_to"]
 GROUP_COLUMNS += MediaFacts._fields
 
 
 def group_rows(number: int, group: Group) -> list[dict[str, Any]]:
     """Rows of CSV: one for each file of a group, with the best link of its content."""
     best: dict[int, tuple[Link, int]] = {}  # {content: (link, the other content)}
-    for link in group.links:
+    for link in group.links + group.parts:
         best.setdefault(link.a, (link, link.b))
         best.setdefault(link.b, (link, link.a))
     rows = []
-    for content, paths in group.files.items():
+    for content, paths in (group.files | group.part_files).items():
         row = {"group": number, "same_content": "yes" if len(paths) > 1 else "no"}
+        row["part"] = "yes" if content in group.part_files else "no"
         if content in best:
             link, other = best[content]
             row |= {"score": round(link.score, 4), "verdict": link.verdict}
-            row["linked_to"] = group.files[other][0]
+            row["linked_to"] = (group.files | group.part_files)[other][0]
         for path in paths:
             rows.append({**row, "path": path, **file_facts(path)})
     return rows

@@ -4,7 +4,6 @@ The parts are those of the other scripts (pre-processing/, evaluation.py); `Pipe
 Its `identity` names everything that decides the values of the descriptors.
 """
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from distributed import Distributed, default_device
 from features.frame_rules import DEFAULT_RULE, FRAME_RULES
 from model import ENCODERS, load_encoder, model_file
 from padding import pad
-from retrieval.alignment import align
 from untrusted import is_object, read_json
 from utils import InputError, available_cores
 
@@ -28,8 +26,11 @@ from utils import InputError, available_cores
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "demo"
 # Beside an encoder's file, written by calibrate.py: {name: {"identity", "threshold", ...}}.
 CALIBRATION = "calibration.json"
+CALIBRATED = ("min_similarity", "threshold", "certain", "likely", "radius")
 THUMBNAIL_SIZE = 160  # pixels of the long side: about 3 KB for a second of video
-WINDOW = 60  # frames that are encoded together, into one window descriptor
+# Frames that are encoded together, into one window descriptor: of the untrained mean, in which a
+# short excerpt of a long film would be lost, and of a trained encoder, which takes them in context.
+MEAN_WINDOW, TRAINED_WINDOW = 10, 60
 
 # The options of a pipeline. An index stores them, so that a query need not repeat them.
 DEFAULT_OPTIONS = {
@@ -43,9 +44,11 @@ DEFAULT_OPTIONS = {
     "pooling": "imac",
     "fps": "1",
     "frames": DEFAULT_RULE,
-    "window": WINDOW,
+    "bars": "cut",
+    "window": None,
     "nhead": 8,
 }
+BARS = ("cut", "keep")  # black bars at the sides of the picture
 FILE_OPTIONS = ("model_path", "pca", "weights")  # and a backbone FILE.onnx
 
 
@@ -112,6 +115,8 @@ class Pipeline:
             "fps": str(options["fps"]),
             "window": options["window"],
         }
+        if options["bars"] == "cut":  # of earlier indexes nothing is said
+            self.identity["bars"] = "cut"
         self.calibration = read_calibration(calibration_folder(self.given), self.identity)
 
     def _load_projection(self):
@@ -156,7 +161,7 @@ class Pipeline:
             feature_function(self.backbone, self.options["pooling"], None, np.float16),
             fps=Fraction(self.options["fps"]),
             frame_rule=self.frame_rule,
-            view=self.backbone.view,
+            view=self.backbone.view._replace(cut_bars=self.options["bars"] == "cut"),
             workers=self.workers,
             thumbnail_size=THUMBNAIL_SIZE,
             **default_parallelism(self.device, self.workers),
@@ -242,13 +247,27 @@ def complete_options(given: dict[str, Any]) -> dict[str, Any]:
     parts = ("model_path", "pca", "backbone", "weights", "stages", "pooling")
     if all(options[name] == DEFAULT_OPTIONS[name] for name in parts):
         options["pca"] = SHIPPED / "pca.npz"
-        if options["encoder"] in (None, "tca"):
+        if options["encoder"] == "tca":
             options["model_path"] = SHIPPED / "model.pth"
-    elif not options["model_path"] and options["encoder"] != "mean":
+    elif not options["model_path"] and options["encoder"] not in (None, "mean"):
         raise InputError(
-            "--model_path is missing: another --pca, --backbone or --pooling needs its encoder,"
-            " or --encoder mean"
+            f"--encoder {options['encoder']} needs --model_path; without either, the features are"
+            " not encoded"
         )
+    if options["window"] is None:
+        options["window"] = TRAINED_WINDOW if options["model_path"] else MEAN_WINDOW
+    return options
+
+
+def options_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """What the identity of an index decides where its stored options say nothing.
+
+    The defaults of an earlier version were other ones: the shipped TCA, windows of 60 frames, bars
+    kept.
+    """
+    options = {"bars": identity.get("bars", "keep"), "window": identity.get("window")}
+    if identity.get("encoder", "mean") != "mean":
+        options["encoder"] = identity["encoder"].partition(" ")[0]
     return options
 
 
@@ -264,6 +283,8 @@ def check_options(options: dict[str, Any]) -> None:
         raise InputError(
             f"--frames {options['frames']!r} is not known; choose from {', '.join(FRAME_RULES)}"
         )
+    if options["bars"] not in BARS:
+        raise InputError(f"--bars {options['bars']!r} is not known; choose from {', '.join(BARS)}")
     try:
         options["fps"] = str(Fraction(options["fps"]))  # "1.0" becomes "1"
     except (ValueError, ZeroDivisionError):
@@ -278,27 +299,31 @@ def check_options(options: dict[str, Any]) -> None:
 # --- calibration --------------------------------------------------------------------------------
 
 
-def calibration_folder(given: dict[str, Any]) -> Path | None:
-    """Where the calibration of these options is: beside the encoder's file, else the PCA's."""
+def calibration_folder(given: dict[str, Any]) -> Path:
+    """Where the calibration of these options is: beside the encoder's file, else the PCA's.
+
+    Networks that need neither are calibrated where the shipped model is.
+    """
     options = complete_options(given)
-    path = options["model_path"] or options["pca"]
-    if not path:
-        return None
-    path = Path(path)
+    path = Path(options["model_path"] or options["pca"] or SHIPPED)
     return path if path.is_dir() else path.parent
 
 
-def read_calibration(folder: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
-    """The entry of FOLDER/calibration.json that was measured with this identity, or {}."""
-    path = Path(folder, CALIBRATION) if folder else None
-    if path is None or not path.exists():
+def read_calibration(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The entry of FOLDER/calibration.json that was measured with this identity, or {}.
+
+    What an entry's identity does not mention may have any value.
+    """
+    path = Path(folder, CALIBRATION)
+    if not path.exists():
         return {}
     advice = "make it again or remove it"
     entries = read_json(path, "calibration", advice)
     if not is_object(entries, dict):
         raise InputError(f"calibration {str(path)!r} is not one; {advice}")
     for entry in entries.values():
-        if entry.get("identity") == identity:
+        known = entry.get("identity")
+        if isinstance(known, dict) and known and known.items() <= identity.items():
             check_calibration(entry, f"calibration {str(path)!r}")
             return entry
     return {}
@@ -308,19 +333,7 @@ def check_calibration(entry: dict[str, Any], source: str) -> None:
     """Raise InputError unless what `search.py` takes from a calibration has the right types."""
     if not is_object(entry):
         raise InputError(f"{source} is not one; make it again")
-    numbers = ("threshold", "copies_threshold", "radius")
-    good = all(_is_similarity(entry.get(name, 0.0)) for name in numbers)
-    good = good and isinstance(entry.get("metric", ""), str)
-    arguments = entry.get("align", {})
-    if not good or not is_object(arguments, float, int):
-        raise InputError(f"{source} holds values of other types; make it again")
-    parameters = inspect.signature(align).parameters
-    for name, value in arguments.items():
-        default = getattr(parameters.get(name), "default", None)
-        is_number = isinstance(default, float) or type(value) is type(default) is int
-        if not is_number or not 0 <= value <= 1000:
-            raise InputError(f"{source}: align cannot take {name} {value}; make it again")
-
-
-def _is_similarity(value):
-    return isinstance(value, float | int) and -2 <= value <= 2
+    for name in CALIBRATED:
+        value = entry.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, float | int) or not -1 <= value <= 1e6:
+            raise InputError(f"{source}: {name} is no number of that kind; make it again")

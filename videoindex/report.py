@@ -78,7 +78,7 @@ def write_duplicates(path: str | os.PathLike, index: VideoIndex, groups: Iterabl
 def _links_to_show(group):
     """Links of a group: first the best one of each video, so that all can be judged."""
     first, others, seen = [], [], set()
-    for link in group.links:  # best first
+    for link in group.links + group.parts:  # best first each
         (others if {link.a, link.b} <= seen else first).append(link)
         seen |= {link.a, link.b}
     shown = (first + others)[:MAX_LINKS]
@@ -167,7 +167,7 @@ class _Page:
 
     def group(self, group: Group, links: list) -> dict[str, Any]:
         """What the template shows of a group, with these of its links."""
-        members = []
+        members, all_files = [], group.files | group.part_files
         for number, paths in list(group.files.items())[:MAX_MEMBERS]:
             content = self.index.store.content(number)
             side = self._stored_side("", content, paths[0])
@@ -177,8 +177,9 @@ class _Page:
         pairs = []
         for link in links:
             a, b = self.index.store.content(link.a), self.index.store.content(link.b)
-            first = self._stored_side("first", a, group.files[link.a][0])
-            second = self._stored_side("second", b, group.files[link.b][0])
+            role = "part" if link.a in group.part_files else "first"
+            first = self._stored_side(role, a, all_files[link.a][0])
+            second = self._stored_side("second", b, all_files[link.b][0])
             pair = self._pair(link, self.index.store.frame_descriptors(a), first, b, second)
             pairs.append(pair)
         files = [file for member in members for file in member["files"]]
@@ -189,7 +190,8 @@ class _Page:
             "members": members,
             "more_members": max(0, len(group.files) - MAX_MEMBERS),
             "pairs": pairs,
-            "more_pairs": len(group.links) - len(links),
+            "more_pairs": len(group.links) + len(group.parts) - len(links),
+            "is_doubtful": group.is_doubtful,
         }
 
     def _side(self, role: str, path: str | os.PathLike, seconds: float, thumbnails: Callable):

@@ -25,7 +25,8 @@ class Match:
     """A video of the index that answers a query.
 
     path: the file
-    score: the frame-level similarity, 1 for the video itself
+    score: the evidence that it shares film, in seconds (`videoindex.evidence`): 0 for nothing, at
+        most `matched_seconds`
     similarity: of the window descriptors, by which the video was shortlisted
     seconds: how long the video plays
     content: its number in the index
@@ -64,20 +65,26 @@ class Link(NamedTuple):
 
 @dataclass
 class Group:
-    """Videos connected by links.
+    """Copies of one video, and what else shares film with it.
 
-    files: {content: [paths]}
-    seconds: {content: how long it plays}
-    links: the pairs of contents that share material, best first
+    files: {content: [paths]} of the copies; first the centre, the longest, that the others match
+    seconds: {content: how long it plays}, of copies and parts
+    links: of each other copy with the centre, best first
+    part_files: {content: [paths]} of excerpts, and of videos that share one with the centre
+    parts: the links of these with the centre, best first
+    is_doubtful: most copies match the centre, but not each other
     """
 
     files: dict[int, list[str]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
+    part_files: dict[int, list[str]] = field(default_factory=dict)
+    parts: list[Link] = field(default_factory=list)
+    is_doubtful: bool = False
 
     @property
     def paths(self) -> list[str]:
-        """All files of the group."""
+        """All files of the copies."""
         return [path for paths in self.files.values() for path in paths]
 
 

@@ -42,18 +42,18 @@ def _require_one_model(first, other):
 
 
 def query_indexes(
-    indexes: Sequence[VideoIndex], video: EncodedVideo, top: int = 10, *options: Any
+    indexes: Sequence[VideoIndex], video: EncodedVideo, top: int = 10, **options: Any
 ) -> list[Match]:
     """The best matches of all indexes, best first; a file that several hold is shown once.
 
     Args:
-        options: the arguments of `VideoIndex.query` after `top`.
+        options: of `VideoIndex.query`.
     """
     if len(indexes) == 1:
-        return indexes[0].query(video, top, *options)
+        return indexes[0].query(video, top, **options)
     matches: list[Match] = []
     for index in indexes:
-        matches += index.query(video, top, *options)
+        matches += index.query(video, top, **options)
     matches.sort(key=lambda match: -match.score)
     present = [match.path for match in matches if not match.missing]
     distinct, shown = set(distinct_files(present)), set()
@@ -87,14 +87,14 @@ class KnownVideo:
 
 
 def look_up(
-    indexes: Sequence[VideoIndex], sources: Iterable[str | os.PathLike], *options: Any
+    indexes: Sequence[VideoIndex], sources: Iterable[str | os.PathLike], **options: Any
 ) -> Iterator[KnownVideo]:
     """Yield what the indexes know of files and folders, as they are finished; nothing is added.
 
     Files whose content an index holds are not decoded.
 
     Args:
-        options: the arguments of `VideoIndex.query` after the video.
+        options: of `VideoIndex.query`.
     """
     found, failed = find_files(sources, indexes[0].folder)
     for path, reason in failed:
@@ -109,10 +109,10 @@ def look_up(
         if video is None:
             unknown.append(file.path)
         else:
-            matches = query_indexes(indexes, video, *options)
+            matches = query_indexes(indexes, video, **options)
             yield KnownVideo(file.path, "", video.seconds, matches, same_content=True)
     for video in indexes[0].encode_clips(unknown):
-        matches = [] if video.reason else query_indexes(indexes, video, *options)
+        matches = [] if video.reason else query_indexes(indexes, video, **options)
         yield KnownVideo(str(video.path), video.reason, video.seconds, matches)
 
 

@@ -494,7 +494,11 @@ def bit_rate(encoding: dict, width: int, height: int) -> int:
 
 def render(clip: Any, film: str | Path, path: str | Path) -> None:
     """Write a plan.Clip to `path` in the codec, size and frame rate of its plan."""
-    encoding = clip.encoding
+    write_video(clip_frames(clip, film), clip.encoding, path)
+
+
+def write_video(frames: Iterable[av.VideoFrame], encoding: dict, path: str | Path) -> None:
+    """Write frames to `path` in a codec, size and frame rate as by `draw_encoding`."""
     container, encoder, options, _ = CODECS[encoding["codec"]]
     final_filters = [
         f"scale=-2:{encoding['height']}",
@@ -505,7 +509,7 @@ def render(clip: Any, film: str | Path, path: str | Path) -> None:
     file_format = {"mkv": "matroska"}.get(container, container)
     with av.open(str(path), "w", format=file_format) as output:
         stream = None
-        for frame in filter_frames(final_filters, clip_frames(clip, film)):
+        for frame in filter_frames(final_filters, frames):
             if stream is None:
                 stream = output.add_stream(encoder, rate=encoding["rate"], options=options)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"

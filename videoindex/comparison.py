@@ -1,0 +1,206 @@
+"""Compares a video with contents of an index, frame by frame, in bounded memory."""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from retrieval.alignment import ALIGN_BYTES, STEP, path_weights
+from retrieval.encode import resident_bytes
+from retrieval.similarity import CHUNK_BYTES
+from utils import InputError
+from videoindex import evidence
+from videoindex.evidence import Stretch, find_stretches, shows_something
+from videoindex.pipeline import EncodedVideo
+from videoindex.results import TimeSegment
+from videoindex.store import Content, IndexStore
+
+RECURRING = 10  # videos that share a stretch of a video with it, from where on it is an intro
+MAX_STRETCHES = 10  # of a pair, that are shown
+
+
+class Frames(NamedTuple):
+    """The frames of a video, as they are compared.
+
+    descriptors: (T, D) float32, L2-normalised
+    is_evidence: (T,) bool; others match nothing
+    seconds: how long the video plays
+    """
+
+    descriptors: np.ndarray
+    is_evidence: np.ndarray
+    seconds: float
+
+
+class Comparer:
+    """Finds what a video shares with contents of a store.
+
+    Args:
+        calibration: of the model, see calibrate.py; or {}.
+        memory: bytes that the process may hold.
+        skip_start: seconds at the start of every video that are no evidence.
+        min_match: the least seconds of a stretch.
+    """
+
+    def __init__(
+        self,
+        store: IndexStore,
+        fps: Fraction,
+        calibration: dict[str, Any],
+        memory: float,
+        skip_start: float = 0.0,
+        min_match: float = 0.0,
+    ):
+        self.store, self.fps, self.calibration, self.memory = store, float(fps), calibration, memory
+        self.min_similarity = calibration.get("min_similarity", evidence.MIN_SIMILARITY)
+        self.skip_start, self.min_match = skip_start, min_match
+
+    def frames_of(self, content: Content) -> Frames:
+        """The frames of a content."""
+        sizes = np.frombuffer(content.jpeg_sizes, np.int32)
+        is_evidence = shows_something(sizes, self.store.thumbnails(content, [0])[0])
+        return self._frames(self.store.frame_descriptors(content), is_evidence, content.seconds)
+
+    def frames_of_clip(self, video: EncodedVideo) -> Frames:
+        """The frames of a video that need not be in the index."""
+        is_evidence = np.ones(len(video.frame_descriptors), bool)
+        if video.thumbnails:
+            sizes = [len(jpeg) for jpeg in video.thumbnails]
+            is_evidence = shows_something(sizes, video.thumbnails[0])
+        return self._frames(video.frame_descriptors, is_evidence, video.seconds)
+
+    def _frames(self, descriptors, is_evidence, seconds):
+        is_evidence = is_evidence & (np.arange(len(is_evidence)) >= self.skip_start * self.fps)
+        return Frames(l2_normalise(descriptors), is_evidence, seconds)
+
+    def compare(
+        self, query: Frames, contents: Sequence[Content], least: float, count: int | None = None
+    ) -> dict[int, Stretch]:
+        """The first stretch that `query` shares with each content: {content number: Stretch}.
+
+        Contents whose evidence is below `least`, in frames, are left out; and if `count` is given,
+        those that cannot be among the `count` with the most.
+        """
+        bounds = self._bounds(query, contents)  # (N,)
+        found: dict[int, Stretch] = {}
+        best: list[float] = []
+        for i in np.argsort(-bounds, kind="stable"):
+            if bounds[i] < max(least, 1e-6) or (
+                count and len(best) >= count and bounds[i] < sorted(best)[-count]
+            ):
+                break
+            stretches = self.stretches(query, self.frames_of(contents[i]), least, 1)
+            if stretches:
+                found[contents[i].id] = stretches[0]
+                best.append(stretches[0].evidence)
+        self.store.release_pages()
+        return found
+
+    def stretches(
+        self, query: Frames, target: Frames, least: float, limit: int = MAX_STRETCHES
+    ) -> list[Stretch]:
+        """The stretches that two videos share, most evidence first."""
+        matrix = query.descriptors @ target.descriptors.T  # (Tq, Tt)
+        matrix[~query.is_evidence] = evidence.NO_MATCH
+        matrix[:, ~target.is_evidence] = evidence.NO_MATCH
+        found = find_stretches(matrix, self.min_similarity, least, limit)
+        least_frames = min(self.min_match * self.fps, *matrix.shape)
+        found = [stretch for stretch in found if _frames_of(stretch) >= least_frames]
+        return sorted(found, key=lambda stretch: -stretch.evidence)
+
+    def _bounds(self, query, contents):
+        """At least the evidence that the query has with each content, in frames: (N,)."""
+        bounds = []
+        for group in self._groups(query, contents):
+            lengths = [content.num_frames for content in group]
+            # After each target, zeros: what the paths of one do not reach.
+            shape = sum(lengths) + STEP * len(group), query.descriptors.shape[1]
+            targets, end = np.zeros(shape, np.float32), 0
+            for content in group:
+                rows = self.store.frame_descriptors(content)
+                targets[end : end + len(rows)] = rows
+                end += len(rows) + STEP
+            targets /= np.maximum(np.linalg.norm(targets, axis=1, keepdims=True), 1e-12)
+            matrix = torch.from_numpy(query.descriptors @ targets.T)
+            matrix[~query.is_evidence] = evidence.NO_MATCH
+            bounds.append(path_weights(matrix, lengths, self.min_similarity))
+            self.store.release_pages()
+        return np.concatenate(bounds)
+
+    def _groups(self, query, contents):
+        """Yield contents that are read and compared together.
+
+        Raises:
+            InputError: if a single pair needs more than `memory`.
+        """
+        num_frames, size = query.descriptors.shape
+        longest = max(content.num_frames for content in contents)
+        left = self.memory - resident_bytes()
+        pair = longest * (ALIGN_BYTES * num_frames + 12 * size)
+        if pair > left:
+            required = (self.memory + pair - left) / 2**30 + 0.005  # to round up
+            raise InputError(
+                f"--memory {self.memory / 2**30:.3g} GiB does not hold the comparison of videos of"
+                f" {num_frames} and {longest} frames; give {required:.2f} or more"
+            )
+        budget = max(min(CHUNK_BYTES, left / 2), pair)
+        group, used = [], 0
+        for content in contents:
+            bytes_ = (content.num_frames + STEP) * (8 * num_frames + 12 * size)
+            if group and used + bytes_ > budget:
+                yield group
+                group, used = [], 0
+            group.append(content)
+            used += bytes_
+        yield group
+
+    # --- what is reported -----------------------------------------------------------------------
+
+    def time_segment(self, stretch: Stretch, query: Frames, target: Frames) -> TimeSegment:
+        """Where a stretch is, in seconds."""
+        segment = stretch.segment
+        return TimeSegment(
+            query_start=segment.query_start / self.fps,
+            query_end=min(segment.query_end / self.fps, query.seconds),
+            target_start=segment.target_start / self.fps,
+            target_end=min(segment.target_end / self.fps, target.seconds),
+            similarity=segment.similarity,
+        )
+
+    def verdict(self, stretch: Stretch) -> str:
+        """What a stretch means, in words."""
+        parts = stretch.evidence, stretch.distinct, stretch.matched
+        return evidence.verdict(self.calibration, *(part / self.fps for part in parts))
+
+
+def is_inside_both(stretch: Stretch, num_query: int, num_target: int) -> bool:
+    """Whether a stretch is less than half of either video: an intro, or an excerpt in another."""
+    segment = stretch.segment
+    in_query = segment.query_end - segment.query_start
+    in_target = segment.target_end - segment.target_start
+    return in_query < num_query / 2 and in_target < num_target / 2
+
+
+def recurring_frames(spans: Iterable[tuple[int, int]], num_frames: int) -> np.ndarray:
+    """The frames that many videos share with this one, such as an intro: (T,) bool.
+
+    Args:
+        spans: for each video that shares a stretch inside both, where it is in this video.
+    """
+    counts = np.zeros(num_frames, int)
+    for start, end in spans:
+        counts[start:end] += 1
+    return counts >= RECURRING
+
+
+def _frames_of(stretch):
+    segment = stretch.segment
+    return min(segment.query_end - segment.query_start, segment.target_end - segment.target_start)
+
+
+def l2_normalise(x: np.ndarray) -> np.ndarray:
+    """The rows of x as float32 of unit length, which half precision has rounded."""
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
