@@ -116,13 +116,14 @@ def run_calibrate(args):
 
 
 def run_info(args):
-    from videoindex.index import VideoIndex
+    from videoindex.pipeline import calibration_of
+    from videoindex.store import IndexStore
 
-    index = VideoIndex.load(args.index)
-    store, settings = index.store, index.store.settings
+    store = IndexStore(args.index)
+    settings = store.settings
     contents, frames, seconds = store.totals()
     facts = {
-        "videos": len(index),
+        "videos": store.num_files(),
         "contents": contents,
         "hours": round(seconds / 3600, 2),
         "frames": frames,
@@ -132,7 +133,7 @@ def run_info(args):
         "index_type": settings["index_type"],
         "model": settings["identity"],
         "frame_rule": store.frame_rule,
-        "threshold": index.calibration.get("threshold"),
+        "threshold": calibration_of(settings).get("threshold"),
         "versions": settings["versions"],
     }
     output.print_facts(facts, args.format)

@@ -39,9 +39,8 @@ from videoindex.nearest import NearestVideos
 from videoindex.pipeline import (
     EncodedVideo,
     Pipeline,
-    calibration_folder,
+    calibration_of,
     options_of,
-    read_calibration,
 )
 from videoindex.results import Group, IndexUpdate, Link, Match
 from videoindex.shown import ShownFiles
@@ -131,20 +130,8 @@ class VideoIndex:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What calibrate.py measured for this model: threshold, radius, ...; or {}.
-
-        Read from the model's folder; if it is missing there, the copy stored in the index is used.
-        """
-        if self.store is None:
-            return {}
-        settings = self.store.settings
-        stored = settings["calibration"]
-        if stored.get("own"):  # of `search.py calibrate`
-            return stored
-        folder = calibration_folder(settings["options"])
-        current = read_calibration(folder, settings["identity"])
-        # Before 1.0 it held other scores.
-        return current or (stored if "min_similarity" in stored else {})
+        """What calibrate.py measured for this model: threshold, radius, ...; or {}."""
+        return calibration_of(self.store.settings) if self.store else {}
 
     @property
     def fps(self) -> Fraction:

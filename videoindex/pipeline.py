@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import utils
-from distributed import Distributed, default_device
 from features.frame_rules import DEFAULT_RULE, FRAME_RULES
-from model import ENCODERS, load_encoder, model_file
-from padding import pad
 from untrusted import is_object, read_json
 from utils import InputError, available_cores
 
@@ -90,7 +86,8 @@ class Pipeline:
     """
 
     def __init__(self, device: str | None = None, workers: int | None = None, **options: Any):
-        # Imported here: `search.py info` and the like need neither torchvision nor FFmpeg.
+        # Imported here: `search.py info` and the like need neither PyTorch nor FFmpeg.
+        from distributed import Distributed, default_device
         from features.backbones import backbone_settings, build_backbone
 
         self.given = _absolute(options)
@@ -134,6 +131,8 @@ class Pipeline:
 
     def _load_encoder(self, feature_size):
         """The encoder, and the label that tells it from others."""
+        from model import ENCODERS, load_encoder, model_file
+
         path, wanted = self.options["model_path"], self.options["encoder"]
         if path is None:
             return ENCODERS["mean"](feature_size), "mean"
@@ -176,7 +175,6 @@ class Pipeline:
             frames, windows = self.encode_features(features)
             yield EncodedVideo(video.path, "", video.seconds, frames, windows, jpegs)
 
-    @torch.inference_mode()
     def encode_features(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encode the backbone's features (T, C) of a video.
 
@@ -187,6 +185,10 @@ class Pipeline:
         Returns:
             frame descriptors (T, D) float16, window descriptors (P, D) float32.
         """
+        import torch
+
+        from padding import pad
+
         if self.projection:
             features = self.projection(features)
         features = features.astype(np.float16)  # as feature files store them, for equal results
@@ -199,8 +201,9 @@ class Pipeline:
         for window in np.array_split(features, num_windows):
             x, num_frames = pad([window])  # (1, T / P, C), (1,)
             x, num_frames = x.to(self.device), num_frames.to(self.device)
-            frames.append(self.encoder.encode(x, num_frames)[0].cpu().numpy())  # (T / P, D)
-            windows.append(self.encoder(x, num_frames)[0].cpu().numpy())  # (D,)
+            with torch.inference_mode():
+                frames.append(self.encoder.encode(x, num_frames)[0].cpu().numpy())  # (T / P, D)
+                windows.append(self.encoder(x, num_frames)[0].cpu().numpy())  # (D,)
         return np.concatenate(frames).astype(np.float16), np.stack(windows).astype(np.float32)
 
 
@@ -327,6 +330,19 @@ def read_calibration(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             check_calibration(entry, f"calibration {str(path)!r}")
             return entry
     return {}
+
+
+def calibration_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What calibrate.py measured for the model of an index with these settings, or {}.
+
+    Read from the model's folder; if it is missing there, the copy stored in the index is used.
+    """
+    stored = settings["calibration"]
+    if stored.get("own"):  # of `search.py calibrate`
+        return stored
+    current = read_calibration(calibration_folder(settings["options"]), settings["identity"])
+    # Before 1.0 it held other scores.
+    return current or (stored if "min_similarity" in stored else {})
 
 
 def check_calibration(entry: dict[str, Any], source: str) -> None:
