@@ -48,7 +48,14 @@ print(store.settings["generation"])
 
 
 def video_of(number):
-    return made_up_video(np.random.default_rng(number), number % 3 + 1, SIZE, num_frames=5)
+    """Videos that all share their film, each with noise of its own, so that every one matches."""
+    video = made_up_video(np.random.default_rng(0), number % 3 + 1, SIZE, num_frames=5)
+    film = made_up_video(np.random.default_rng(0), 1, SIZE, num_frames=5).frame_descriptors
+    noise = np.random.default_rng(number).normal(scale=0.1, size=film.shape)
+    frames = film.astype(float) + noise
+    frames /= np.linalg.norm(frames, axis=1, keepdims=True)
+    video.frame_descriptors = frames.astype(np.float16)
+    return video
 
 
 @pytest.fixture
