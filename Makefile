@@ -1,6 +1,8 @@
-# Every target but gpu first installs .venv, if requirements.txt changed since. PYTHON=python3.13
+# Every target but gpu first installs .venv, if its requirements changed since. `search` installs
+# requirements-search.txt, a part of requirements.txt; the others install the rest too. PYTHON=python3.13
 # chooses the Python; an .venv of another version is made anew. Commands:
 #
+#   make search        what search.py needs, and nothing else; two minutes
 #   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
 #   make test          style, and all tests; with Horovod if it can be built
 #   make test-fast     style, and the tests that are quick and need one process; about a minute
@@ -19,7 +21,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help demo test test-fast fuzz torture tables bench gpu search-model horovod lint clean
+.PHONY: help search demo test test-fast fuzz torture tables bench gpu search-model horovod lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -39,11 +41,17 @@ define make_venv
   echo "error: $(PYTHON) is not one of Python $(SUPPORTED); name one by PYTHON=" >&2; exit 1)
 $(PYTHON) -m venv --clear .venv
 endef
-.venv/ready: requirements.txt $(if $(NEW_VENV),FORCE)
+.venv/search: requirements-search.txt $(if $(NEW_VENV),FORCE)
 	$(if $(NEW_VENV),$(make_venv))
+	.venv/bin/pip install --quiet -r requirements-search.txt
+	touch $@
+.venv/ready: requirements.txt .venv/search
 	.venv/bin/pip install --quiet -r requirements.txt
 	touch $@
 .PHONY: FORCE
+
+search: .venv/search
+	@echo 'next: source .venv/bin/activate; python search.py index VIDEOS --index my.index'
 
 # --- tests ----------------------------------------------------------------------------------------
 

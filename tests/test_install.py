@@ -1,4 +1,7 @@
-"""The Makefile's installation: when .venv is made, and that tests go on if Horovod is not built."""
+"""The Makefile's installation: when .venv is made, what `make search` puts into it.
+
+And that tests go on if Horovod is not built.
+"""
 
 import os
 import shutil
@@ -32,7 +35,8 @@ def write_script(path, text):
 def checkout(tmp_path):
     """A folder with the Makefile, patches/, and Pythons of which python3 is too old."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    for name in ("requirements.txt", "requirements-search.txt"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "patches", tmp_path / "patches")
     write_script(tmp_path / "pip", PIP)
     (tmp_path / "bin").mkdir()
@@ -62,7 +66,9 @@ def installed_version(checkout):
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-INSTALL = ["pip install --quiet -r requirements.txt"]
+INSTALL_SEARCH = ["pip install --quiet -r requirements-search.txt"]
+INSTALL_REST = ["pip install --quiet -r requirements.txt"]
+INSTALL = INSTALL_SEARCH + INSTALL_REST
 
 
 def test_venv_is_made_once_and_updated_when_requirements_change(checkout):
@@ -74,7 +80,17 @@ def test_venv_is_made_once_and_updated_when_requirements_change(checkout):
     (checkout / ".venv" / "kept").touch()
     assert make(checkout, ".venv/ready").returncode == 0  # although python3 is another version
     assert make(checkout, "-B", ".venv/ready").returncode == 0  # as in make -B horovod
-    assert calls(checkout) == INSTALL * 2 and (checkout / ".venv" / "kept").exists()
+    assert calls(checkout) == INSTALL_REST + INSTALL and (checkout / ".venv" / "kept").exists()
+
+
+def test_venv_of_make_search_is_completed_by_others(checkout):
+    assert make(checkout, "search", "PYTHON=python3.12").returncode == 0
+    assert calls(checkout) == INSTALL_SEARCH
+    (checkout / ".venv" / "kept").touch()
+    assert make(checkout, ".venv/ready").returncode == 0
+    assert calls(checkout) == INSTALL_REST and (checkout / ".venv" / "kept").exists()
+    assert make(checkout, "search").returncode == 0
+    assert calls(checkout) == []
 
 
 def test_venv_of_another_python_is_made_anew_where_it_is_asked_for(checkout):

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from tqdm import tqdm
 
 import untrusted
@@ -446,6 +445,8 @@ def figures_of_ends(
 
 def mean_average_precision(pairs: Pairs) -> float:
     """mAP by evidence: each video that has a copy asks for its copies among all others."""
+    from sklearn.metrics import average_precision_score  # here: `search.py calibrate` needs none
+
     scores: dict[str, list] = {}
     for (a, b), label, score in zip(pairs.names, pairs.labels, pairs.evidence, strict=True):
         if label != "a moment":  # neither right nor wrong
