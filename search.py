@@ -14,8 +14,9 @@
 `query`, `duplicates` and `against` print a table, or --format json or csv. `query` and `duplicates`
 take --report page.html (a page to look at); `duplicates` takes --plan plan.csv (what to keep). By
 default the model in models/demo is used; --model_path, --pca and --backbone name others. An index
-remembers its model and refuses another one. Every video is stored as soon as it is encoded, so
-`index` can be stopped and started at any time. Nothing here deletes or moves a video.
+remembers its model and refuses another one. Every video is stored as soon as it is encoded, and
+of a long film every ten minutes, so `index` can be stopped and started at any time. Nothing here
+deletes or moves a video.
 
 Exit status: 0; 2 for a bad command; 3 if some files could not be read (each is named), some PATH
 was not in the index, or `verify` found damage.
@@ -71,21 +72,16 @@ def print_skipped(path, reason):
 
 
 def run_index(args):
-    from tqdm import tqdm
-
     from videoindex.index import VideoIndex
+    from videoindex.progress import ProgressBar
 
     index = VideoIndex(
         args.index, args.index_type, args.device, args.workers, **model_options(args)
     )
-    with tqdm(unit="video", disable=None) as bar:
-
-        def on_file(path, reason):
-            bar.update()
-            if reason:
-                bar.write(f"skipped {printable(path)}: {utils.one_line(reason)}", file=sys.stderr)
-
-        update = index.add(args.videos, args.prune, on_file, args.retry_failed)
+    with ProgressBar() as progress:
+        update = index.add(
+            args.videos, args.prune, retry_failed=args.retry_failed, progress=progress
+        )
     if index.store.settings["index_type"] != "Flat" and len(index):
         index.nearest.save()
     print(

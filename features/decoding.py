@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing import Pipe
@@ -66,6 +66,7 @@ class Video:
     id: str
     path: Path
     rows: list = field(default_factory=list)  # (C,) each
+    known_rows: Sequence = ()  # of its first frames, by an earlier run: these are not computed
     thumbnails: list[bytes] = field(default_factory=list)  # JPEGs, if asked for, one for each row
     seconds: float | None = None
     corrupt_packets: int = 0
@@ -274,6 +275,22 @@ class FilmReader:
         return self._end
 
 
+def stated_seconds(path: str | os.PathLike) -> float | None:
+    """How long a video plays, as its container states it; None if it states nothing.
+
+    Raises:
+        av.FFmpegError, OSError, ValueError: if there is nothing to read
+    """
+    with av.open(
+        os.path.abspath(path), metadata_errors="ignore", options={"protocol_whitelist": "file"}
+    ) as container:
+        stream = choose_film(container)
+        seconds = (container.duration or 0) / av.time_base
+        if not seconds and stream.duration:
+            seconds = float(stream.duration * stream.time_base)
+        return seconds if seconds > 0 else None
+
+
 # --- the process ---------------------------------------------------------------------------------
 
 
@@ -329,6 +346,18 @@ class Decoder:
         except (EOFError, OSError):  # OSError: it died in the middle of a frame
             video.reason = self._exit_reason()
 
+    def stated_seconds(self, path: str | os.PathLike) -> float | None:
+        """`stated_seconds` of a video; None also for one that cannot be read."""
+        if not self.process:
+            self._start()
+        task = {"path": str(path), "stated": True, **self.task}
+        try:
+            self.connection.send_bytes(json.dumps(task).encode())
+            return json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            self._exit_reason()  # the next video gets a new process
+            return None
+
     def _start(self):
         self.connection, end = Pipe()
         # Every thread of these libraries would reserve memory, which counts against the limit.
@@ -368,7 +397,8 @@ class Decoder:
 def serve(connection: Connection) -> None:
     """The process's loop: read a task, send its frames, then {seconds, corrupt_packets, reason}.
 
-    A frame's message is its pixels, and its thumbnail if thumbnails are asked for.
+    A task that asks for what is `stated` is answered by the seconds, or null. A frame's message is
+    its pixels, and its thumbnail if thumbnails are asked for.
 
     It ends when the parent closes the connection. The time limit is a kernel timer (SIGALRM), which
     also ends a process that hangs inside FFmpeg.
@@ -378,13 +408,27 @@ def serve(connection: Connection) -> None:
     os.nice(10)  # where cores are short, the backbone goes before frames that wait in the queue
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            _do_task(json.loads(connection.recv_bytes()), connection)
+            task = json.loads(connection.recv_bytes())
+            with contextlib.suppress(ValueError):  # no such limit on this system, or a lower one
+                resource.setrlimit(resource.RLIMIT_AS, (task["memory"], resource.RLIM_INFINITY))
+            if task.get("stated"):
+                _send_stated(task, connection)
+            else:
+                _send_frames(task, connection)
 
 
-def _do_task(task, connection):
+def _send_stated(task, connection):
+    """Send how long a video plays, as its container states it."""
+    signal.setitimer(signal.ITIMER_REAL, task["time_limit"])
+    seconds = None
+    with contextlib.suppress(Exception):  # a damaged video can raise nearly anything
+        seconds = stated_seconds(task["path"])
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    connection.send_bytes(json.dumps(seconds).encode())
+
+
+def _send_frames(task, connection):
     """Send the frames of a video, then what became of it."""
-    with contextlib.suppress(ValueError):  # no such limit on this system, or a lower one
-        resource.setrlimit(resource.RLIMIT_AS, (task["memory"], resource.RLIM_INFINITY))
     video, time_limit, hours = Video("", task["path"]), task["time_limit"], task["max_decode_hours"]
     seconds_left, fps, view = hours * 3600, Fraction(task["fps"]), View.parse(task["view"])
     options = fps, task["rule"], task["max_hours"], view, task["thumbnail_size"]

@@ -54,11 +54,13 @@ def extract(
     streams: int = 1,
     threads: int = 1,
     thumbnail_size: int = 0,
+    on_row: Callable[[Video], None] | None = None,
 ) -> Iterator[Video]:
     """Yield each video when it is finished: rows (C,) in `video.rows`, or `video.reason`.
 
     Videos come in the order in which they finish. Memory follows batch_sz, workers and the rows and
-    thumbnails of the unfinished videos, not the length of a video.
+    thumbnails of the unfinished videos, not the length of a video. Frames of which a video has
+    `known_rows` are decoded, but not computed.
 
     Args:
         compute_features: called on batches of exactly batch_sz frames, from `streams` threads.
@@ -70,6 +72,7 @@ def extract(
         streams, threads: batches at a time, and threads of PyTorch for each; see
             `default_parallelism`.
         thumbnail_size: pixels of the long side of the JPEGs in `video.thumbnails`; 0 makes none.
+        on_row: called as on_row(video), in this thread, when a row has been added.
     """
     workers = min(workers or available_cores(), len(videos))
     limits = time_limit, max_hours, max_decode_hours
@@ -81,28 +84,41 @@ def extract(
     with pool, decoding_threads(videos, decoders, frame_queue):
         for batch in cut_batches(frame_queue, workers, batch_sz):
             images = []
-            for i, (video, image) in enumerate(batch):
-                if image is not None:
-                    images.append(image)
-                batch[i] = video, image is not None  # releases the pixels
+            for i, (video, item) in enumerate(batch):
+                if is_frame(item):
+                    images.append(item)
+                    batch[i] = video, COMPUTED  # releases the pixels
             future = None
-            if images:  # else only videos' ends
+            if images:  # else only known rows and videos' ends
                 future = pool.submit(_full_batch, compute_features, images, batch_sz)
             pending.append((batch, future))
             if len(pending) > streams:  # the pool has enough to do
-                yield from _finish_batch(*pending.popleft())
+                yield from _finish_batch(*pending.popleft(), on_row)
         while pending:
-            yield from _finish_batch(*pending.popleft())
+            yield from _finish_batch(*pending.popleft(), on_row)
 
 
-def _finish_batch(batch, future):
-    """Hand the rows of a batch, [(video, has_frame)], to their videos; yield videos that end."""
+COMPUTED = object()  # in a batch, in place of a frame whose row is being computed
+
+
+def is_frame(item: np.ndarray | None) -> bool:
+    """Whether an item of the queue is a frame (size, size, 3): not a known row (C,), nor None."""
+    return item is not None and item.ndim == 3
+
+
+def _finish_batch(batch, future, on_row):
+    """Hand the rows of a batch to their videos; yield videos that end.
+
+    The batch is [(video, COMPUTED, a known row, or None at the video's end)].
+    """
     rows = iter(future.result() if future else ())  # waits
-    for video, has_frame in batch:
-        if has_frame:
-            video.rows.append(next(rows))
-        else:
+    for video, item in batch:
+        if item is None:
             yield video
+            continue
+        video.rows.append(next(rows) if item is COMPUTED else item)
+        if on_row:
+            on_row(video)
 
 
 @contextlib.contextmanager
@@ -134,13 +150,15 @@ def feed_queue(
 ) -> None:
     """A decoder's thread: put its frames into the queue until no video is left.
 
-    It puts (video, frame) for each frame, (video, None) at the end of each video, and at last None.
+    It puts (video, frame) for each frame, or its row where that is known, (video, None) at the end
+    of each video, and at last None.
     If something raises, it puts the exception, for the main thread to raise.
     """
     try:
         for video in todo:
-            for frame in decoder.frames(video):
-                frame_queue.put((video, frame))
+            for i, frame in enumerate(decoder.frames(video)):
+                is_known = i < len(video.known_rows)
+                frame_queue.put((video, video.known_rows[i] if is_known else frame))
                 if stop.is_set():
                     break
             if stop.is_set():
@@ -154,10 +172,10 @@ def feed_queue(
 
 
 def cut_batches(frame_queue: queue.Queue, decoders: int, size: int) -> Iterator[list]:
-    """Lists of (video, frame or None) from the queue, until all decoders have ended.
+    """Lists of (video, frame, known row or None) from the queue, until all decoders have ended.
 
-    A batch has `size` frames. A batch is emitted early if it contains mostly end markers, so that
-    failures are reported soon. The last batch is what is left.
+    A batch has `size` frames. A batch is emitted early if it contains mostly known rows and end
+    markers, so that failures are reported soon. The last batch is what is left.
     """
     batch, count = [], 0
     while decoders:
@@ -168,7 +186,7 @@ def cut_batches(frame_queue: queue.Queue, decoders: int, size: int) -> Iterator[
             decoders -= 1
             continue
         batch.append(item)
-        count += item[1] is not None
+        count += is_frame(item[1])
         if count == size or len(batch) >= 4 * size:
             yield batch
             batch, count = [], 0

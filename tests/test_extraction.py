@@ -670,6 +670,32 @@ def test_breaking_off_ends_the_decoders(tmp_path, monkeypatch):
     assert processes and all(process.poll() is not None for process in processes)
 
 
+def test_known_rows_are_taken_and_not_computed(tmp_path):
+    """Of one video the first 13 rows are known, of another all, of the third none."""
+    computed, seen = [], []
+
+    def features(images):
+        computed.extend(index_of(image) for image in images)
+        return np.array([[index_of(image)] for image in images], np.float32)
+
+    known = {"a": 13, "b": 40, "c": 0}
+    videos = []
+    for name, count in known.items():
+        write_video(tmp_path / f"{name}.mkv", numbered(30))
+        rows = 100 + np.arange(count, dtype=np.float32)[:, None]
+        videos.append(Video(name, tmp_path / f"{name}.mkv", known_rows=rows))
+    options = {"fps": Fraction(10), "batch_sz": 3, "streams": 2, "thumbnail_size": 32}
+    options["on_row"] = lambda video: seen.append((video.id, len(video.rows)))
+    for video in extract(videos, features, workers=2, **options):
+        count = min(30, known[video.id])
+        expected = [*range(100, 100 + count), *range(count, 30)]
+        assert np.concatenate(video.rows).tolist() == expected
+        assert len(video.thumbnails) == 30
+    frames = [*range(13, 30), *range(30)]
+    assert sorted(i for i in computed if i) == sorted(i for i in frames if i)  # 0 fills a batch up
+    assert sorted(seen) == [(name, i) for name in known for i in range(1, 31)]
+
+
 def test_frames_in_memory_follow_the_batch_and_not_the_video(tmp_path, monkeypatch):
     path = tmp_path / "long.mkv"
     write_video(path, numbered(300))

@@ -44,7 +44,11 @@ def parse_args(
             command.add_argument("--index", required=True, metavar="DIR", help="the index's folder")
         return command
 
-    add_index(add_command("index", "add new files, replace changed ones, skip the rest"))
+    add_index(
+        add_command(
+            "index", "add new and changed files, skip the rest; goes on where it was stopped"
+        )
+    )
     add_query(add_command("query", "which videos show a clip or a picture, and where", True))
     add_duplicates(add_command("duplicates", "groups of videos that share material"))
     add_against(add_command("against", "which new files are known already; nothing is added", True))

@@ -13,12 +13,12 @@
 `add` and `remove` store what they do at once; `save` is needed for neither.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,22 @@ from videoindex.comparison import (
 from videoindex.grouping import JOINING, judge, make_clusters
 from videoindex.moves import Drives, current_mounts, moved_from, require_sources
 from videoindex.nearest import NearestVideos
+from videoindex.parts import PART_SECONDS, FilmParts, remove_orphans, remove_parts
 from videoindex.pipeline import (
     EncodedVideo,
     Pipeline,
     calibration_of,
     options_of,
+    package_versions,
 )
-from videoindex.results import Group, IndexUpdate, Link, Match
+from videoindex.results import AddProgress, Group, IndexUpdate, Link, Match
 from videoindex.shown import ShownFiles
 from videoindex.sources import find_files, vanished_files
-from videoindex.store import Content, IndexStore, KnownFile
+from videoindex.store import Content, FileEntry, IndexStore, KnownFile
 
 SHORTLIST = 500  # videos compared frame by frame
 CHUNK = 128  # new files that are hashed, then encoded, together
+CHUNK_BYTES = 16 << 30  # of these; a minute or two of hashing
 MAX_HOLES = 0.5  # the share of holes above which an index is compacted
 
 
@@ -160,13 +163,16 @@ class VideoIndex:
         prune: bool = False,
         on_file: Callable[[str, str], None] = lambda path, reason: None,
         retry_failed: bool = False,
+        progress: AddProgress | None = None,
+        part_seconds: float = PART_SECONDS,
     ) -> IndexUpdate:
         """Bring the index up to date with files and folders.
 
         Every video is stored as soon as it is encoded, so a killed call can simply be repeated. A
-        changed file replaces its old entry. A file that was renamed or moved keeps its data. A file
-        that cannot be read is reported and keeps its entry. One that could not be encoded is
-        remembered by its size and time, and reported again without being read.
+        film that is longer than `part_seconds` goes on where the call was killed, in steps of that
+        length. A changed file replaces its old entry. A file that was renamed or moved keeps its
+        data. A file that cannot be read is reported and keeps its entry. One that could not be
+        encoded is remembered by its size and time, and reported again without being read.
 
         Args:
             prune: forget files of these folders that no longer exist. Refused for a folder that
@@ -174,6 +180,7 @@ class VideoIndex:
                 be mounted. Files on a drive that is not mounted are kept and reported.
             on_file: called as on_file(path, reason) when a file is finished; "" means success.
             retry_failed: try again unchanged files that could not be encoded before.
+            progress: is told of every file, and of every second of film.
         """
         sources = list(sources)
         found, failed = find_files(sources, self.folder)
@@ -184,7 +191,7 @@ class VideoIndex:
                 else "nothing to index: no video in these folders"
             )
         self._open_store()
-        counter = _AddCounter(on_file)
+        counter = _AddCounter(on_file, progress or AddProgress())
         with self.store.writing():
             self._nearest = None
             known = counter.known = self.store.known_files()
@@ -208,8 +215,10 @@ class VideoIndex:
                     counter.failed(file.path, f"{reason} (known; --retry_failed tries it again)")
                 else:
                     changed.append(file)
-            for start in range(0, len(changed), CHUNK):
-                self._add_files(changed[start : start + CHUNK], counter)
+            counter.progress.on_start([file.path for file in changed])
+            for files in cut_chunks(changed):
+                self._add_files(files, counter, part_seconds)
+            remove_orphans(self.folder, lambda sha256: self.store.find_content(sha256) is not None)
             if prune:
                 vanished = vanished_files(known, sources, found, failed)
                 gone = [path for path in vanished if not counter.drives.absent_drive(path)]
@@ -235,10 +244,11 @@ class VideoIndex:
             with self.store.writing():
                 self.store.update_settings(index_type=self.index_type)
 
-    def _add_files(self, files, counter):
+    def _add_files(self, files, counter, part_seconds):
         """Link the files whose content is stored already; encode and store the others."""
         by_digest = {}  # of new content: {sha256: [FileEntry]}
         for file in files:
+            counter.progress.on_seconds(file.path, 0.0)
             try:
                 digest = file_sha256(file.path)
             except OSError as error:
@@ -251,12 +261,27 @@ class VideoIndex:
                 counter.stored([file], linked=True, moved=bool(moved))
             else:
                 by_digest.setdefault(digest, []).append(file)
-        if not by_digest:
-            return
+        if by_digest:
+            self._encode_files(by_digest, counter, part_seconds)
+
+    def _encode_files(self, by_digest, counter, part_seconds):
+        """Encode and store new content, {sha256: [FileEntry]}."""
         # Of files with the same content, the first is encoded.
         digests = {same[0].path: digest for digest, same in by_digest.items()}
-        failed = {}
-        for video in self.pipeline.encode_videos(digests):
+        rate, progress, failed = float(self.fps), counter.progress, {}
+        parts = FilmParts(self.folder, self.pipeline, math.ceil(part_seconds * rate))
+        known_rows = {}
+        for path, digest in digests.items():
+            rows = parts.load(digest)
+            if len(rows):
+                known_rows[path] = rows
+                progress.on_resume(path, len(rows) / rate)
+
+        def on_row(path, rows):
+            parts.save(digests[path], by_digest[digests[path]][0], rows)
+            progress.on_seconds(path, len(rows) / rate)
+
+        for video in self.pipeline.encode_videos(digests, known_rows, on_row):
             digest = digests[str(video.path)]
             if video.reason:
                 for file in by_digest[digest]:
@@ -265,6 +290,7 @@ class VideoIndex:
             else:
                 self.store.add_content(digest, video, by_digest[digest])
                 counter.stored(by_digest[digest])
+            remove_parts(self.folder, digest)
         if failed:
             self.store.remember_failed(failed)
 
@@ -532,9 +558,10 @@ class VideoIndex:
 
 @dataclass
 class _AddCounter:
-    """Counts what became of each file of one `add`, and calls `on_file`."""
+    """Counts what became of each file of one `add`, and reports it."""
 
     on_file: Callable[[str, str], None]
+    progress: AddProgress
     known: dict[str, KnownFile] = field(default_factory=dict)  # before the update
     searched: list[str | os.PathLike] = field(default_factory=list)  # folders
     drives: Drives = field(default_factory=lambda: Drives([]))
@@ -542,7 +569,7 @@ class _AddCounter:
 
     def failed(self, path, reason):
         self.update.failed.append((path, reason))
-        self.on_file(path, reason)
+        self._report(path, reason)
 
     def stored(self, files, linked=False, moved=False):
         """Count files of one content; `linked`: the index had it before."""
@@ -555,9 +582,21 @@ class _AddCounter:
                 self.update.same_content += 1
             else:
                 self.update.added += 1
-            self.on_file(file.path, "")
+            self._report(file.path, "")
+
+    def _report(self, path, reason):
+        self.on_file(path, reason)
+        self.progress.on_file(path, reason)
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of the packages that decide the numbers in an index."""
-    return {name: version(name) for name in ("torch", "av", "numpy", "faiss-cpu")}
+def cut_chunks(files: Iterable[FileEntry]) -> Iterator[list[FileEntry]]:
+    """The files in lists of at most CHUNK files, and of CHUNK_BYTES or one file."""
+    chunk, size = [], 0
+    for file in files:
+        if chunk and (len(chunk) == CHUNK or size + file.size > CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(file)
+        size += file.size
+    if chunk:
+        yield chunk

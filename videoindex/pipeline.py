@@ -5,9 +5,10 @@ Its `identity` names everything that decides the values of the descriptors.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ class Pipeline:
         self.backbone = build_backbone(
             options["backbone"], options["weights"], options["stages"], self.device
         )
+        self.row_size = sum(self.backbone.channels)  # of the backbone's pooled features
         self.projection, feature_size = self._load_projection()
         self.encoder, encoder_label = self._load_encoder(feature_size)
         # Indexes made earlier hold these values: they must not change in form. Files count by
@@ -120,7 +122,7 @@ class Pipeline:
         """The PCA or None, and the size of the features that leave it."""
         from features.pca import load_projection
 
-        feature_size = sum(self.backbone.channels)
+        feature_size = self.row_size
         path = self.options["pca"]
         if not path:
             return None, feature_size
@@ -150,19 +152,33 @@ class Pipeline:
         label = f"{name} sha256 {utils.file_sha256(model_file(path))[:16]}"
         return encoder.to(self.device).eval(), label
 
-    def encode_videos(self, paths: Iterable[str | os.PathLike]) -> Iterator[EncodedVideo]:
-        """Yield an EncodedVideo for each of `paths`, as they are finished (not in order)."""
+    def encode_videos(
+        self,
+        paths: Iterable[str | os.PathLike],
+        known_rows: Mapping[str, np.ndarray] | None = None,
+        on_row: Callable[[str, list[np.ndarray]], None] | None = None,
+    ) -> Iterator[EncodedVideo]:
+        """Yield an EncodedVideo for each of `paths`, as they are finished (not in order).
+
+        Args:
+            known_rows: {path: (T, C) float16}, of its first frames, which are not computed again.
+            on_row: called as on_row(path, rows so far) after each frame.
+        """
         from features.decoding import Video
         from features.extraction import default_parallelism, extract, feature_function
 
+        videos, known_rows = [], known_rows or {}
+        for path in map(str, paths):
+            videos.append(Video(path, Path(path), known_rows=known_rows.get(path, ())))
         finished = extract(
-            [Video(str(path), Path(path)) for path in paths],
+            videos,
             feature_function(self.backbone, self.options["pooling"], None, np.float16),
             fps=Fraction(self.options["fps"]),
             frame_rule=self.frame_rule,
             view=self.backbone.view._replace(cut_bars=self.options["bars"] == "cut"),
             workers=self.workers,
             thumbnail_size=THUMBNAIL_SIZE,
+            on_row=(lambda video: on_row(video.id, video.rows)) if on_row else None,
             **default_parallelism(self.device, self.workers),
         )
         for video in finished:
@@ -210,6 +226,11 @@ class Pipeline:
 def _digest_in(label):
     """The digest at the end of "NAME sha256 DIGEST ..."; the whole label if it holds none."""
     return label.rpartition(" sha256 ")[2]
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that decide the numbers in an index."""
+    return {name: version(name) for name in ("torch", "av", "numpy", "faiss-cpu")}
 
 
 # --- options ------------------------------------------------------------------------------------

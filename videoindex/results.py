@@ -1,5 +1,6 @@
 """What an index answers: matches of a query, groups of duplicates, the outcome of an update."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -104,3 +105,19 @@ class IndexUpdate:
     unchanged: int = 0
     removed: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+class AddProgress:
+    """What `VideoIndex.add` reports while it works. Override what you want to know."""
+
+    def on_start(self, paths: Sequence[str]) -> None:
+        """These files are new or have changed; each will be finished once."""
+
+    def on_seconds(self, path: str, seconds: float) -> None:
+        """So much of a file is done; 0 when its content is about to be looked up."""
+
+    def on_resume(self, path: str, seconds: float) -> None:
+        """So much of a file was done by a run that was stopped."""
+
+    def on_file(self, path: str, reason: str) -> None:
+        """A file is finished; `reason` says why it failed, "" if it did not."""

@@ -55,7 +55,7 @@ FPS = r"\d{1,9}(/[1-9]\d{0,8})?"
 def require_own_files(folder: Path) -> None:
     """Raise InputError if a file of an index is a link, a pipe or the like: none is followed."""
     for path in folder.iterdir():
-        if not re.match(r"index\.db|\.lock$|(frames|videos|thumbnails|ann)-", path.name):
+        if not re.match(r"index\.db|\.lock$|(frames|videos|thumbnails|ann|part)-", path.name):
             continue
         try:
             mode = path.lstat().st_mode

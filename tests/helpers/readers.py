@@ -41,10 +41,11 @@ from untrusted import read_ids
 from utils import InputError
 from videoindex.choices import chosen_plan, read_choices
 from videoindex.index import VideoIndex
+from videoindex.parts import FilmParts, remove_orphans
 from videoindex.pipeline import EncodedVideo, read_calibration
 from videoindex.plan import write_plan, write_script
 from videoindex.report import write_duplicates, write_query
-from videoindex.store import IndexStore
+from videoindex.store import FileEntry, IndexStore
 
 OLD = ROOT / "tests/data/5aa4c1c"
 MAX_FRAMES = 2000  # taken from a damaged video, whose clock may say years
@@ -305,6 +306,25 @@ def read_index(folder):
         store.db.close()
 
 
+def film_parts(folder):
+    made_by = {"identity": IDENTITY, "frame_rule": "on_screen", "device": "cpu", "row_size": 8}
+    return FilmParts(folder, SimpleNamespace(**made_by), 4)
+
+
+def make_parts(folder):
+    (folder / "film.mp4").write_bytes(b"film")
+    facts = (folder / "film.mp4").stat()
+    parts, rows = film_parts(folder), list(np.ones((9, 8), np.float16))
+    for count in (5, 9):
+        parts.save("0" * 64, FileEntry("film.mp4", 4, facts.st_mtime_ns), rows[:count])
+
+
+def read_parts(folder):
+    rows = film_parts(folder).load("0" * 64)
+    assert rows.shape in [(0, 8), (4, 8), (8, 8)] and np.isfinite(rows).all()
+    remove_orphans(folder, lambda sha256: False)
+
+
 def make_calibration(folder):
     shutil.copy(ROOT / "models/demo/calibration.json", folder)
 
@@ -413,6 +433,7 @@ READERS = {
             "index/*-0.*": [m.mutate_bytes],
         },
     ),
+    "parts": Reader(make_parts, read_parts, {"*.npz": [m.mutate_bytes]}),
     "calibration": Reader(
         make_calibration, read_calibrations, {"*": [m.mutate_json, m.mutate_bytes]}
     ),
