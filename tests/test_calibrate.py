@@ -77,7 +77,7 @@ def test_thresholds_mean_what_they_say():
     assert (pairs.labels[found] != "").mean() >= 0.99
     unrelated = pairs.evidence[pairs.labels == ""]
     assert (unrelated >= levels["threshold"]).sum() <= len(unrelated) / 2000 + 1
-    for name, seconds, precision in (("certain", 2, 0.99), ("likely", 1.2, 0.9)):
+    for name, seconds, precision in (("certain", 2, 0.99), ("likely", 1.5, 0.9)):
         chosen = (pairs.evidence >= levels[name]) & (pairs.distinct >= seconds)
         assert (pairs.labels[chosen] == "film").mean() >= precision and chosen.sum() > 100
     assert levels["certain"] >= levels["likely"] >= levels["threshold"]

@@ -52,23 +52,34 @@ def test_nearest_search_equals_a_loop(store, windows):
     assert len(nearest.search(query, 1000)) == len(windows)
 
 
-def test_nearest_range_search_equals_a_loop(store, windows):
-    expected = set()
-    for a in windows:
-        for b in windows:
-            if a < b and (windows[a] @ windows[b].T).max() >= 0.5:
-                expected.add((a, b))
-    found = list(NearestVideos(store).range_search(0.5, batch=7))
-    assert expected and set(found) == expected and len(found) == len(expected)
+def near_pairs(nearest, numbers, radius=0.5):
+    """{(content, one added before it)}, as grouping asks for them."""
+    centres, pairs = nearest.centres(radius), set()
+    for number in numbers:
+        pairs |= {(number, other) for other in centres.near(number)}
+        centres.add(number)
+    return pairs
 
 
-def test_nearest_range_search_without_one_in_faiss(store, windows):
-    """A kind of index that has no range search: the nearest of each window are compared."""
-    nearest = NearestVideos(store, "HNSW16")
-    flat = set(NearestVideos(store).range_search(0.5))
+def pairs_by_loop(windows, numbers, radius=0.5):
+    return {
+        (a, b)
+        for i, a in enumerate(numbers)
+        for b in numbers[:i]
+        if (windows[a] @ windows[b].T).max() >= radius
+    }
 
-    def range_search(*_):
-        raise RuntimeError("range search not implemented")
 
-    nearest.index.range_search = range_search
-    assert set(nearest.range_search(0.5)) == flat
+def test_centres_near_a_content_are_those_of_a_loop(store, windows):
+    """In any order of adding."""
+    numbers = np.random.default_rng(8).permutation(list(windows)).tolist()
+    expected = pairs_by_loop(windows, numbers)
+    assert expected and near_pairs(NearestVideos(store), numbers) == expected
+    few = numbers[:7]  # only what was added is found
+    assert near_pairs(NearestVideos(store), few) == pairs_by_loop(windows, few)
+
+
+def test_centres_without_a_range_search_in_faiss(store, windows):
+    """HNSW has none: the nearest of each window are compared."""
+    found = near_pairs(NearestVideos(store, "HNSW16"), list(windows))
+    assert found == pairs_by_loop(windows, list(windows))

@@ -20,7 +20,7 @@ threshold       the least score that `query` shows: 99 % of the answers share fi
                 one in 2,000 unrelated pairs reaches it, whichever is stricter
 certain         the least score, with two seconds of different film and more, at which 99 % share
                 film
-likely          the least score, with 1.2 s, at which 90 % share film; for `duplicates`
+likely          the least score, with 1.5 s, at which 90 % share film; for `duplicates`
 radius          the similarity of window descriptors that 99 % of the copies found have
 measured        the figures of the other half, with their counts
 """

@@ -19,6 +19,8 @@ from videoindex.store import Content, IndexStore
 
 RECURRING = 10  # videos that share a stretch of a video with it, from where on it is an intro
 MAX_STRETCHES = 10  # of a pair, that are shown
+# Of two films of hours, whose paths take seconds each: so many, and of this share of the first.
+LONG_CELLS, LONG_STRETCHES, LONG_SHARE = 1 << 24, 3, 0.1
 
 
 class Frames(NamedTuple):
@@ -109,6 +111,15 @@ class Comparer:
         least_frames = min(self.min_match * self.fps, *matrix.shape)
         found = [stretch for stretch in found if _frames_of(stretch) >= least_frames]
         return sorted(found, key=lambda stretch: -stretch.evidence)
+
+    def all_stretches(
+        self, first: Stretch, query: Frames, target: Frames, least: float
+    ) -> list[Stretch]:
+        """The stretches of a pair whose `first` is known."""
+        limit = MAX_STRETCHES
+        if len(query.descriptors) * len(target.descriptors) > LONG_CELLS:
+            limit, least = LONG_STRETCHES, max(least, LONG_SHARE * first.evidence)
+        return self.stretches(query, target, least, limit) or [first]
 
     def _bounds(self, query, contents):
         """At least the evidence that the query has with each content, in frames: (N,)."""

@@ -25,11 +25,12 @@ from torch import Tensor
 from retrieval.alignment import GAP, NONE, SKEW, STEP, Segment, heaviest_paths, segment_of
 
 MIN_SIMILARITY = 0.4  # of features that are not calibrated
+BLOCK = 512  # pairs of frames that are looked at together
 MAX_SPEED = 2.0  # how much faster one video may run
 NO_MATCH = -1.0  # the similarity of a frame that is no evidence
 # A thumbnail that takes at most this many times the bytes of a plain colour shows nothing.
 PLAIN = 1.08
-CERTAIN_SECONDS, LIKELY_SECONDS, STILL_SECONDS = 2.0, 1.2, 3.0
+CERTAIN_SECONDS, LIKELY_SECONDS, STILL_SECONDS = 2.0, 1.5, 3.0
 
 
 class Stretch(NamedTuple):
@@ -62,7 +63,8 @@ def find_stretches(
         limit: the most stretches. No two overlap in both videos.
     """
     matrix = torch.as_tensor(matrix, dtype=torch.float32)
-    weights = torch.where(matrix >= min_similarity, matrix - min_similarity, NONE)
+    weights = matrix - min_similarity
+    weights.masked_fill_(weights < 0, NONE)
     stretches = []
     for weight, path in heaviest_paths(weights, STEP, GAP, SKEW, 2 * limit):
         if weight < least or len(stretches) == limit:  # evidence is at most the weight
@@ -88,11 +90,16 @@ def _weights_and_novelty(matrix, path, min_similarity):
     the square of the similarity of its one frame with the earlier other frame, or the reverse,
     relative to the similarity of the pair.
     """
-    i, j = torch.tensor(path).T.to(matrix.device)
-    across = matrix[i][:, j]  # (n, n)
-    own = across.diagonal()
-    known = torch.maximum(across, across.T) / own.clamp(min=1e-6)[:, None]
-    known = known.clamp(0, 1).tril(-1).amax(1)
+    i, j = torch.tensor(path).T
+    own = matrix[i, j]
+    known = torch.zeros(len(path))
+    for start in range(0, len(path), BLOCK):
+        block = slice(start, start + BLOCK)
+        before = slice(0, start + BLOCK)
+        # (block, before): each pair's frames against the other frames of the pairs before it.
+        across = torch.maximum(matrix[i[block]][:, j[before]], matrix[:, j[block]][i[before]].T)
+        known[block] = across.tril(start - 1).amax(1)
+    known = (known / own.clamp(min=1e-6)).clamp(0, 1)
     return own - min_similarity, 1 - known.square()
 
 

@@ -6,7 +6,8 @@ with the number of videos and not with that of their pairs: 1,000 copies of one 
 comparisons.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -34,9 +35,17 @@ class Cluster:
         self.is_doubtful = False
 
 
+class Centres(Protocol):
+    """Finds the centres that may share film with a content (`nearest.CentreIndex`)."""
+
+    def near(self, number: int) -> list[int]: ...
+
+    def add(self, number: int) -> None: ...
+
+
 def make_clusters(
     lengths: Mapping[int, int],
-    near: Mapping[int, Iterable[int]],
+    centres: Centres,
     compare: Callable[[int, list[int]], dict[int, Stretch]],
     joins: Callable[[Stretch], bool],
 ) -> list[Cluster]:
@@ -44,14 +53,14 @@ def make_clusters(
 
     Args:
         lengths: {content: frames}.
-        near: {content: contents that may share film with it}, both ways.
+        centres: without any yet.
         compare: (content, others) -> {other: Stretch} of those that share film with it.
         joins: whether a stretch is good enough evidence to join two videos.
     """
     clusters: dict[int, Cluster] = {}
-    for number in sorted(near, key=lambda number: (-lengths[number], number)):
-        centres = [other for other in near[number] if other in clusters]
-        found = compare(number, centres) if centres else {}
+    for number in sorted(lengths, key=lambda number: (-lengths[number], number)):
+        near = centres.near(number)
+        found = compare(number, near) if near else {}
         copies = {
             other: stretch
             for other, stretch in found.items()
@@ -62,6 +71,7 @@ def make_clusters(
             clusters[best].members[number] = copies[best]
             continue
         clusters[number] = Cluster(number)
+        centres.add(number)
         for other, stretch in found.items():
             if joins(stretch):
                 clusters[other].parts[number] = stretch

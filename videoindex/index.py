@@ -405,7 +405,7 @@ class VideoIndex:
             target = comparer.frames_of(content)
             stretches = [found[number]]
             if with_segments:
-                stretches = comparer.stretches(frames, target, least) or stretches
+                stretches = comparer.all_stretches(found[number], frames, target, least)
             paths = shown.paths(content.id)
             path, *same_content_paths = paths or self.store.paths(content.id)[:1]
             match = Match(
@@ -494,17 +494,15 @@ class VideoIndex:
             raise InputError("this index's model is not calibrated; give --threshold and --radius")
         nearest = self.nearest
         lengths, shown = self.store.frame_counts(), ShownFiles(self.store)
-        near: dict[int, list[int]] = {}
-        for a, b in nearest.range_search(radius):
-            if {a, b} <= lengths.keys() and shown.may_pair(a, b):
-                near.setdefault(a, []).append(b)
-                near.setdefault(b, []).append(a)
+        centres = nearest.centres(radius)
+        lengths = {number: lengths[number] for number in lengths if number in centres.rows}
         comparer = self.comparer(skip_start, min_match, calibration)
         lowest = calibration["threshold"] if threshold is None else threshold
         least = lowest * float(self.fps)
 
         def compare(number, others):
             content = self.store.content(number)
+            others = [other for other in others if shown.may_pair(number, other)]
             contents = [found for other in others if (found := self.store.content(other))]
             if content is None or not contents:  # another process may have removed them
                 return {}
@@ -514,7 +512,7 @@ class VideoIndex:
             return threshold is not None or comparer.verdict(stretch) in JOINING
 
         groups, alone = [], shown.shared_contents()
-        for cluster in make_clusters(lengths, near, compare, joins):
+        for cluster in make_clusters(lengths, centres, compare, joins):
             judge(cluster, compare)
             group = self._group(cluster, comparer, shown, least)
             alone -= group.files.keys() | group.part_files.keys()
@@ -539,7 +537,7 @@ class VideoIndex:
                 content = self.store.content(number)
                 self.store.require_intact(content)
                 frames = comparer.frames_of(content)
-                found = comparer.stretches(frames, target, least) or [first]
+                found = comparer.all_stretches(first, frames, target, least)
                 link = Link(
                     number,
                     centre.id,

@@ -1,7 +1,6 @@
 """The nearest videos of an index, by FAISS over its window descriptors."""
 
 import hashlib
-from collections.abc import Iterator
 
 import faiss
 import numpy as np
@@ -105,36 +104,47 @@ class NearestVideos:
                 best[owner] = similarity
         return best
 
-    def range_search(self, radius: float, batch: int = 1024) -> Iterator[tuple[int, int]]:
-        """Yield each pair of contents of which two windows have at least the similarity `radius`.
+    def centres(self, radius: float) -> "CentreIndex":
+        """An empty CentreIndex over these descriptors."""
+        return CentreIndex(self, radius)
 
-        If FAISS has no range search for the kind of index, only the nearest MAX_NEIGHBOURS of each
-        window are considered.
-        """
-        seen = set()
-        for start in range(0, len(self.descriptors), batch):
-            queries = np.asarray(self.descriptors[start : start + batch])
-            query_numbers, rows = self._near(queries, radius)
-            ones, others = self.owners[start + query_numbers], self.owners[rows]
-            lower = np.minimum(ones, others).tolist()
-            higher = np.maximum(ones, others).tolist()
-            for pair in zip(lower, higher, strict=True):
-                # -1 is a hole; equal numbers are two windows of one video.
-                if 0 <= pair[0] < pair[1] and pair not in seen:
-                    seen.add(pair)
-                    yield pair
 
-    def _near(self, queries, radius):
-        """Which query (n,) is near which row of the index (n,), for queries (Q, D)."""
+class CentreIndex:
+    """Some contents of a NearestVideos, to which more are added: those near another are found.
+
+    A content is near if two windows have at least the similarity `radius`. If FAISS has no range
+    search for the kind of index, only the nearest MAX_NEIGHBOURS of each window are considered.
+    """
+
+    def __init__(self, nearest: NearestVideos, radius: float):
+        self.descriptors, self.radius = nearest.descriptors, radius
+        if nearest.index_type == "Flat":
+            self.index = faiss.IndexFlatIP(nearest.index.d)
+        else:  # trained already
+            self.index = faiss.clone_index(nearest.index)
+            self.index.reset()
+        order = np.argsort(nearest.owners, kind="stable")
+        owners, starts = np.unique(nearest.owners[order], return_index=True)
+        # {content: rows of its descriptors}
+        self.rows = dict(zip(owners.tolist(), np.split(order, starts[1:]), strict=True))
+        self.owners: list[int] = []  # of the windows that were added
+
+    def add(self, number: int) -> None:
+        rows = self.rows[number]
+        self.index.add(np.ascontiguousarray(self.descriptors[rows]))
+        self.owners += [number] * len(rows)
+
+    def near(self, number: int) -> list[int]:
+        """The contents added so far that are near this one, in the order of their numbers."""
+        if not self.index.ntotal:
+            return []
+        queries = np.ascontiguousarray(self.descriptors[self.rows[number]])
         try:
-            limits, _, rows = self.index.range_search(queries, radius)
-            counts = np.diff(limits.astype(np.int64))
-            return np.repeat(np.arange(len(queries)), counts), rows
+            _, _, found = self.index.range_search(queries, self.radius)
         except RuntimeError:  # not implemented for this kind of index
-            k = min(MAX_NEIGHBOURS, self.index.ntotal)
-            similarities, rows = self.index.search(queries, k)
-            query_numbers, places = np.nonzero((similarities >= radius) & (rows >= 0))
-            return query_numbers, rows[query_numbers, places]
+            similarities, rows = self.index.search(queries, min(MAX_NEIGHBOURS, self.index.ntotal))
+            found = rows[(similarities >= self.radius) & (rows >= 0)]
+        return sorted({self.owners[row] for row in found.tolist()})
 
 
 def trained_index(index_type: str, descriptors: np.ndarray) -> faiss.Index:
