@@ -85,7 +85,9 @@ class Comparer:
         Contents whose evidence is below `least`, in frames, are left out; and if `count` is given,
         those that cannot be among the `count` with the most.
         """
-        bounds = self._bounds(query, contents)  # (N,)
+        bounds = np.full(len(contents), np.inf)  # at least the evidence
+        if len(contents) > 1:
+            bounds = self._bounds(query, contents)
         found: dict[int, Stretch] = {}
         best: list[float] = []
         for i in np.argsort(-bounds, kind="stable"):
@@ -93,6 +95,7 @@ class Comparer:
                 count and len(best) >= count and bounds[i] < sorted(best)[-count]
             ):
                 break
+            self.require_memory(query, contents[i])
             stretches = self.stretches(query, self.frames_of(contents[i]), least, 1)
             if stretches:
                 found[contents[i].id] = stretches[0]
@@ -140,23 +143,23 @@ class Comparer:
             self.store.release_pages()
         return np.concatenate(bounds)
 
-    def _groups(self, query, contents):
-        """Yield contents that are read and compared together.
-
-        Raises:
-            InputError: if a single pair needs more than `memory`.
-        """
+    def require_memory(self, query: Frames, content: Content) -> None:
+        """Raise InputError if the comparison of two videos needs more than `memory`."""
         num_frames, size = query.descriptors.shape
-        longest = max(content.num_frames for content in contents)
         left = self.memory - resident_bytes()
-        pair = longest * (ALIGN_BYTES * num_frames + 12 * size)
+        pair = content.num_frames * (ALIGN_BYTES * num_frames + 12 * size)
         if pair > left:
             required = (self.memory + pair - left) / 2**30 + 0.005  # to round up
             raise InputError(
                 f"--memory {self.memory / 2**30:.3g} GiB does not hold the comparison of videos of"
-                f" {num_frames} and {longest} frames; give {required:.2f} or more"
+                f" {num_frames} and {content.num_frames} frames; give {required:.2f} or more"
             )
-        budget = max(min(CHUNK_BYTES, left / 2), pair)
+
+    def _groups(self, query, contents):
+        """Yield contents that are read and compared together."""
+        num_frames, size = query.descriptors.shape
+        self.require_memory(query, max(contents, key=lambda content: content.num_frames))
+        budget = min(CHUNK_BYTES, (self.memory - resident_bytes()) / 2)
         group, used = [], 0
         for content in contents:
             bytes_ = (content.num_frames + STEP) * (8 * num_frames + 12 * size)

@@ -67,7 +67,7 @@ def find_stretches(
     weights.masked_fill_(weights < 0, NONE)
     stretches = []
     for weight, path in heaviest_paths(weights, STEP, GAP, SKEW, 2 * limit):
-        if weight < least or len(stretches) == limit:  # evidence is at most the weight
+        if weight < least:  # evidence is at most the weight
             break
         segment = segment_of(weight, path, matrix)
         lengths = (
@@ -80,6 +80,8 @@ def find_stretches(
         evidence = min(float((weight_of * novelty).sum()), weight)
         if evidence >= least:
             stretches.append(Stretch(segment, evidence, float(novelty.sum()), len(path)))
+        if len(stretches) == limit:
+            break
     return stretches
 
 

@@ -537,7 +537,9 @@ class VideoIndex:
                 content = self.store.content(number)
                 self.store.require_intact(content)
                 frames = comparer.frames_of(content)
-                found = comparer.all_stretches(first, frames, target, least)
+                found = [first]  # of a copy it is nearly all
+                if links is group.parts:
+                    found = comparer.all_stretches(first, frames, target, least)
                 link = Link(
                     number,
                     centre.id,
