@@ -222,7 +222,7 @@ def test_duplicates_prints_groups_and_json(library, tmp_path):
         r"  .* \(0:06\.4\)  \d+ × 160, h264, [\d.]+ kbit/s, [\d.]+ kB, \d{4}-\d\d-\d\d \d\d:\d\d",
         line,
     )
-    assert lines[-1] == "3 groups, 6 videos"
+    assert lines[-1] == "3 groups, 6 videos, 1 parts"
     assert "Videos that share material" in page.read_text()
 
     result = run_search("duplicates", "--index", library.index, "--json")

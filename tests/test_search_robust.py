@@ -1,6 +1,7 @@
 """What people's folders hold: black leads, pillars, stills, compilations, intros, blank clips."""
 
 import os
+import shutil
 from pathlib import Path
 
 import av
@@ -99,7 +100,11 @@ def test_long_still_weighs_no_more_than_a_short_one(folder, make_index):
             for _ in range(seconds)
         ]
         write_frames(folder / f"{name}.mp4", frames, rate=1)
+    shutil.copy(folder / "short.mp4", folder / "again.mp4")
+    with open(folder / "again.mp4", "ab") as file:
+        file.write(b"\0")  # the same pictures, another content
     index = make_index(folder)
+    assert found(index, folder / "short.mp4")["again.mp4"].verdict == "certain"
     match = found(index, folder / "short.mp4")["long.mp4"]
     assert match.verdict == "same place" and match.matched_seconds < 1.2
     assert "other.mp4" not in found(index, folder / "short.mp4")

@@ -18,6 +18,7 @@ from videoindex.results import TimeSegment
 from videoindex.store import Content, IndexStore
 
 RECURRING = 10  # videos that share a stretch of a video with it, from where on it is an intro
+EQUAL = 0.9995  # the similarity of two frames that differ in their rounding alone
 MAX_STRETCHES = 10  # of a pair, that are shown
 # Of two films of hours, whose paths take seconds each: so many, and of this share of the first.
 LONG_CELLS, LONG_STRETCHES, LONG_SHARE = 1 << 24, 3, 0.1
@@ -118,11 +119,22 @@ class Comparer:
     def all_stretches(
         self, first: Stretch, query: Frames, target: Frames, least: float
     ) -> list[Stretch]:
-        """The stretches of a pair whose `first` is known."""
+        """The stretches of a pair whose `first` is known.
+
+        Others must be good evidence by themselves: in a scene before a fixed camera, any two
+        moments resemble each other.
+        """
         limit = MAX_STRETCHES
+        least = max(least, self.calibration.get("likely", 0.0) * self.fps)
         if len(query.descriptors) * len(target.descriptors) > LONG_CELLS:
             limit, least = LONG_STRETCHES, max(least, LONG_SHARE * first.evidence)
-        return self.stretches(query, target, least, limit) or [first]
+        others = [
+            stretch
+            for stretch in self.stretches(query, target, least, limit)
+            if stretch.segment[2:] != first.segment[2:]
+            and self.verdict(stretch) in ("certain", "likely", "")
+        ]
+        return [first, *others]
 
     def _bounds(self, query, contents):
         """At least the evidence that the query has with each content, in frames: (N,)."""
@@ -187,6 +199,14 @@ class Comparer:
         """What a stretch means, in words."""
         parts = stretch.evidence, stretch.distinct, stretch.matched
         return evidence.verdict(self.calibration, *(part / self.fps for part in parts))
+
+    def verdict_on(self, stretch: Stretch, query: Frames, target: Frames) -> str:
+        """The same; two videos of the same pictures are certain copies, be they stills."""
+        word = self.verdict(stretch)
+        if word and len(query.descriptors) == len(target.descriptors):
+            if (query.descriptors * target.descriptors).sum(1).min() >= EQUAL:
+                return "certain"
+        return word
 
 
 def is_inside_both(stretch: Stretch, num_query: int, num_target: int) -> bool:

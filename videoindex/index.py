@@ -416,7 +416,7 @@ class VideoIndex:
                 content=content.id,
                 same_content_paths=same_content_paths,
                 segments=[comparer.time_segment(stretch, frames, target) for stretch in stretches],
-                verdict=comparer.verdict(found[number]),
+                verdict=comparer.verdict_on(found[number], frames, target),
                 matched_seconds=found[number].distinct / float(self.fps),
                 missing=not paths,
             )

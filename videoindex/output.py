@@ -11,7 +11,14 @@ from typing import Any
 import utils
 from videoindex.facts import MediaFacts, media_facts
 from videoindex.results import Group, Link, Match, TimeSegment
-from videoindex.text import UNKNOWN, format_facts, format_segment, format_time, printable
+from videoindex.text import (
+    UNKNOWN,
+    format_count,
+    format_facts,
+    format_segment,
+    format_time,
+    printable,
+)
 
 FORMATS = ("table", "json", "csv")
 INDENT = " " * 9
@@ -192,7 +199,7 @@ def known_row(video: Any) -> dict[str, Any]:
 
 def print_groups(groups: Sequence[Group]) -> None:
     for i, group in enumerate(groups, 1):
-        print(f"group {i}: {len(group.paths)} videos")
+        print(f"group {i}: {format_count(group)}")
         for number, paths in group.files.items():
             length = format_time(group.seconds[number])
             note = " same content" if len(paths) > 1 else ""
@@ -205,7 +212,7 @@ def print_groups(groups: Sequence[Group]) -> None:
         if group.is_doubtful:
             print("    most of these match the first video, but not each other: look at them")
     total = sum(len(group.paths) for group in groups)
-    print(f"{len(groups)} groups, {total} videos")
+    print(f"{len(groups)} groups, {total} videos, {sum(len(g.parts) for g in groups)} parts")
 
 
 def _facts_line(path):

@@ -27,6 +27,7 @@ from videoindex.results import VERDICTS, Group, Match
 from videoindex.store import Content
 from videoindex.text import (
     UNKNOWN,
+    format_count,
     format_facts,
     format_span,
     format_time,
@@ -184,7 +185,7 @@ class _Page:
             pairs.append(pair)
         files = [file for member in members for file in member["files"]]
         return {
-            "count": len(group.paths),
+            "count": format_count(group),
             "name": " ".join(file["path"] for file in files),
             "size": sum(file["size"] for file in files),
             "members": members,

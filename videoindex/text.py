@@ -5,7 +5,7 @@ import time
 
 from utils import one_line
 from videoindex.facts import MediaFacts
-from videoindex.results import TimeSegment
+from videoindex.results import Group, TimeSegment
 
 UNKNOWN = "–"
 
@@ -60,6 +60,15 @@ def format_facts(facts: MediaFacts) -> dict[str, str]:
     if facts.modified is not None:
         texts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.modified))
     return texts
+
+
+def format_count(group: Group) -> str:
+    """How many videos a group has, and parts of them."""
+    count, parts = len(group.paths), len(group.parts)
+    words = f"{count} video{'s' if count > 1 else ''}"
+    if not parts:
+        return words
+    return f"{words}, {parts} part{'s' if parts > 1 else ''} of {'them' if count > 1 else 'it'}"
 
 
 def _with_unit(value, unit):
