@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.clips import textured, write_video
 from helpers.commands import python
-from helpers.library import stored_data
+from helpers.library import largest_file, stored_data
 
+from utils import InputError
 from videoindex.index import VideoIndex
 from videoindex.results import AddProgress
 
@@ -19,6 +20,7 @@ SECONDS, PART = 75, 20
 # index.add of FILM, killed when so many of its SECONDS are done.
 KILLED = """
 import os, signal, sys
+from utils import InputError
 from videoindex.index import VideoIndex
 from videoindex.results import AddProgress
 
@@ -152,3 +154,12 @@ def test_parts_of_a_film_that_crashes_its_decoder_are_removed(film, tmp_path, pi
     update = index.add([film], progress=DecoderKiller(), part_seconds=PART)
     assert update.failed == [(str(film), "decoding it crashes FFmpeg (SIGKILL)")]
     assert parts_of(tmp_path / "index") == []
+
+
+def test_disk_that_is_full_when_a_part_is_written(film, tmp_path, pipeline):
+    index = VideoIndex(tmp_path / "index", pipeline=pipeline)
+    with largest_file(100_000), pytest.raises(InputError, match="make room and repeat"):
+        index.add([film], part_seconds=60)  # 60 rows of 3.5 KB
+    assert [path.name for path in index.folder.iterdir()] == ["index.db"]
+    stored, _ = go_on(tmp_path / "index", pipeline, film)
+    assert stored == go_on(tmp_path / "unbroken", pipeline, film)[0]
