@@ -152,21 +152,22 @@ def tn(
     return torch.stack([part.amax() for part in best]).clamp(min=0) / len(matrix)
 
 
-def path_weights(matrix: Tensor, lengths: Sequence[int], min_similarity: float) -> np.ndarray:
-    """The weight of the path that `align` finds first, of one query with n targets -> (n,).
+def align_paths(matrix: Tensor, min_similarity: float) -> Tensor:
+    """The weight of the heaviest path of `align` that ends in each cell; -inf below min_similarity.
 
-    0 where no two frames have `min_similarity`.
-
-    Args:
-        matrix: frame similarities (Tq, sum (Tt + STEP)): after each target STEP columns below
-            min_similarity, which no edge crosses.
+    matrix, and what is returned: (Tq, columns). Targets may lie side by side, with STEP columns
+    below min_similarity after each, which no edge crosses.
     """
-    best = matrix.new_zeros(matrix.shape[1])
+    L = torch.empty_like(matrix)
     weights = (torch.where(row >= min_similarity, row - min_similarity, NONE) for row in matrix)
-    for L in longest_paths(weights, STEP, GAP, SKEW):
-        torch.maximum(best, L, out=best)
-    starts = np.cumsum([0, *[length + STEP for length in lengths[:-1]]])
-    return np.maximum.reduceat(best.numpy(force=True), starts)
+    for i, row in enumerate(longest_paths(weights, STEP, GAP, SKEW)):
+        L[i] = row
+    return L
+
+
+def first_path(L: Tensor, matrix: Tensor, min_similarity: float) -> list[tuple[int, int]]:
+    """The nodes of the heaviest path of `align`, by `align_paths`; [] if there is none."""
+    return _best_path(L, matrix, STEP, GAP, SKEW, min_similarity)
 
 
 def _top_nodes(matrix, top, min_similarity):
@@ -333,17 +334,18 @@ def heaviest_paths(
         weights[_rectangle(path)] = NONE
 
 
-def _best_path(L, weights, step, gap, skew):
+def _best_path(L, weights, step, gap, skew, offset=0.0):
     """The nodes (i, j) of the heaviest path, from first to last; [] without a node.
 
-    L: the paths' weights (`longest_paths`). The path is traced backwards from its end.
+    L: the paths' weights (`longest_paths`). The path is traced backwards from its end. A node
+    weighs weights[i, j] - offset.
     """
     i, j = divmod(int(L.argmax()), L.shape[1])
     if L[i, j] == NONE:
         return []
     path = [(i, j)]
     costs = edge_costs(step, gap, skew).to(L).flip(0, 1)  # the farthest first
-    while L[i, j] > weights[i, j] and i and j:
+    while L[i, j] > weights[i, j] - offset and i and j:
         before = L[max(i - step, 0) : i, max(j - step, 0) : j]
         before = before - costs[-before.shape[0] :, -before.shape[1] :]
         a, b = divmod(int(before.argmax()), before.shape[1])

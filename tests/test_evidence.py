@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from retrieval.alignment import GAP, SKEW, STEP, path_weights
-from videoindex.evidence import find_stretches, shows_something, verdict
+from retrieval.alignment import GAP, SKEW, STEP
+from videoindex.evidence import find_stretches, first_stretches, shows_something, verdict
 
 
 def diagonal(length, value=1.0, other=0.0):
@@ -86,19 +86,27 @@ def heaviest_of_all_paths(matrix, least):
     return best
 
 
-def test_path_weights_are_those_of_the_best_of_all_paths():
-    """And they bound the evidence."""
+def test_first_stretches_are_the_best_of_all_paths():
+    """Of targets side by side, heaviest first; each as `find_stretches` finds it alone."""
     rng = np.random.default_rng(0)
+    lengths = [3, 5, 1]
     for _ in range(20):
-        targets = [rng.random((4, n)).astype(np.float32) for n in (3, 5, 1)]
+        targets = [rng.random((4, n)).astype(np.float32) for n in lengths]
         padded = [np.pad(target, ((0, 0), (0, STEP)), constant_values=-1) for target in targets]
         matrix = torch.from_numpy(np.concatenate(padded, 1))
-        weights = path_weights(matrix, [3, 5, 1], 0.6)
         expected = [heaviest_of_all_paths(target, np.float32(0.6)) for target in targets]
-        assert weights == pytest.approx(expected, abs=1e-5)
-        for target, weight in zip(targets, weights, strict=True):
-            for stretch in find_stretches(target, 0.6):
-                assert stretch.evidence <= weight + 1e-5
+        found = dict(first_stretches(matrix, lengths, 0.6, 1e-6))
+        assert found.keys() == {k for k in range(3) if expected[k]}
+        assert list(found) == sorted(found, key=lambda k: -expected[k])
+        for k, stretch in found.items():
+            if stretch is None:  # too fast a path
+                continue
+            assert stretch.segment.score == pytest.approx(expected[k], abs=1e-5)
+            assert stretch.evidence <= expected[k] + 1e-5
+            (alone,) = find_stretches(targets[k], 0.6)
+            assert alone.segment[2:] == stretch.segment[2:]
+            assert alone.evidence == pytest.approx(stretch.evidence, abs=1e-5)
+        assert not dict(first_stretches(matrix, lengths, 0.6, 99.0))
 
 
 def jpeg(image):

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from retrieval.alignment import ALIGN_BYTES, STEP, path_weights
+from retrieval.alignment import ALIGN_BYTES, STEP
 from retrieval.encode import resident_bytes
 from retrieval.similarity import CHUNK_BYTES
 from utils import InputError
 from videoindex import evidence
-from videoindex.evidence import Stretch, find_stretches, shows_something
+from videoindex.evidence import Stretch, find_stretches, first_stretches, shows_something
 from videoindex.pipeline import EncodedVideo
 from videoindex.results import TimeSegment
 from videoindex.store import Content, IndexStore
@@ -86,23 +86,36 @@ class Comparer:
         Contents whose evidence is below `least`, in frames, are left out; and if `count` is given,
         those that cannot be among the `count` with the most.
         """
-        bounds = np.full(len(contents), np.inf)  # at least the evidence
-        if len(contents) > 1:
-            bounds = self._bounds(query, contents)
         found: dict[int, Stretch] = {}
-        best: list[float] = []
-        for i in np.argsort(-bounds, kind="stable"):
-            if bounds[i] < max(least, 1e-6) or (
-                count and len(best) >= count and bounds[i] < sorted(best)[-count]
-            ):
-                break
-            self.require_memory(query, contents[i])
-            stretches = self.stretches(query, self.frames_of(contents[i]), least, 1)
-            if stretches:
-                found[contents[i].id] = stretches[0]
-                best.append(stretches[0].evidence)
-        self.store.release_pages()
+        best: list[float] = []  # the `count` most evidence, ascending
+        least = max(least, 1e-6)
+        for group in self._groups(query, contents):
+            matrix = torch.from_numpy(self._similarities(query, group))
+            lengths = [content.num_frames for content in group]
+            for k, stretch in first_stretches(matrix, lengths, self.min_similarity, least):
+                if count and len(best) == count:
+                    if stretch and stretch.segment.score < best[0]:  # its weight; evidence is less
+                        break
+                target = self.frames_of(group[k])
+                if stretch is None or not target.is_evidence.all() or self.min_match:
+                    stretch = next(iter(self.stretches(query, target, least, 1)), None)
+                if stretch and stretch.evidence >= least:
+                    found[group[k].id] = stretch
+                    best = sorted([*best, stretch.evidence])[-count:] if count else best
+            self.store.release_pages()
         return found
+
+    def _similarities(self, query, contents):
+        """Frame similarities (Tq, sum (Tt + STEP)), targets side by side, zeros after each."""
+        shape = sum(content.num_frames + STEP for content in contents), query.descriptors.shape[1]
+        targets, end = np.zeros(shape, np.float32), 0
+        for content in contents:
+            targets[end : end + content.num_frames] = self.store.frame_descriptors(content)
+            end += content.num_frames + STEP
+        matrix = query.descriptors @ targets.T
+        matrix /= np.sqrt(np.einsum("ij,ij->i", targets, targets)).clip(1e-12)
+        matrix[~query.is_evidence] = evidence.NO_MATCH
+        return matrix
 
     def stretches(
         self, query: Frames, target: Frames, least: float, limit: int = MAX_STRETCHES
@@ -136,25 +149,6 @@ class Comparer:
         ]
         return [first, *others]
 
-    def _bounds(self, query, contents):
-        """At least the evidence that the query has with each content, in frames: (N,)."""
-        bounds = []
-        for group in self._groups(query, contents):
-            lengths = [content.num_frames for content in group]
-            # After each target, zeros: what the paths of one do not reach.
-            shape = sum(lengths) + STEP * len(group), query.descriptors.shape[1]
-            targets, end = np.zeros(shape, np.float32), 0
-            for content in group:
-                rows = self.store.frame_descriptors(content)
-                targets[end : end + len(rows)] = rows
-                end += len(rows) + STEP
-            targets /= np.maximum(np.linalg.norm(targets, axis=1, keepdims=True), 1e-12)
-            matrix = torch.from_numpy(query.descriptors @ targets.T)
-            matrix[~query.is_evidence] = evidence.NO_MATCH
-            bounds.append(path_weights(matrix, lengths, self.min_similarity))
-            self.store.release_pages()
-        return np.concatenate(bounds)
-
     def require_memory(self, query: Frames, content: Content) -> None:
         """Raise InputError if the comparison of two videos needs more than `memory`."""
         num_frames, size = query.descriptors.shape
@@ -174,7 +168,7 @@ class Comparer:
         budget = min(CHUNK_BYTES, (self.memory - resident_bytes()) / 2)
         group, used = [], 0
         for content in contents:
-            bytes_ = (content.num_frames + STEP) * (8 * num_frames + 12 * size)
+            bytes_ = (content.num_frames + STEP) * (12 * num_frames + 8 * size)
             if group and used + bytes_ > budget:
                 yield group
                 group, used = [], 0

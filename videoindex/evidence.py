@@ -14,7 +14,7 @@ Frames that show nothing (black, white, noise) are no evidence.
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from retrieval.alignment import GAP, NONE, SKEW, STEP, Segment, heaviest_paths, segment_of
+from retrieval.alignment import (
+    GAP,
+    NONE,
+    SKEW,
+    STEP,
+    Segment,
+    align_paths,
+    first_path,
+    heaviest_paths,
+    segment_of,
+)
 
 MIN_SIMILARITY = 0.4  # of features that are not calibrated
 BLOCK = 512  # pairs of frames that are looked at together
@@ -69,20 +79,49 @@ def find_stretches(
     for weight, path in heaviest_paths(weights, STEP, GAP, SKEW, 2 * limit):
         if weight < least:  # evidence is at most the weight
             break
-        segment = segment_of(weight, path, matrix)
-        lengths = (
-            segment.query_end - segment.query_start,
-            segment.target_end - segment.target_start,
-        )
-        if max(lengths) - 2 > MAX_SPEED * min(lengths):
-            continue
-        weight_of, novelty = _weights_and_novelty(matrix, path, min_similarity)
-        evidence = min(float((weight_of * novelty).sum()), weight)
-        if evidence >= least:
-            stretches.append(Stretch(segment, evidence, float(novelty.sum()), len(path)))
+        stretch = stretch_of(matrix, path, weight, min_similarity)
+        if stretch and stretch.evidence >= least:
+            stretches.append(stretch)
         if len(stretches) == limit:
             break
     return stretches
+
+
+@torch.inference_mode()
+def first_stretches(
+    matrix: Tensor, lengths: Sequence[int], min_similarity: float, least: float
+) -> Iterator[tuple[int, Stretch | None]]:
+    """Yield (number of a target, the first stretch that the query shares with it), heaviest first.
+
+    Targets whose path weighs less than `least` are left out. None: `find_stretches` must look, as
+    the heaviest path runs too fast.
+
+    Args:
+        matrix: frame similarities (Tq, sum (Tt + STEP)), see `align_paths`.
+    """
+    L = align_paths(matrix, min_similarity)
+    starts = np.cumsum([0, *(length + STEP for length in lengths)])
+    weights = np.maximum.reduceat(L.amax(0).numpy(), starts[:-1])
+    for k in np.argsort(-weights, kind="stable"):
+        if weights[k] < least or weights[k] == NONE:
+            return
+        columns = slice(starts[k], starts[k] + lengths[k])
+        path = first_path(L[:, columns], matrix[:, columns], min_similarity)
+        yield k, stretch_of(matrix[:, columns], path, float(weights[k]), min_similarity)
+
+
+def stretch_of(
+    matrix: Tensor, path: list[tuple[int, int]], weight: float, min_similarity: float
+) -> Stretch | None:
+    """The Stretch of a path; None if one video would run too fast."""
+    segment = segment_of(weight, path, matrix)
+    in_query = segment.query_end - segment.query_start
+    in_target = segment.target_end - segment.target_start
+    if max(in_query, in_target) - 2 > MAX_SPEED * min(in_query, in_target):
+        return None
+    weight_of, novelty = _weights_and_novelty(matrix, path, min_similarity)
+    evidence = min(float((weight_of * novelty).sum()), weight)
+    return Stretch(segment, evidence, float(novelty.sum()), len(path))
 
 
 def _weights_and_novelty(matrix, path, min_similarity):

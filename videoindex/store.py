@@ -141,7 +141,8 @@ class IndexStore:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = utils.require_path(folder, "index")
-        self._mapped_frames: np.memmap | None = None  # as it was mapped last
+        # The generation and the frame descriptors as they were mapped last.
+        self._mapped_frames: tuple[int | None, np.ndarray] = None, np.empty((0, 0))
         if not (self.folder / "index.db").is_file():
             raise InputError(
                 f"{str(folder)!r} is not an index (it has no index.db);"
@@ -323,14 +324,18 @@ class IndexStore:
     def _frame_rows(self, content):
         """The same, unchecked, from where the content says that it lies."""
         end = content.first_frame + content.num_frames
-        frames = self._map("frames", content.generation, self._end(0, end, content), np.float16)
-        self._mapped_frames = frames if isinstance(frames, np.memmap) else None
+        num_rows = self._end(0, end, content)
+        generation, frames = self._mapped_frames
+        if generation != content.generation or len(frames) < num_rows:  # mapping costs most of it
+            frames = self._map("frames", content.generation, num_rows, np.float16)
+            self._mapped_frames = content.generation, frames
         return frames[content.first_frame : end]
 
     def release_pages(self) -> None:
         """Release the frame descriptors' pages (MADV_DONTNEED): they count as resident memory."""
-        if self._mapped_frames is not None:
-            self._mapped_frames._mmap.madvise(mmap.MADV_DONTNEED)
+        _, frames = self._mapped_frames
+        if isinstance(frames, np.memmap):
+            frames._mmap.madvise(mmap.MADV_DONTNEED)
 
     def window_table(self) -> WindowTable:
         """The window descriptors of the whole index, holes included, and whose they are."""
