@@ -506,7 +506,7 @@ def test_index_with_links_is_refused(index_folder, tmp_path, name):
         "UPDATE settings SET value = '\"../../x\"' WHERE name = 'generation'",
         "UPDATE settings SET value = '[1, 2]' WHERE name = 'ends'",
         "UPDATE settings SET value = '{\"fps\": \"1e999999999\"}' WHERE name = 'identity'",
-        "UPDATE settings SET value = '{\"align\": {\"limit\": 1e9}}' WHERE name = 'calibration'",
+        "UPDATE settings SET value = '{\"certain\": 1e9}' WHERE name = 'calibration'",
         "UPDATE settings SET value = 'nonsense' WHERE name = 'options'",
         "INSERT INTO settings VALUES ('mounts', '\"/\"')",
         "INSERT INTO settings VALUES ('rejected', '[[\"a\"]]')",
@@ -547,7 +547,7 @@ def test_page_of_the_database_that_is_damaged_later_is_one_line(index_folder):
 def long_index(folder, videos, frames):
     rng = np.random.default_rng(0)
     settings = {"identity": {"fps": "1"}, "options": {"encoder": "mean"}}
-    settings["calibration"] = {"align": {"min_similarity": 0.9}}
+    settings["calibration"] = {"min_similarity": 0.9, "threshold": 0.1, "radius": -1.0}
     store = IndexStore.create(folder / "index", 256, settings)
     with store.writing():
         for number in range(videos):
@@ -567,7 +567,7 @@ def search_index(folder, room, job):
     clip = EncodedVideo(Path("clip"), "", 9.0)
     clip.frame_descriptors = np.array(index.store.frame_descriptors(content)[:60])
     clip.window_descriptors = np.array(index.store.window_descriptors(content))
-    index.query(clip, top=2, threshold=-2.0, metric="chamfer")
+    index.query(clip, top=2, threshold=0.0)
 
 
 @pytest.mark.slow

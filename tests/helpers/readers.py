@@ -42,7 +42,7 @@ from utils import InputError
 from videoindex.choices import chosen_plan, read_choices
 from videoindex.index import VideoIndex
 from videoindex.parts import FilmParts, remove_orphans
-from videoindex.pipeline import EncodedVideo, read_calibration
+from videoindex.pipeline import CALIBRATED, EncodedVideo, read_calibration
 from videoindex.plan import write_plan, write_script
 from videoindex.report import write_duplicates, write_query
 from videoindex.store import FileEntry, IndexStore
@@ -272,10 +272,11 @@ def make_index(folder):
     settings = {"identity": IDENTITY, "options": {"encoder": "mean"}, "calibration": {}}
     settings |= {"index_type": "Flat", "versions": {"torch": "2"}}
     settings["calibration"] = {
+        "min_similarity": 0.1,
         "threshold": 0.1,
+        "certain": 2.0,
+        "likely": 1.0,
         "radius": 0.1,
-        "metric": "tn",
-        "align": {"gap": 0.1},
     }
     store = IndexStore.create(folder / "index", 16, settings)
     rng = np.random.default_rng(0)
@@ -333,11 +334,7 @@ def read_calibrations(folder):
     original = json.loads((ROOT / "models/demo/calibration.json").read_text())
     for entry in original.values():
         found = read_calibration(folder, entry["identity"])
-        (
-            float(found.get("threshold", 0)),
-            float(found.get("radius", 0)),
-            found.get("metric", "tn") + "",
-        )
+        [float(found.get(name, 0)) for name in CALIBRATED]
 
 
 def make_choices(folder):
