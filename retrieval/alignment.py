@@ -243,7 +243,7 @@ def align(
         segment = segment_of(score, path, matrix)
         shorter, longer = _extents(segment)
         is_speed_allowed = longer - 2 <= max_speed * shorter
-        if shorter >= least and is_speed_allowed and _is_apart(segment, segments):
+        if shorter >= least and is_speed_allowed and is_apart(segment, segments):
             segments.append(segment)
     return segments
 
@@ -273,7 +273,7 @@ def tn_segments(
         segment = segment_of(score, path, matrix)
         shorter, longer = _extents(segment)
         is_dense = score > min_similarity * (shorter + longer) / 2
-        if shorter >= least and is_dense and _is_apart(segment, segments):
+        if shorter >= least and is_dense and is_apart(segment, segments):
             segments.append(segment)
     return segments
 
@@ -303,7 +303,7 @@ def dp_segments(
         if not path:
             break
         segment = segment_of(score, path, matrix)
-        if _extents(segment)[0] >= least and _is_apart(segment, segments):
+        if _extents(segment)[0] >= least and is_apart(segment, segments):
             segments.append(segment)
         weights[_rectangle(path)] = NONE
     return segments
@@ -406,7 +406,7 @@ def _extents(segment):
     )
 
 
-def _is_apart(segment, others):
+def is_apart(segment: Segment, others: Iterable[Segment]) -> bool:
     """Whether a segment overlaps none of the others in both videos."""
     for other in others:
         query = segment.query_start < other.query_end and other.query_start < segment.query_end

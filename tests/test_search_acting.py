@@ -306,3 +306,28 @@ def test_indexes_of_other_models_are_refused(library, halves, tmp_path):
 
 def test_query_needs_a_clip(library):
     assert "`query` needs files" in refused(search.main, "query", "--index", library.index)
+
+
+def test_calibrate_by_copies_of_the_own_videos(library, index):
+    """The thresholds are the index's own then; --undo goes back to the model's."""
+
+    def calibration():
+        return VideoIndex(index, pipeline=library.pipeline).calibration
+
+    shipped = calibration()
+    result = run_search("calibrate", "--index", index, "--count", 4, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    own = calibration()
+    assert own["own"] and own["measured"]["pairs"] > 20 and own["threshold"] > 0
+    assert f"threshold {own['threshold']:.3f}" in result.stdout
+    names = matched(run_search("query", library.path("b.mp4"), "--index", index, "--json"))
+    assert set(names) >= {library.path("b.mp4"), library.path("b faster.mp4")}
+
+    run_search("calibrate", "--index", index, "--undo", "--device", "cpu")
+    assert calibration() == shipped
+
+
+def test_calibrate_takes_four_videos(library, index):
+    VideoIndex(index, pipeline=library.pipeline).remove([library.videos])
+    message = refused(search.main, "calibrate", "--index", index, "--device", "cpu")
+    assert "four videos and more" in message

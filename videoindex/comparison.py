@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from retrieval.alignment import ALIGN_BYTES, STEP
+from retrieval.alignment import ALIGN_BYTES, STEP, is_apart
 from retrieval.encode import resident_bytes
 from retrieval.similarity import CHUNK_BYTES
 from utils import InputError
@@ -144,7 +144,7 @@ class Comparer:
         others = [
             stretch
             for stretch in self.stretches(query, target, least, limit)
-            if stretch.segment[2:] != first.segment[2:]
+            if is_apart(stretch.segment, [first.segment])
             and self.verdict(stretch) in ("certain", "likely", "")
         ]
         return [first, *others]

@@ -435,7 +435,7 @@ class VideoIndex:
         return Comparer(self.store, self.fps, calibration, self.memory, skip_start, min_match)
 
     def _without_recurring(self, comparer, frames, contents, least, top):
-        """The first stretches {content: Stretch}, and the clip's frames without recurring ones."""
+        """The first stretches {content: Stretch}, and the frames in which others are looked for."""
         count = max(top, 3 * RECURRING)  # so that recurring stretches are noticed
         found = comparer.compare(frames, contents, least, count)
         lengths = {content.id: content.num_frames for content in contents}
@@ -455,6 +455,7 @@ class VideoIndex:
                     found.pop(content.id, None)
                     others.append(content)
             found |= comparer.compare(kept, others, least, top) if others else {}
+            frames = kept
         return found, frames
 
     def frame_similarities(self, frames: np.ndarray, content: Content) -> np.ndarray:
