@@ -218,8 +218,8 @@ def test_onnx_features_and_index_from_files(tmp_path, monkeypatch):
     os.mkdir("elsewhere")
     monkeypatch.chdir("elsewhere")  # an index remembers where its backbone is
     index = VideoIndex("../my.index", device="cpu")
-    (best, *_) = index.query("../videos/a.mkv", threshold=-2)
-    assert best.path == str(videos / "a.mkv") and best.score == pytest.approx(1, abs=1e-3)
+    (best, *_) = index.query("../videos/a.mkv", threshold=0)
+    assert best.path == str(videos / "a.mkv") and best.similarity == pytest.approx(1, abs=1e-3)
     identity = index.store.settings["identity"]
     assert (identity["backbone"], identity["view"]) == ("onnx", "64 whole")
     assert len(identity["weights"]) == 16  # its digest: its name and place do not count
