@@ -58,6 +58,7 @@ def test_tables_are_the_same_to_the_bit_for_any_number_of_processes(world, store
     encoder, queries, database = untrained_tca(1), list(world.test.labels), world.test.database
 
     def compare(dist):
+        torch.set_num_threads(1)  # a new thread has as many as an extraction has left behind
         video_encoder = VideoEncoder(encoder, store, batch_frames=100)
         return Comparison(video_encoder, queries, database, METRICS, dist).tables(METRICS)
 
