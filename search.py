@@ -101,9 +101,10 @@ def run_calibrate(args):
     index = VideoIndex.load(args.index, **given(args, "device"))
     if args.undo:
         entry = index.pipeline.calibration
+        print(f"{args.index}: the model's own calibration")
     else:
         with tqdm(unit="copy", disable=None) as bar:
-            entry = calibrate_index(index, args.count, on_video=lambda name: bar.update())
+            entry = calibrate_index(index, args.count, on_video=lambda name, reason: bar.update())
         print_entry(args.index, entry)
         for a, b in entry.pop("related"):
             print(f"  left out, as they seem to share film: {printable(a)} and {printable(b)}")
@@ -273,7 +274,9 @@ def run_duplicates(args):
     if args.plan:
         from videoindex.plan import make_plan
 
-        write_plan(args, make_plan(groups, args.keep, index.store.known_files()))
+        write_plan(
+            args, make_plan(groups, args.keep, index.store.known_files(), index.is_same_film)
+        )
 
 
 # --- acting on it -------------------------------------------------------------------------------

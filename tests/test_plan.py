@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from helpers.clips import numbered, write_video
 
+import videoindex.plan as plan_module
 from utils import InputError
 from videoindex.plan import (
     DROP,
@@ -47,24 +48,27 @@ def known_of(paths):
 
 
 def group_of(folder, names, seconds, *links):
-    """A group of contents 0, 1, ...; links are (a, b, verdict, [(start, end)]), spans in both."""
+    """A group of contents 0, the centre, 1, ...; links are (content, verdict, same film)."""
     group = Group()
     for i, name in enumerate(names):
         group.files[i] = [str(folder / name)]
         group.seconds[i] = seconds[i]
-    for a, b, verdict, spans in links:
-        segments = [TimeSegment(start, end, start, end, 0.9) for start, end in spans]
-        group.links.append(Link(a, b, 0.9, segments, verdict))
+    for a, verdict, _ in links:
+        segments = [TimeSegment(0.0, 60.0, 0.0, 60.0, 0.9)]
+        group.links.append(Link(a, 0, 3.9, segments, verdict, 3.0))
     return group
 
 
 def plan_of(folder, names, seconds, *links, rules=("resolution", "bit_rate", "oldest")):
     group = group_of(folder, names, seconds, *links)
-    rows = make_plan([group], parse_rules(rules), known_of(group.paths))
+    same = {0} | {a for a, verdict, is_same in links if is_same and verdict == "certain"}
+    rows = make_plan(
+        [group], parse_rules(rules), known_of(group.paths), lambda a, b: {a, b} <= same
+    )
     return {os.path.basename(row.path): row for row in rows}
 
 
-WHOLE = [(0.0, 60.0)]
+SAME = (1, "certain", True)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ WHOLE = [(0.0, 60.0)]
     ],
 )
 def test_rules_choose_what_is_kept(folder, rules, kept):
-    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE), rules=rules)
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME, rules=rules)
     (other,) = {"large.mkv", "small.mkv"} - {kept}
     assert (plan[kept].action, plan[kept].kept) == (KEEP, "")
     assert (plan[other].action, plan[other].kept) == (DROP, str(folder / kept))
@@ -89,7 +93,7 @@ def test_folders_come_in_the_order_of_the_rules(folder):
     os.rename(folder / "small.mkv", folder / "archive/small.mkv")
     names = ["large.mkv", "archive/small.mkv"]
     rules = [f"folder={folder}/archive", "resolution"]
-    plan = plan_of(folder, names, [60, 60], (0, 1, "", WHOLE), rules=rules)
+    plan = plan_of(folder, names, [60, 60], SAME, rules=rules)
     assert plan["small.mkv"].action == KEEP and plan["large.mkv"].action == DROP
 
 
@@ -98,49 +102,51 @@ def test_unknown_rule():
         parse_rules(["resolution,beauty"])
 
 
-def test_a_film_is_not_dropped_for_its_excerpt(folder):
-    """Though the excerpt has the higher resolution; the other way round it is."""
-    names, seconds = ["large.mkv", "small.mkv"], [10, 600]
-    excerpt = (0, 1, "certain", [(0.0, 10.0)])
-    plan = plan_of(folder, names, seconds, excerpt)
-    assert [row.action for row in plan.values()] == [KEEP, KEEP]
-    assert plan["small.mkv"].reason == "not all of it is in a file to keep"
-    plan = plan_of(folder, names, seconds, excerpt, rules=["oldest"])
+@pytest.mark.parametrize("keep", ["resolution", "oldest"])
+def test_only_the_same_film_is_dropped(folder, keep):
+    """Not what shares most of it: an episode with the same opening, a film with a scene more."""
+    plan = plan_of(
+        folder, ["large.mkv", "small.mkv"], [60, 60], (1, "certain", False), rules=[keep]
+    )
+    assert sorted(row.action for row in plan.values()) == [KEEP, LOOK]
+    (look,) = [row for row in plan.values() if row.action == LOOK]
+    assert look.reason == "certain, but not the same film from end to end"
+
+
+def test_copies_of_one_centre_are_copies_of_each_other(folder):
+    """The best of three is no centre."""
+    names = ["small.mkv", "large.mkv", ODD]
+    plan = plan_of(folder, names, [60, 60, 60], SAME, (2, "certain", True))
+    assert [plan[name].action for name in names] == [DROP, KEEP, DROP]
+    plan = plan_of(folder, names, [60, 60, 60], SAME, (2, "certain", False))
+    assert [plan[name].action for name in names] == [DROP, KEEP, LOOK]
+
+
+def test_sound_is_not_dropped_for_silence(folder, monkeypatch):
+    facts = plan_module.media_facts
+
+    def with_sound(path):
+        return facts(path)._replace(sound="small" in os.fspath(path))
+
+    monkeypatch.setattr(plan_module, "media_facts", with_sound)
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
+    assert plan["small.mkv"].action == LOOK and "sound" in plan["small.mkv"].reason
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME, rules=["oldest"])
     assert plan["large.mkv"].action == DROP
 
 
-@pytest.mark.parametrize(
-    "spans, action",
-    [
-        ([(0.0, 58.5)], DROP),  # the ends of segments are found within a second
-        ([(0.0, 30.0), (20.0, 59.0)], DROP),
-        ([(0.0, 30.0), (0.0, 30.0)], KEEP),  # the same half twice
-        ([(0.0, 50.0)], KEEP),
-        ([], KEEP),
-    ],
-)
-def test_all_of_a_file_must_be_in_what_is_kept(folder, spans, action):
-    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", spans))
-    assert plan["small.mkv"].action == action
-
-
-def test_short_videos_must_be_covered_by_half(folder):
-    plan = plan_of(folder, ["large.mkv", "small.mkv"], [2, 2], (0, 1, "", [(0.0, 0.5)]))
-    assert plan["small.mkv"].action == KEEP
-
-
-@pytest.mark.parametrize("verdict", ["likely", "look yourself", "same place"])
+@pytest.mark.parametrize("verdict", ["", "likely", "look yourself", "same place"])
 def test_what_is_not_certain_is_to_be_looked_at(folder, verdict):
-    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, verdict, WHOLE))
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (1, verdict, True))
     assert plan["small.mkv"].action == LOOK and verdict in plan["small.mkv"].reason
 
 
 def test_file_that_changed_since_it_was_indexed_is_to_be_looked_at(folder):
     """The index does not say what it holds now; so nothing is dropped for it either."""
-    group = group_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE))
+    group = group_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
     known = known_of(group.paths)
     os.truncate(folder / "large.mkv", 100)
-    rows = make_plan([group], ["newest"], known)
+    rows = make_plan([group], ["newest"], known, lambda a, b: True)
     assert [(os.path.basename(row.path), row.action) for row in rows] == [
         ("large.mkv", LOOK),
         ("small.mkv", KEEP),
@@ -149,7 +155,7 @@ def test_file_that_changed_since_it_was_indexed_is_to_be_looked_at(folder):
 
 def test_plan_file_has_the_facts(folder, tmp_path):
     names = ["large.mkv", "small.mkv", ODD]
-    links = [(0, 1, "", WHOLE), (0, 2, "", WHOLE)]
+    links = [SAME, (2, "certain", True)]
     rows = list(plan_of(folder, names, [60] * 3, *links).values())
     write_plan(tmp_path / "plan.csv", rows)
     with open(tmp_path / "plan.csv", newline="", errors="surrogateescape") as file:
@@ -170,7 +176,7 @@ def run_script(path, folder):
 
 def test_script_moves_what_is_to_drop_and_nothing_else(folder, tmp_path):
     names = ["large.mkv", "small.mkv", ODD]
-    links = [(0, 1, "", WHOLE), (0, 2, "", WHOLE)]
+    links = [SAME, (2, "certain", True)]
     rows = list(plan_of(folder, names, [60] * 3, *links).values())
     content = (folder / ODD).read_bytes()
     target = tmp_path / "dropped here"
@@ -187,7 +193,7 @@ def test_script_moves_what_is_to_drop_and_nothing_else(folder, tmp_path):
 
 
 def test_script_leaves_a_file_whose_better_copy_has_gone(folder, tmp_path):
-    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE))
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
     write_script(tmp_path / "moves.sh", plan.values(), str(tmp_path / "dropped"))
     (folder / "large.mkv").unlink()
     result = run_script(tmp_path / "moves.sh", tmp_path)
@@ -196,7 +202,7 @@ def test_script_leaves_a_file_whose_better_copy_has_gone(folder, tmp_path):
 
 
 def test_script_overwrites_nothing(folder, tmp_path):
-    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (0, 1, "", WHOLE))
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
     write_script(tmp_path / "moves.sh", plan.values(), str(tmp_path / "dropped"))
     there = tmp_path / "dropped" / str(folder).lstrip("/") / "small.mkv"
     there.parent.mkdir(parents=True)

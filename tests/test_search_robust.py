@@ -11,6 +11,7 @@ from helpers.library import cut_clip
 
 from datasets.demo import edits
 from videoindex.index import VideoIndex
+from videoindex.plan import make_plan
 
 FILM = [(100, 110)]
 
@@ -163,4 +164,27 @@ def test_signs_before_one_wall_are_never_certain(make_index):
     for path in sorted(signs.glob("*.mkv")):
         verdicts = [match.verdict for match in found(index, path).values()]
         assert "certain" not in verdicts, path
+    assert index.duplicates() == []
+
+
+def test_plan_drops_no_film_that_is_in_no_kept_file(folder, make_index):
+    """A copy is to drop; an episode, a film with another end, or with a scene changed, is not."""
+    cut_clip(folder / "film.mp4", [(100, 130)])
+    cut_clip(folder / "again.mp4", [(100, 130)], [["gamma_up", {"gamma": 0.95}]])
+    cut_clip(folder / "other end.mp4", [(100, 127), (420, 423)])
+    cut_clip(folder / "scene changed.mp4", [(100, 112), (300, 305), (117, 130)])
+    index = make_index(folder)
+    rows = make_plan(
+        index.duplicates(), ["resolution", "oldest"], index.store.known_files(), index.is_same_film
+    )
+    actions = {os.path.basename(row.path): row.action for row in rows}
+    dropped = {name for name, action in actions.items() if action == "drop"}
+    assert dropped in ({"again.mp4"}, {"film.mp4"})
+    assert actions.keys() >= {"film.mp4", "again.mp4", "other end.mp4"}, "all of one group"
+
+
+def test_index_without_videos_has_no_duplicates(folder, make_index):
+    cut_clip(folder / "a.mp4", FILM)
+    index = make_index(folder)
+    index.remove([folder])
     assert index.duplicates() == []

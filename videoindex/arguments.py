@@ -330,9 +330,14 @@ def _choose(name, choices):
 
 
 def _validate(args):
-    for name in ("top", "shortlist", "workers", "window", "components", "nhead", "count"):
+    for name in ("top", "shortlist", "workers", "window", "components", "nhead"):
         if getattr(args, name, None) is not None:
             utils.check_ranges(args, {name: (1, math.inf)})
+    for name, limits in {"count": (4, 10**6), "threshold": (-1e6, 1e6), "radius": (-2, 2)}.items():
+        if getattr(args, name, None) is not None:
+            utils.check_ranges(args, {name: limits})
+    if getattr(args, "memory", None) is not None:
+        utils.check_ranges(args, {"memory": (0.01, 10**6)})
     for name in ("skip_start", "min_match"):
         if getattr(args, name, None) is not None:
             utils.check_ranges(args, {name: (0, math.inf)})

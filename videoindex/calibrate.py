@@ -29,6 +29,7 @@ import argparse
 import itertools
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from fractions import Fraction
@@ -62,6 +63,7 @@ from videoindex.pipeline import SHIPPED, Pipeline
 PRECISION, CERTAIN_PRECISION, LIKELY_PRECISION = 0.99, 0.99, 0.9
 UNRELATED_SHARE = 1 / 2000  # of unrelated pairs, that may reach the threshold
 MIN_SIMILARITY = 0.15
+OWN_PRECISION = 0.9  # that the thresholds of `search.py calibrate` must have on the other half
 MODEL_OPTIONS = ("backbone", "weights", "encoder", "model_path", "pca", "bars", "window")
 
 
@@ -146,7 +148,13 @@ def pack(args):
 def write_copies(args):
     recordings = read_recordings(Path(args.list), utils.require_path(args.recordings, "recordings"))
     with tqdm(unit="video", disable=None) as bar:
-        make_copies(recordings, Path(args.output), lambda name: bar.update())
+
+        def on_video(name, reason):
+            bar.update()
+            if reason:
+                bar.write(f"left out {name}: {reason}", file=sys.stderr)
+
+        make_copies(recordings, Path(args.output), on_video)
 
 
 # --- measure ------------------------------------------------------------------------------------
@@ -310,7 +318,7 @@ def calibrate_index(
     index: VideoIndex,
     count: int = 20,
     seed: int = 0,
-    on_video: Callable[[str], None] = lambda name: None,
+    on_video: Callable[[str, str], None] = lambda name, reason: None,
 ) -> dict[str, Any]:
     """The calibration of an index's model by copies of a sample of its own videos.
 
@@ -319,10 +327,11 @@ def calibrate_index(
 
     Args:
         count: how many videos; at least four.
-        on_video: called with the name of each copy that is made.
+        on_video: as for `make_copies`.
 
     Raises:
-        InputError: with fewer than four videos that exist.
+        InputError: with fewer than four videos that exist, or if copies of them cannot be told
+            from other videos.
     """
     paths = sorted(path for path in index.store.known_files() if os.path.exists(path))
     random.Random(seed).shuffle(paths)
@@ -333,7 +342,20 @@ def calibrate_index(
         recordings.append(Recording(Path(path), path, path, HALVES[i % 2]))
     with tempfile.TemporaryDirectory() as folder:
         make_copies(recordings, Path(folder), on_video, max_originals=1)
+        truth = read_truth(Path(folder))
+        if min(map(len, truth.values())) < 2:
+            raise utils.InputError("too few videos of the sample last long enough; raise --count")
         entry = calibrate(Path(folder), index.pipeline, Path(folder), related=True)
+    measured = entry["measured"]
+    for what, (good, of) in (
+        ("answers that are right", measured["right"]),
+        ("pairs of a group that share film", measured["groups"]["pure"]),
+    ):
+        if good < OWN_PRECISION * of or not measured["recall"][0]:
+            raise utils.InputError(
+                f"copies of these videos cannot be told from others ({what}: {good} of {of});"
+                " nothing is stored; raise --count, or index other videos"
+            )
     return entry | {"own": True}
 
 

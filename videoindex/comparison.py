@@ -18,6 +18,8 @@ from videoindex.results import TimeSegment
 from videoindex.store import Content, IndexStore
 
 RECURRING = 10  # videos that share a stretch of a video with it, from where on it is an intro
+# Copies of the same film, frame by frame: how alike they are, and the seconds that may be missing.
+SAME_FRAME, SAME_SECONDS = 0.7, 1.0
 EQUAL = 0.9995  # the similarity of two frames that differ in their rounding alone
 MAX_STRETCHES = 10  # of a pair, that are shown
 # Of two films of hours, whose paths take seconds each: so many, and of this share of the first.
@@ -98,7 +100,8 @@ class Comparer:
                         break
                 target = self.frames_of(group[k])
                 if stretch is None or not target.is_evidence.all() or self.min_match:
-                    stretch = next(iter(self.stretches(query, target, least, 1)), None)
+                    limit = MAX_STRETCHES if self.min_match else 1
+                    stretch = next(iter(self.stretches(query, target, least, limit)), None)
                 if stretch and stretch.evidence >= least:
                     found[group[k].id] = stretch
                     best = sorted([*best, stretch.evidence])[-count:] if count else best
@@ -125,7 +128,7 @@ class Comparer:
         matrix[~query.is_evidence] = evidence.NO_MATCH
         matrix[:, ~target.is_evidence] = evidence.NO_MATCH
         found = find_stretches(matrix, self.min_similarity, least, limit)
-        least_frames = min(self.min_match * self.fps, *matrix.shape)
+        least_frames = self.min_match * self.fps
         found = [stretch for stretch in found if _frames_of(stretch) >= least_frames]
         return sorted(found, key=lambda stretch: -stretch.evidence)
 
@@ -193,6 +196,15 @@ class Comparer:
         """What a stretch means, in words."""
         parts = stretch.evidence, stretch.distinct, stretch.matched
         return evidence.verdict(self.calibration, *(part / self.fps for part in parts))
+
+    def is_same_film(self, stretch: Stretch, query: Frames, target: Frames) -> bool:
+        """Whether two videos show the same film from end to end, but for a second.
+
+        Every frame of both matches, none of them weakly: so neither has a scene of its own.
+        """
+        most = max(query.is_evidence.sum(), target.is_evidence.sum())
+        is_whole = stretch.matched >= most - SAME_SECONDS * self.fps
+        return bool(is_whole and stretch.least >= SAME_FRAME)
 
     def verdict_on(self, stretch: Stretch, query: Frames, target: Frames) -> str:
         """The same; two videos of the same pictures are certain copies, be they stills."""

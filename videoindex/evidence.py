@@ -50,12 +50,14 @@ class Stretch(NamedTuple):
     evidence: the sum over the path of weight times novelty, at most the path's weight
     distinct: the sum of the novelties: how many different frames match
     matched: how many frames match
+    least: the similarity of the frames that are least alike
     """
 
     segment: Segment
     evidence: float
     distinct: float
     matched: int
+    least: float = 0.0
 
 
 @torch.inference_mode()
@@ -121,7 +123,8 @@ def stretch_of(
         return None
     weight_of, novelty = _weights_and_novelty(matrix, path, min_similarity)
     evidence = min(float((weight_of * novelty).sum()), weight)
-    return Stretch(segment, evidence, float(novelty.sum()), len(path))
+    least = float(weight_of.min()) + min_similarity
+    return Stretch(segment, evidence, float(novelty.sum()), len(path), least)
 
 
 def _weights_and_novelty(matrix, path, min_similarity):

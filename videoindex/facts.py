@@ -19,6 +19,7 @@ class MediaFacts(NamedTuple):
     bit_rate: bits a second of the whole file
     seconds: how long it plays, as the container states it
     modified: when the file was changed last, in seconds since 1970
+    sound: whether it has sound
     """
 
     size: int | None = None
@@ -28,6 +29,7 @@ class MediaFacts(NamedTuple):
     bit_rate: int | None = None
     seconds: float | None = None
     modified: float | None = None
+    sound: bool | None = None
 
 
 def media_facts(path: str | os.PathLike) -> MediaFacts:
@@ -75,6 +77,7 @@ def _container_facts(path):
             "codec": stream.codec_context.name,
             "bit_rate": container.bit_rate or None,
             "seconds": seconds if seconds and seconds > 0 else None,
+            "sound": bool(container.streams.audio),
         }
 
 

@@ -24,11 +24,12 @@ import av
 from datasets.demo import edits
 from files import atomic, write_json
 from untrusted import is_object, read_json
-from utils import InputError, require_path
+from utils import InputError, one_line, require_path
 
 HALVES = ("calibration", "test")
 HEIGHT = 256  # of what is edited
 ORIGINAL_SECONDS, MAX_ORIGINALS = 20.0, 4
+LEAST_SECONDS = 0.5  # of a recording; shorter ones, pictures and broken ones are left out
 COPIES_OF = 3  # recordings of a place, in the order of the list, that copies are made of
 SHARED_SECONDS = 1.0  # of film that make two videos copies; or half of the shorter video
 SEEK_SECONDS = 20.0  # before what is wanted, where decoding starts
@@ -88,6 +89,7 @@ def plan_videos(
 ) -> list[GradedVideo]:
     """What is made of the recordings of one half; a function of the list and the seed."""
     lengths = {recording: _seconds(recording.file) for recording in recordings}
+    recordings = [recording for recording in recordings if lengths[recording] >= LEAST_SECONDS]
     videos = []
     for recording in recordings:
         rng = random.Random(f"{seed}/{recording.film}")
@@ -194,13 +196,14 @@ def read_truth(copies: Path) -> dict[str, dict[str, list[Piece]]]:
 def make_copies(
     recordings: list[Recording],
     output: Path,
-    on_video: Callable[[str], None] = lambda name: None,
+    on_video: Callable[[str, str], None] = lambda name, reason: None,
     max_originals: int = MAX_ORIGINALS,
 ) -> None:
     """Write the videos of both halves below `output`, and the truth. Finished ones are kept.
 
     Args:
-        on_video: called with the name of each video that is there.
+        on_video: called with the name of each video when it is there, and ""; or with the reason
+            why it cannot be made: it is left out then.
         max_originals: the most originals of a recording.
     """
     truth: dict[str, dict[str, list[Piece]]] = {}
@@ -211,11 +214,15 @@ def make_copies(
             container = edits.CODECS[video.encoding["codec"]][0]
             path = output / half / f"{video.name}.{container}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                with atomic(path) as temporary:
-                    edits.write_video(edited_frames(video), video.encoding, temporary)
-            truth[half][video.name] = truth_of(video)
-            on_video(video.name)
+            try:
+                if not path.exists():
+                    with atomic(path) as temporary:
+                        edits.write_video(edited_frames(video), video.encoding, temporary)
+                truth[half][video.name] = truth_of(video)
+            except (av.FFmpegError, ValueError) as error:
+                on_video(video.name, one_line(str(error)))
+            else:
+                on_video(video.name, "")
     write_json(output / TRUTH, truth)
 
 
@@ -263,11 +270,16 @@ def _between(recording, start, end):
 
 
 def _seconds(path):
-    """How long a recording plays; counted frame by frame if it is short."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stated = float((stream.duration or 0) * stream.time_base)
-        if stated > 10 * ORIGINAL_SECONDS:
-            return stated
-        times = [frame.time for frame in container.decode(stream)]
-    return times[-1] - times[0] + (times[-1] - times[0]) / max(len(times) - 1, 1)
+    """How long a recording plays; counted frame by frame if it is short. 0 if it is broken."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stated = float((stream.duration or 0) * stream.time_base)
+            if stated > 10 * ORIGINAL_SECONDS:
+                return stated
+            times = [frame.time for frame in container.decode(stream)]
+    except (av.FFmpegError, IndexError):
+        return 0.0
+    if len(times) < 2 or None in times:
+        return 0.0
+    return (times[-1] - times[0]) * len(times) / (len(times) - 1)

@@ -48,6 +48,7 @@ def make_clusters(
     centres: Centres,
     compare: Callable[[int, list[int]], dict[int, Stretch]],
     joins: Callable[[Stretch], bool],
+    may_pair: Callable[[int, int], bool] = lambda a, b: True,
 ) -> list[Cluster]:
     """Clusters of contents, in the order of their centres; those of one content alone are left out.
 
@@ -56,6 +57,7 @@ def make_clusters(
         centres: without any yet.
         compare: (content, others) -> {other: Stretch} of those that share film with it.
         joins: whether a stretch is good enough evidence to join two videos.
+        may_pair: whether two contents may be in one cluster.
     """
     clusters: dict[int, Cluster] = {}
     for number in sorted(lengths, key=lambda number: (-lengths[number], number)):
@@ -64,7 +66,9 @@ def make_clusters(
         copies = {
             other: stretch
             for other, stretch in found.items()
-            if joins(stretch) and is_copy(stretch, lengths[number], lengths[other])
+            if joins(stretch)
+            and is_copy(stretch, lengths[number], lengths[other])
+            and all(may_pair(number, member) for member in clusters[other].members)
         }
         if copies:
             best = max(copies, key=lambda other: copies[other].evidence)

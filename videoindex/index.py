@@ -513,7 +513,7 @@ class VideoIndex:
             return threshold is not None or comparer.verdict(stretch) in JOINING
 
         groups, alone = [], shown.shared_contents()
-        for cluster in make_clusters(lengths, centres, compare, joins):
+        for cluster in make_clusters(lengths, centres, compare, joins, shown.may_pair):
             judge(cluster, compare)
             group = self._group(cluster, comparer, shown, least)
             alone -= group.files.keys() | group.part_files.keys()
@@ -523,6 +523,18 @@ class VideoIndex:
             if content:
                 groups.append(Group({number: shown.paths(number)}, {number: content.seconds}))
         return sorted(groups, key=lambda group: -len(group.paths))
+
+    def is_same_film(self, a: int, b: int) -> bool:
+        """Whether two contents show the same film from end to end, by a certain match."""
+        comparer, contents = self.comparer(), [self.store.content(number) for number in (a, b)]
+        if None in contents:  # another process may have removed one
+            return False
+        query, target = map(comparer.frames_of, contents)
+        comparer.require_memory(query, contents[1])
+        for stretch in comparer.stretches(query, target, 0.0, 1):
+            word = comparer.verdict_on(stretch, query, target)
+            return word == "certain" and comparer.is_same_film(stretch, query, target)
+        return False
 
     def _group(self, cluster, comparer, shown, least):
         """A Cluster with its files and seconds."""
@@ -546,7 +558,7 @@ class VideoIndex:
                     centre.id,
                     first.evidence / float(self.fps),
                     [comparer.time_segment(stretch, frames, target) for stretch in found],
-                    comparer.verdict(first),
+                    comparer.verdict_on(first, frames, target),
                     first.distinct / float(self.fps),
                 )
                 links.append(link)

@@ -126,7 +126,8 @@ class CentreIndex:
         order = np.argsort(nearest.owners, kind="stable")
         owners, starts = np.unique(nearest.owners[order], return_index=True)
         # {content: rows of its descriptors}
-        self.rows = dict(zip(owners.tolist(), np.split(order, starts[1:]), strict=True))
+        parts = np.split(order, starts[1:])[: len(owners)]
+        self.rows = dict(zip(owners.tolist(), parts, strict=True))
         self.owners: list[int] = []  # of the windows that were added
 
     def add(self, number: int) -> None:

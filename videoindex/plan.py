@@ -1,8 +1,9 @@
 """A plan of what to keep of videos that share material, and a script that moves the rest.
 
-A plan only says what could be done. A file is to drop if all of it is in a file to keep: if both
-have the same content, or a certain match covers it. Nothing is ever deleted: the script, which its
-user runs, moves files into a folder.
+A plan only says what could be done. A file is to drop if it has the content of a file to keep, or
+shows the same film from end to end, frame by frame but for a second, by a certain match, and has
+no sound that the other lacks. Everything else is left to a person. Nothing is ever deleted: the
+script, which its user runs, moves files into a folder.
 """
 
 import csv
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from files import atomic
 from utils import InputError
 from videoindex.facts import MediaFacts, media_facts
-from videoindex.results import Group, Link
+from videoindex.results import Group
 from videoindex.store import KnownFile
 from videoindex.text import printable
 
@@ -31,9 +32,6 @@ RULES: dict[str, Callable[[MediaFacts], float | None]] = {
     "oldest": lambda facts: facts.modified and -facts.modified,
 }
 DEFAULT_RULES = ["resolution", "bit_rate", "oldest"]
-ENDS = 2.0  # seconds of a video that a match may miss at its ends, as they are found
-COVERED = 0.9  # of a video that a match must cover, if that allows for more than ENDS
-LEAST_COVERED = 0.5  # in any case
 
 
 class PlanRow(NamedTuple):
@@ -76,7 +74,10 @@ def parse_rules(rules: Iterable[str]) -> list[str]:
 
 
 def make_plan(
-    groups: Iterable[Group], rules: Sequence[str], known: dict[str, KnownFile]
+    groups: Iterable[Group],
+    rules: Sequence[str],
+    known: dict[str, KnownFile],
+    is_same_film: Callable[[int, int], bool],
 ) -> list[PlanRow]:
     """What to keep of groups of duplicates.
 
@@ -86,30 +87,31 @@ def make_plan(
     Args:
         rules: of `parse_rules`.
         known: what the index knows of its files. One that has changed since is left to a person.
+        is_same_film: of two contents, see `VideoIndex.is_same_film`.
     """
     rows = []
     for number, group in enumerate(groups, 1):
-        rows += _plan_group(number, group, rules, known)
+        rows += _plan_group(number, group, rules, known, is_same_film)
     return rows
 
 
-def _plan_group(number, group, rules, known):
+def _plan_group(number, group, rules, known, is_same_film):
     files = {}  # {path: (content, facts)}
     for content, paths in group.files.items():
         for path in paths:
             files[path] = content, media_facts(path)
-    rows, kept = [], {}  # {content: path}
+    rows, kept = [], {}  # {content: (path, facts)}
     for path in sorted(files, key=lambda path: _rank(path, files[path][1], rules), reverse=True):
         content, facts = files[path]
         action, reason, other = KEEP, "the best by the rules" if not kept else "", ""
         if not _is_as_indexed(path, known):
             action, reason = LOOK, "it has changed since it was indexed"
         elif content in kept:
-            action, reason, other = DROP, "same content", kept[content]
+            action, reason, other = DROP, "same content", kept[content][0]
         elif kept:
-            action, reason, other = _compare(group, content, kept)
+            action, reason, other = _compare(group, content, facts, kept, is_same_film)
         if action == KEEP:
-            kept.setdefault(content, path)
+            kept.setdefault(content, (path, facts))
         rows.append(PlanRow(number, action, path, reason, other, facts))
     return rows
 
@@ -135,37 +137,16 @@ def _is_as_indexed(path, known):
     return path in known and known[path].unchanged(facts.st_size, facts.st_mtime_ns)
 
 
-def _compare(group, content, kept):
-    """(action, reason, file) for a content, given {content: path} of those that are kept."""
-    doubtful = None
-    for link in group.links:
-        pair = {link.a, link.b}
-        other = next(iter(pair - {content}), None)
-        if content not in pair or other not in kept:
-            continue
-        if not _covers(link, content, group.seconds[content]):
-            continue
-        if link.verdict in ("", "certain"):
-            score = f"a copy, score {link.score:.3f}"
-            return DROP, f"{score}, {link.verdict}" if link.verdict else score, kept[other]
-        doubtful = doubtful or (LOOK, f"{link.verdict}: score {link.score:.3f}", kept[other])
-    return doubtful or (KEEP, "not all of it is in a file to keep", "")
-
-
-def _covers(link: Link, content: int, seconds: float) -> bool:
-    """Whether the segments of a link cover a content of this length but for its ends."""
-    spans = []
-    for segment in link.segments:
-        if content == link.a:
-            spans.append((segment.query_start, segment.query_end))
-        else:
-            spans.append((segment.target_start, segment.target_end))
-    covered = end = 0.0
-    for start, stop in sorted(spans):
-        covered += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    missing = max(ENDS, (1 - COVERED) * seconds)
-    return covered >= max(seconds - missing, LEAST_COVERED * seconds)
+def _compare(group, content, facts, kept, is_same_film):
+    """(action, reason, file) for a content, given {content: (path, facts)} of what is kept."""
+    for other, (path, kept_facts) in kept.items():
+        if is_same_film(content, other):
+            if facts.sound and not kept_facts.sound:
+                return LOOK, "the same film, but it has sound", path
+            return DROP, "the same film, frame by frame", path
+    verdicts = [link.verdict for link in group.links if content in (link.a, link.b)]
+    path, _ = next(iter(kept.values()))
+    return LOOK, f"{verdicts[0] or 'a match'}, but not the same film from end to end", path
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -124,5 +124,6 @@ def _stored_video(indexes, path):
         if content:
             frames = index.store.frame_descriptors(content)
             windows = index.store.window_descriptors(content)
-            return EncodedVideo(path, "", content.seconds, frames, windows)
+            thumbnails = index.store.thumbnails(content, range(content.num_frames))
+            return EncodedVideo(path, "", content.seconds, frames, windows, thumbnails)
     return None

@@ -517,4 +517,6 @@ def write_video(frames: Iterable[av.VideoFrame], encoding: dict, path: str | Pat
                 stream.codec_context.thread_count = 1
             frame.pict_type = 0  # the encoder chooses
             output.mux(stream.encode(frame))
+        if stream is None:
+            raise ValueError("no frame is left of it")
         output.mux(stream.encode(None))
