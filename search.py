@@ -95,7 +95,7 @@ def run_index(args):
 def run_calibrate(args):
     from tqdm import tqdm
 
-    from videoindex.calibrate import calibrate_index, print_entry
+    from videoindex.calibration import calibrate_index, print_entry
     from videoindex.index import VideoIndex
 
     index = VideoIndex.load(args.index, **given(args, "device"))
@@ -104,7 +104,13 @@ def run_calibrate(args):
         print(f"{args.index}: the model's own calibration")
     else:
         with tqdm(unit="copy", disable=None) as bar:
-            entry = calibrate_index(index, args.count, on_video=lambda name, reason: bar.update())
+
+            def on_video(name, reason):
+                bar.update()
+                if reason:
+                    bar.write(f"left out {printable(name)}: {reason}", file=sys.stderr)
+
+            entry = calibrate_index(index, args.count, on_video=on_video)
         print_entry(args.index, entry)
         for a, b in entry.pop("related"):
             print(f"  left out, as they seem to share film: {printable(a)} and {printable(b)}")
@@ -303,7 +309,7 @@ def run_reject(args):
 
     store = IndexStore(args.index)
     if args.list:
-        print_rejected(rejects.rejected_pairs(store), args.format)
+        output.print_rejected(rejects.rejected_pairs(store), args.format)
         return
     change = rejects.undo_reject if args.undo else rejects.reject
     count = change(store, [tuple(args.paths)])
@@ -311,16 +317,6 @@ def run_reject(args):
         raise InputError("this pair was not rejected; see reject --list")
     total = len(store.settings["rejected"])
     print(f"{args.index}: {count} {'taken back' if args.undo else 'rejected'}, {total} in all")
-
-
-def print_rejected(pairs, format):
-    if format == "json":
-        output.print_json([{"a": a, "b": b} for a, b in pairs])
-    elif format == "csv":
-        output.print_csv([{"a": a[0], "b": b[0]} for a, b in pairs], ["a", "b"])
-    else:
-        for a, b in pairs:
-            print(f"{printable(a[0])} ~ {printable(b[0])}")
 
 
 def run_choices(args):

@@ -10,10 +10,17 @@ from helpers.library import cut_clip
 
 from model import TCA, load_encoder
 from retrieval.alignment import Segment
-from videoindex import calibrate
-from videoindex.calibrate import Pairs
+from videoindex import calibrate, calibration
+from videoindex.calibration import Pairs
 from videoindex.evidence import Stretch
-from videoindex.graded_copies import Piece, label_of, read_truth, shared_segments
+from videoindex.graded_copies import (
+    Piece,
+    Recording,
+    label_of,
+    make_copies,
+    read_truth,
+    shared_segments,
+)
 from videoindex.pipeline import CALIBRATION, SHIPPED, check_calibration
 
 
@@ -54,10 +61,10 @@ def test_lowest_threshold_keeps_the_precision():
     rng = np.random.default_rng(11)
     scores = rng.uniform(size=400).round(2)  # with equal ones
     is_right = rng.uniform(size=400) < scores**0.2
-    threshold = calibrate.lowest_threshold(scores, is_right, 0.95)
+    threshold = calibration.lowest_threshold(scores, is_right, 0.95)
     allowed = [s for s in scores if is_right[scores >= s].mean() >= 0.95]
     assert threshold == min(allowed) and (scores >= threshold).sum() > 10
-    assert calibrate.lowest_threshold(scores, np.zeros(400, bool), 0.95) == scores.max()
+    assert calibration.lowest_threshold(scores, np.zeros(400, bool), 0.95) == scores.max()
 
 
 def made_up_pairs(rng, n=4000):
@@ -72,7 +79,7 @@ def made_up_pairs(rng, n=4000):
 
 def test_thresholds_mean_what_they_say():
     pairs = made_up_pairs(np.random.default_rng(3))
-    levels = calibrate.choose_thresholds(pairs)
+    levels = calibration.choose_thresholds(pairs)
     found = pairs.evidence >= levels["threshold"]
     assert (pairs.labels[found] != "").mean() >= 0.99
     unrelated = pairs.evidence[pairs.labels == ""]
@@ -93,7 +100,7 @@ def test_figures_are_counts():
     names = [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("c", "d")]
     pairs = Pairs(names, labels, evidence, distinct, matched, [None] * 6, evidence)
     settings = {"threshold": 0.5, "certain": 1.0, "likely": 0.65}
-    assert calibrate.figures_of(pairs, settings) == {
+    assert calibration.figures_of(pairs, settings) == {
         "videos": 4,
         "pairs": 6,
         "right": [3, 4],
@@ -106,7 +113,7 @@ def test_figures_are_counts():
         "same place": [0, 1],
     }
     # "a" finds "b" before "c" and "d"; "b" finds "a" first; "c" finds "a" after "b" (.6 to .1).
-    assert calibrate.mean_average_precision(pairs) == pytest.approx(
+    assert calibration.mean_average_precision(pairs) == pytest.approx(
         ((1 + 2 / 3) / 2 + 1 + 1 / 2) / 3
     )
 
@@ -116,7 +123,7 @@ def test_ends_of_stretches_are_held_against_the_truth():
     found = Stretch(Segment(3.0, 0.9, 2, 8, 6, 10), 3.0, 5.0, 6)
     one = np.ones(1)
     pairs = Pairs([("a", "b")], np.array(["film"]), 3 * one, one, one, [found], one)
-    rows = calibrate.figures_of_ends(pairs, truth, {"threshold": 0.5}, "1")
+    rows = calibration.figures_of_ends(pairs, truth, {"threshold": 0.5}, "1")
     # True: 2 to 8 is 4 to 10. The start in "b" is 2 s late.
     assert rows == {"copies": [0, 0], "inside others": [3, 4]}
 
@@ -153,16 +160,48 @@ def test_copies_are_of_every_grade_in_both_halves(copies):
 
 
 def test_measure_writes_an_entry_that_search_takes(copies, tmp_path, capsys):
-    calibration = tmp_path / CALIBRATION
-    arguments = ["measure", copies, "--name", "mine", "--calibration", calibration]
+    path = tmp_path / CALIBRATION
+    arguments = ["measure", copies, "--name", "mine", "--calibration", path]
     calibrate.main([*map(str, arguments), "--work", str(tmp_path)])
-    (entry,) = json.loads(calibration.read_text()).values()
+    (entry,) = json.loads(path.read_text()).values()
     check_calibration(entry, "the entry")
     assert entry["certain"] >= entry["likely"] >= entry["threshold"] > 0
     measured = entry["measured"]
     assert measured["videos"] == 14 and measured["pairs"] == 14 * 13 / 2
     found, of = measured["recall"]
     assert found / of > 0.7 and f"{found:5} of {of:5}" in capsys.readouterr().out
+
+
+def test_recordings_of_one_name_do_not_take_each_others_place(tmp_path):
+    """As in two folders of one camera; and a broken one is named and left out."""
+    recordings = []
+    for i, start in enumerate((100, 300)):
+        path = cut_clip(tmp_path / str(i) / "DCIM" / "clip1.mp4", [(start, start + 2)])
+        recordings.append(Recording(path, str(path), str(path), "calibration"))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    recordings.append(Recording(broken, "", "x", "test"))
+    left_out = []
+    make_copies(
+        recordings, tmp_path / "out", lambda name, why: left_out.append((name, why)) if why else 0
+    )
+    assert [name for name, _ in left_out] == [str(broken)]
+    truth = read_truth(tmp_path / "out")
+    assert len(truth["calibration"]) == 14 and not truth["test"]
+    films = [pieces[0].film for pieces in truth["calibration"].values() if len(pieces) == 1]
+    assert films.count(str(recordings[0].file)) == films.count(str(recordings[1].file)) == 6
+
+
+def test_pairs_of_related_recordings_are_left_out():
+    """ "f" and "g" share film that the truth does not know of; "h" resembles "f" faintly."""
+    truth = {name: [piece(name, 0, 10)] for name in "fgh"} | {"f2": [piece("f", 0, 10)]}
+    names = [("f", "f2"), ("f", "g"), ("f2", "g"), ("f", "h"), ("g", "h")]
+    labels = np.array(["film", "", "", "", ""])
+    evidence, distinct = np.array([5, 4, 0.1, 0.2, 0]), np.array([8, 6, 1, 3, 0])
+    pairs = Pairs(names, labels, evidence, distinct, distinct, [None] * 5, evidence)
+    kept, related = calibration.without_related(pairs, truth)
+    assert kept.names == [("f", "f2"), ("f", "h"), ("g", "h")] and related == [["f", "g"]]
+    assert kept.evidence.tolist() == [5, 0.2, 0]
 
 
 def test_list_of_recordings_is_checked(tmp_path):

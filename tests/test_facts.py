@@ -6,7 +6,7 @@ import av
 import pytest
 from helpers.clips import turn
 
-from videoindex.facts import MediaFacts, has_gone, media_facts
+from videoindex.facts import MediaFacts, media_facts
 
 
 def write_film(path, pixel_aspect=1):
@@ -55,13 +55,3 @@ def test_broken_and_missing_files_have_the_facts_that_remain(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for a writer
     assert media_facts(tmp_path / "pipe.mp4").codec is None
     assert media_facts(tmp_path).codec is None
-
-
-def test_has_gone(tmp_path):
-    path = tmp_path / "v.mp4"
-    assert has_gone(path) and has_gone(tmp_path) and has_gone("a\0b")
-    path.write_bytes(b"x")
-    (tmp_path / "link.mp4").symlink_to(path)
-    assert not has_gone(path) and not has_gone(tmp_path / "link.mp4")
-    path.unlink()
-    assert has_gone(tmp_path / "link.mp4")

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 from helpers.clips import numbered, write_video
+from helpers.presentation import write_tracks
 
-import videoindex.plan as plan_module
 from utils import InputError
 from videoindex.plan import (
     DROP,
@@ -122,13 +122,9 @@ def test_copies_of_one_centre_are_copies_of_each_other(folder):
     assert [plan[name].action for name in names] == [DROP, KEEP, LOOK]
 
 
-def test_sound_is_not_dropped_for_silence(folder, monkeypatch):
-    facts = plan_module.media_facts
-
-    def with_sound(path):
-        return facts(path)._replace(sound="small" in os.fspath(path))
-
-    monkeypatch.setattr(plan_module, "media_facts", with_sound)
+def test_sound_is_not_dropped_for_silence(folder):
+    write_tracks(folder / "small.mkv", [(numbered(10), 0, "ffv1", "bgr0", None)], (0, 1))
+    os.utime(folder / "small.mkv", (0, 0))
     plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
     assert plan["small.mkv"].action == LOOK and "sound" in plan["small.mkv"].reason
     plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME, rules=["oldest"])

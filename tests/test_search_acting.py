@@ -294,6 +294,14 @@ def test_several_indexes_answer_as_one(library, index, halves):
     assert len(paths) == len(set(paths)) == len(expected[0]["matches"]) > 3
 
 
+def test_match_that_one_of_several_indexes_rejects_is_not_shown(library, index, halves):
+    """Though another one holds it, too."""
+    clip, copy = library.path("b.mp4"), library.path("b faster.mp4")
+    assert copy in matched(run_search("query", clip, "--json", "--index", halves[1], index))
+    assert run_search("reject", clip, copy, "--index", halves[1]).returncode == 0
+    assert copy not in matched(run_search("query", clip, "--json", "--index", halves[1], index))
+
+
 def test_indexes_of_other_models_are_refused(library, halves, tmp_path):
     with (store := IndexStore(halves[1])).writing():
         store.update_settings(identity=store.settings["identity"] | {"fps": "2"})
@@ -325,6 +333,21 @@ def test_calibrate_by_copies_of_the_own_videos(library, index):
 
     run_search("calibrate", "--index", index, "--undo", "--device", "cpu")
     assert calibration() == shipped
+
+
+def test_calibrate_names_what_it_leaves_out(library, index, tmp_path):
+    """A file that was cut since it was indexed, and a picture."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for name in ("a.mp4", "c.mp4"):
+        shutil.copy(library.path(name), folder / f"broken {name}")
+    run_search("index", folder, "--index", index, "--workers", 1, "--device", "cpu")
+    for path in folder.iterdir():
+        os.truncate(path, 200)
+    result = run_search("calibrate", "--index", index, "--count", 20, "--device", "cpu")
+    for path in folder.iterdir():
+        assert f"left out {path}: broken" in result.stderr
+    assert result.returncode == 0 and "Traceback" not in result.stderr
 
 
 def test_calibrate_takes_four_videos(library, index):

@@ -57,10 +57,8 @@ def third_party_imports(script):
 
 
 def test_search_requirements_are_what_search_imports():
-    """`calibrate.py measure`, which reads recordings for the shipped thresholds, needs more."""
     distributions = metadata.packages_distributions()
     imported = third_party_imports("search")
-    assert imported.pop("sklearn") == {"calibrate.py"}
     needed = set()
     for package in imported.keys() - OPTIONAL:
         needed.update(name.lower() for name in distributions[package])
@@ -116,4 +114,6 @@ def test_search_runs_with_its_requirements_alone(small_python, library, tmp_path
     assert str(videos[0]) in found and (tmp_path / "matches.html").exists()
     search("duplicates", "--report", tmp_path / "groups.html", "--plan", tmp_path / "plan.csv")
     search("against", videos[1])
+    search("index", library.videos)
+    assert "threshold" in search("calibrate", "--count", 4)
     search("verify")

@@ -94,7 +94,7 @@ class Pages:
                 seconds=20.0,
                 content=contents[i].id,
                 same_content_paths=[self.paths["same"]] if what == "long" else [],
-                segments=SEGMENTS if i < 2 else SEGMENTS[: i % 2],
+                segments=SEGMENTS[: 1 if i > 1 else 2],
                 verdict=VERDICTS.get(what, ""),
                 matched_seconds=float(i),
             )
@@ -254,7 +254,7 @@ def test_page_says_and_marks_where_segments_are(pages):
     assert [float(line[name]) for name in ("x1", "y1", "x2", "y2")] == [10, 2, 15, 7]
     words = " ".join(page.shown.split())
     assert f"0:02–0:07 of the clip is 0:10–0:15 of {NAMES['long']}" in words
-    assert "no single stretch" in words and "Nothing found." in words
+    assert "Nothing found." in words
     assert "look yourself" in words and "2 s match" in words
 
 

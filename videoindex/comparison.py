@@ -18,8 +18,9 @@ from videoindex.results import TimeSegment
 from videoindex.store import Content, IndexStore
 
 RECURRING = 10  # videos that share a stretch of a video with it, from where on it is an intro
-# Copies of the same film, frame by frame: how alike they are, and the seconds that may be missing.
-SAME_FRAME, SAME_SECONDS = 0.7, 1.0
+# Copies of the same film, frame by frame: how alike they are, and what may be missing at most, in
+# seconds and as a share.
+SAME_FRAME, SAME_SECONDS, SAME_SHARE = 0.7, 1.0, 0.05
 EQUAL = 0.9995  # the similarity of two frames that differ in their rounding alone
 MAX_STRETCHES = 10  # of a pair, that are shown
 # Of two films of hours, whose paths take seconds each: so many, and of this share of the first.
@@ -108,6 +109,33 @@ class Comparer:
             self.store.release_pages()
         return found
 
+    def compare_without_recurring(
+        self, query: Frames, contents: Sequence[Content], least: float, count: int
+    ) -> tuple[dict[int, Stretch], Frames]:
+        """`compare`, after what many of the videos have in common, such as an intro, is left out.
+
+        Returns:
+            the first stretches, and the query's frames in which others are to be looked for.
+        """
+        found = self.compare(query, contents, least, max(count, 3 * RECURRING))  # so many notice it
+        num_frames = len(query.descriptors)
+        inside = [
+            content
+            for content in contents
+            if content.id in found
+            and is_inside_both(found[content.id], num_frames, content.num_frames)
+        ]
+        segments = [found[content.id].segment for content in inside]
+        spans = [(segment.query_start, segment.query_end) for segment in segments]
+        recurring = recurring_frames(spans, num_frames)
+        if not recurring.any():
+            return found, query
+        for content in inside:
+            del found[content.id]
+        query = query._replace(is_evidence=query.is_evidence & ~recurring)
+        others = [content for content in contents if content.id not in found]
+        return found | self.compare(query, others, least, count), query
+
     def _similarities(self, query, contents):
         """Frame similarities (Tq, sum (Tt + STEP)), targets side by side, zeros after each."""
         shape = sum(content.num_frames + STEP for content in contents), query.descriptors.shape[1]
@@ -181,7 +209,19 @@ class Comparer:
 
     # --- what is reported -----------------------------------------------------------------------
 
-    def time_segment(self, stretch: Stretch, query: Frames, target: Frames) -> TimeSegment:
+    def findings(
+        self, stretches: Sequence[Stretch], query: Frames, target: Frames
+    ) -> dict[str, Any]:
+        """What a Match or a Link says of two videos, by their stretches, the first one first."""
+        first = stretches[0]
+        return {
+            "score": first.evidence / self.fps,
+            "segments": [self._time_segment(stretch, query, target) for stretch in stretches],
+            "verdict": self.verdict_on(first, query, target),
+            "matched_seconds": first.distinct / self.fps,
+        }
+
+    def _time_segment(self, stretch, query, target):
         """Where a stretch is, in seconds."""
         segment = stretch.segment
         return TimeSegment(
@@ -198,13 +238,14 @@ class Comparer:
         return evidence.verdict(self.calibration, *(part / self.fps for part in parts))
 
     def is_same_film(self, stretch: Stretch, query: Frames, target: Frames) -> bool:
-        """Whether two videos show the same film from end to end, but for a second.
+        """Whether two videos show the same film from end to end.
 
-        Every frame of both matches, none of them weakly: so neither has a scene of its own.
+        Every frame of both matches, none of them weakly: so neither has a scene of its own. Of
+        twenty seconds and more, one second may be missing.
         """
         most = max(query.is_evidence.sum(), target.is_evidence.sum())
-        is_whole = stretch.matched >= most - SAME_SECONDS * self.fps
-        return bool(is_whole and stretch.least >= SAME_FRAME)
+        missing = min(SAME_SECONDS * self.fps, SAME_SHARE * most)
+        return bool(stretch.matched >= most - missing and stretch.least >= SAME_FRAME)
 
     def verdict_on(self, stretch: Stretch, query: Frames, target: Frames) -> str:
         """The same; two videos of the same pictures are certain copies, be they stills."""

@@ -9,7 +9,7 @@ that lasts, or a camera that never moves, is the evidence of one frame, and ten 
 are that of ten. It does not depend on how long the videos are: an excerpt, a compilation and a
 whole film score by what they share.
 
-Frames that show nothing (black, white, noise) are no evidence.
+Frames that show nothing, black or of any other plain colour, are no evidence.
 """
 
 import functools

@@ -48,11 +48,6 @@ def media_facts(path: str | os.PathLike) -> MediaFacts:
     return facts
 
 
-def has_gone(path: str | os.PathLike) -> bool:
-    """Whether there is no file at this path, or none that can be reached."""
-    return not os.path.isfile(path)
-
-
 def _container_facts(path):
     """What the container states about its film, as fields of MediaFacts."""
     import av  # here: most commands open no video

@@ -1,20 +1,18 @@
 """Graded copies of real recordings, and which of them share film: what search is calibrated on.
 
-    python -m videoindex.calibrate copies RECORDINGS --list recordings.csv --output COPIES
-
 Every recording is cut into originals. Of each, copies are made by the edits of the demo
-(`datasets.demo.edits`), one of each grade, and an excerpt inside another recording. COPIES gets the
-videos in its subfolders calibration/ and test/, and truth.json.
+(`datasets.demo.edits`), one of each grade, and an excerpt inside another recording. The output gets
+the videos in its subfolders calibration/ and test/, and truth.json.
 
-The list has the columns file (below RECORDINGS), place and half; two files that show one place, or
-one scene from several sides, have the same `place`. `film` names the recording where several files
-are the same one.
+A list of recordings has the columns file, place and half; two files that show one place, or one
+scene from several sides, have the same `place`. `film` names the recording where several files are
+the same one.
 """
 
 import csv
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +27,7 @@ from utils import InputError, one_line, require_path
 HALVES = ("calibration", "test")
 HEIGHT = 256  # of what is edited
 ORIGINAL_SECONDS, MAX_ORIGINALS = 20.0, 4
-LEAST_SECONDS = 0.5  # of a recording; shorter ones, pictures and broken ones are left out
+LEAST_SECONDS = 0.5  # of a recording; shorter ones, pictures and broken ones are left out and named
 COPIES_OF = 3  # recordings of a place, in the order of the list, that copies are made of
 SHARED_SECONDS = 1.0  # of film that make two videos copies; or half of the shorter video
 SEEK_SECONDS = 20.0  # before what is wanted, where decoding starts
@@ -85,19 +83,17 @@ def read_recordings(list_file: Path, folder: Path) -> list[Recording]:
 
 
 def plan_videos(
-    recordings: list[Recording], seed: int = 0, max_originals: int = MAX_ORIGINALS
+    lengths: Mapping[Recording, float], seed: int = 0, max_originals: int = MAX_ORIGINALS
 ) -> list[GradedVideo]:
-    """What is made of the recordings of one half; a function of the list and the seed."""
-    lengths = {recording: _seconds(recording.file) for recording in recordings}
-    recordings = [recording for recording in recordings if lengths[recording] >= LEAST_SECONDS]
-    videos = []
-    for recording in recordings:
+    """What is made of the recordings of one half, {recording: seconds}: a pure function."""
+    recordings, videos = list(lengths), []
+    for number, recording in enumerate(recordings):
         rng = random.Random(f"{seed}/{recording.film}")
         of_place = [other for other in recordings if other.place == recording.place]
         is_copied = recording in of_place[:COPIES_OF]
         hosts = [other for other in recordings if other.place != recording.place]
         for i, (start, end) in enumerate(_originals(lengths[recording], max_originals)):
-            name = f"{recording.file.parent.name}-{recording.file.stem}-{i}"
+            name = f"{number:03}-{i}"
             whole = [(recording, start, end)]
             videos.append(GradedVideo(name, whole, [], edits.draw_encoding(rng, 1)))
             if not is_copied:
@@ -203,14 +199,20 @@ def make_copies(
 
     Args:
         on_video: called with the name of each video when it is there, and ""; or with the reason
-            why it cannot be made: it is left out then.
+            why it, or a recording, is left out.
         max_originals: the most originals of a recording.
     """
     truth: dict[str, dict[str, list[Piece]]] = {}
     for half in HALVES:
         truth[half] = {}
-        of_half = [recording for recording in recordings if recording.half == half]
-        for video in plan_videos(of_half, max_originals=max_originals):
+        lengths = {}
+        for recording in recordings:
+            if recording.half == half:
+                lengths[recording] = _seconds(recording.file)
+                if lengths[recording] < LEAST_SECONDS:
+                    del lengths[recording]
+                    on_video(str(recording.file), f"broken, or shorter than {LEAST_SECONDS} s")
+        for video in plan_videos(lengths, max_originals=max_originals):
             container = edits.CODECS[video.encoding["codec"]][0]
             path = output / half / f"{video.name}.{container}"
             path.parent.mkdir(parents=True, exist_ok=True)

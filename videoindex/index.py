@@ -13,11 +13,9 @@
 `add` and `remove` store what they do at once; `save` is needed for neither.
 """
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,33 +23,26 @@ from typing import Any
 import numpy as np
 
 from retrieval.compare import MEMORY
-from utils import InputError, file_sha256
-from videoindex.comparison import (
-    RECURRING,
-    Comparer,
-    is_inside_both,
-    l2_normalise,
-    recurring_frames,
-)
+from utils import InputError
+from videoindex.adding import Adding
+from videoindex.comparison import Comparer, l2_normalise
 from videoindex.grouping import JOINING, judge, make_clusters
-from videoindex.moves import Drives, current_mounts, moved_from, require_sources
 from videoindex.nearest import NearestVideos
-from videoindex.parts import PART_SECONDS, FilmParts, remove_orphans, remove_parts
+from videoindex.parts import PART_SECONDS
 from videoindex.pipeline import (
     EncodedVideo,
     Pipeline,
     calibration_of,
+    differing_part,
     options_of,
     package_versions,
 )
 from videoindex.results import AddProgress, Group, IndexUpdate, Link, Match
 from videoindex.shown import ShownFiles
-from videoindex.sources import find_files, vanished_files
-from videoindex.store import Content, FileEntry, IndexStore, KnownFile
+from videoindex.sources import find_files
+from videoindex.store import Content, IndexStore
 
 SHORTLIST = 500  # videos compared frame by frame
-CHUNK = 128  # new files that are hashed, then encoded, together
-CHUNK_BYTES = 16 << 30  # of these; a minute or two of hashing
 MAX_HOLES = 0.5  # the share of holes above which an index is compacted
 
 
@@ -121,15 +112,14 @@ class VideoIndex:
         return self._pipeline
 
     def _check_identity(self, pipeline):
-        stored = self.store.settings["identity"] | {"frames": self.store.frame_rule}
-        given = pipeline.identity | {"frames": pipeline.frame_rule}
-        for part in [*stored, *(given.keys() - stored)]:
-            value, other = stored.get(part, "keep"), given.get(part, "keep")
-            if other != value:
-                raise InputError(
-                    f"index {str(self.folder)!r} was made with {part} {value!r}, this model has"
-                    f" {other!r}; use the model that made it, or make another index"
-                )
+        stored = self.store.settings["identity"], self.store.frame_rule
+        given = pipeline.identity, pipeline.frame_rule
+        if differing := differing_part(stored, given):
+            part, value, other = differing
+            raise InputError(
+                f"index {str(self.folder)!r} was made with {part} {value!r}, this model has"
+                f" {other!r}; use the model that made it, or make another index"
+            )
 
     @property
     def calibration(self) -> dict[str, Any]:
@@ -191,40 +181,19 @@ class VideoIndex:
                 else "nothing to index: no video in these folders"
             )
         self._open_store()
-        counter = _AddCounter(on_file, progress or AddProgress())
         with self.store.writing():
             self._nearest = None
-            known = counter.known = self.store.known_files()
-            if prune:
-                require_sources(sources, known, found, self.folder)
-            mounts = current_mounts(self.store.settings["mounts"], found)
-            if mounts != self.store.settings["mounts"]:
-                self.store.update_settings(mounts=mounts)
-            counter.drives = Drives(mounts)
-            counter.searched = [source for source in sources if os.path.isdir(source)]
-            if prune:
-                failed += counter.drives.absent_below(counter.searched, known)
-            for path, reason in failed:
-                counter.failed(path, reason)
-            failed_before = {} if retry_failed else self.store.failed_files()
-            changed = []
-            for file in found:
-                if file.path in known and known[file.path].unchanged(file.size, file.mtime):
-                    counter.update.unchanged += 1
-                elif reason := failed_before.get(file):
-                    counter.failed(file.path, f"{reason} (known; --retry_failed tries it again)")
-                else:
-                    changed.append(file)
-            counter.progress.on_start([file.path for file in changed])
-            for files in cut_chunks(changed):
-                self._add_files(files, counter, part_seconds)
-            remove_orphans(self.folder, lambda sha256: self.store.find_content(sha256) is not None)
-            if prune:
-                vanished = vanished_files(known, sources, found, failed)
-                gone = [path for path in vanished if not counter.drives.absent_drive(path)]
-                counter.update.removed = self.store.remove(gone)
+            adding = Adding(
+                self.store,
+                lambda: self.pipeline,
+                sources,
+                on_file,
+                progress or AddProgress(),
+                part_seconds,
+            )
+            update = adding.run(found, failed, prune, retry_failed)
             self._compact_if_sparse()
-        return counter.update
+        return update
 
     def _open_store(self):
         """Create the store of a new index, or store a new index type."""
@@ -243,56 +212,6 @@ class VideoIndex:
         if self.index_type and self.index_type != self.store.settings["index_type"]:
             with self.store.writing():
                 self.store.update_settings(index_type=self.index_type)
-
-    def _add_files(self, files, counter, part_seconds):
-        """Link the files whose content is stored already; encode and store the others."""
-        by_digest = {}  # of new content: {sha256: [FileEntry]}
-        for file in files:
-            counter.progress.on_seconds(file.path, 0.0)
-            try:
-                digest = file_sha256(file.path)
-            except OSError as error:
-                counter.failed(file.path, error.strerror)
-                continue
-            if content := self.store.find_content(digest):
-                before = self.store.paths(content.id)
-                moved = moved_from(before, file.path, counter.searched, counter.drives)
-                self.store.link_files(content, [file], [moved] if moved else [])
-                counter.stored([file], linked=True, moved=bool(moved))
-            else:
-                by_digest.setdefault(digest, []).append(file)
-        if by_digest:
-            self._encode_files(by_digest, counter, part_seconds)
-
-    def _encode_files(self, by_digest, counter, part_seconds):
-        """Encode and store new content, {sha256: [FileEntry]}."""
-        # Of files with the same content, the first is encoded.
-        digests = {same[0].path: digest for digest, same in by_digest.items()}
-        rate, progress, failed = float(self.fps), counter.progress, {}
-        parts = FilmParts(self.folder, self.pipeline, math.ceil(part_seconds * rate))
-        known_rows = {}
-        for path, digest in digests.items():
-            rows = parts.load(digest)
-            if len(rows):
-                known_rows[path] = rows
-                progress.on_resume(path, len(rows) / rate)
-
-        def on_row(path, rows):
-            parts.save(digests[path], by_digest[digests[path]][0], rows)
-            progress.on_seconds(path, len(rows) / rate)
-
-        for video in self.pipeline.encode_videos(digests, known_rows, on_row):
-            digest = digests[str(video.path)]
-            if video.reason:
-                for file in by_digest[digest]:
-                    failed[file] = video.reason
-                    counter.failed(file.path, video.reason)
-            else:
-                self.store.add_content(digest, video, by_digest[digest])
-                counter.stored(by_digest[digest])
-            remove_parts(self.folder, digest)
-        if failed:
-            self.store.remember_failed(failed)
 
     def remove(self, paths: Iterable[str | os.PathLike]) -> tuple[int, list[str]]:
         """Forget files, and all files in folders; they need not exist any more.
@@ -351,7 +270,6 @@ class VideoIndex:
         top: int = 10,
         threshold: float | None = None,
         shortlist: int = SHORTLIST,
-        with_segments: bool = True,
         skip_start: float = 0.0,
         min_match: float = 0.0,
     ) -> list[Match]:
@@ -365,7 +283,6 @@ class VideoIndex:
             top: the most matches to return.
             threshold: the lowest score to return; by default the calibrated one. Without either,
                 everything that shares two similar frames.
-            with_segments: find every stretch that matches, not the first alone.
             skip_start: seconds at the start of every video that are no evidence.
             min_match: the least seconds of a stretch.
         """
@@ -396,29 +313,24 @@ class VideoIndex:
         comparer = self.comparer(skip_start, min_match)
         frames = comparer.frames_of_clip(video)
         least = threshold * float(self.fps)
-        found, frames = self._without_recurring(comparer, frames, contents, least, top)
-        contents = {content.id: content for content in contents}
+        by_number = {content.id: content for content in contents}
+        found, frames = comparer.compare_without_recurring(frames, contents, least, top)
         matches = []
         for number in sorted(found, key=lambda number: -found[number].evidence)[:top]:
-            content = contents[number]
+            content = by_number[number]
             self.store.require_intact(content)  # what is shown; `verify` reads everything
             target = comparer.frames_of(content)
-            stretches = [found[number]]
-            if with_segments:
-                stretches = comparer.all_stretches(found[number], frames, target, least)
-            paths = shown.paths(content.id)
-            path, *same_content_paths = paths or self.store.paths(content.id)[:1]
+            stretches = comparer.all_stretches(found[number], frames, target, least)
+            paths = shown.paths(number)
+            path, *same_content_paths = paths or self.store.paths(number)[:1]
             match = Match(
                 path=path,
-                score=found[number].evidence / float(self.fps),
                 similarity=candidates[number],
                 seconds=content.seconds,
-                content=content.id,
+                content=number,
                 same_content_paths=same_content_paths,
-                segments=[comparer.time_segment(stretch, frames, target) for stretch in stretches],
-                verdict=comparer.verdict_on(found[number], frames, target),
-                matched_seconds=found[number].distinct / float(self.fps),
                 missing=not paths,
+                **comparer.findings(stretches, frames, target),
             )
             matches.append(match)
         self.store.release_pages()
@@ -433,30 +345,6 @@ class VideoIndex:
         """What compares videos with this index's contents."""
         calibration = self.calibration if calibration is None else calibration
         return Comparer(self.store, self.fps, calibration, self.memory, skip_start, min_match)
-
-    def _without_recurring(self, comparer, frames, contents, least, top):
-        """The first stretches {content: Stretch}, and the frames in which others are looked for."""
-        count = max(top, 3 * RECURRING)  # so that recurring stretches are noticed
-        found = comparer.compare(frames, contents, least, count)
-        lengths = {content.id: content.num_frames for content in contents}
-        spans = []
-        for number, stretch in found.items():
-            if is_inside_both(stretch, len(frames.descriptors), lengths[number]):
-                spans.append((stretch.segment.query_start, stretch.segment.query_end))
-        recurring = recurring_frames(spans, len(frames.descriptors))
-        if recurring.any():
-            kept = frames._replace(is_evidence=frames.is_evidence & ~recurring)
-            others = []
-            for content in contents:
-                stretch = found.get(content.id)
-                if stretch is None or is_inside_both(
-                    stretch, len(frames.descriptors), content.num_frames
-                ):
-                    found.pop(content.id, None)
-                    others.append(content)
-            found |= comparer.compare(kept, others, least, top) if others else {}
-            frames = kept
-        return found, frames
 
     def frame_similarities(self, frames: np.ndarray, content: Content) -> np.ndarray:
         """The similarities (Tq, Tt) float32 of frame descriptors (Tq, D) with a content's."""
@@ -553,63 +441,9 @@ class VideoIndex:
                 found = [first]  # of a copy it is nearly all
                 if links is group.parts:
                     found = comparer.all_stretches(first, frames, target, least)
-                link = Link(
-                    number,
-                    centre.id,
-                    first.evidence / float(self.fps),
-                    [comparer.time_segment(stretch, frames, target) for stretch in found],
-                    comparer.verdict_on(first, frames, target),
-                    first.distinct / float(self.fps),
-                )
-                links.append(link)
+                links.append(Link(number, centre.id, **comparer.findings(found, frames, target)))
                 files[number] = shown.paths(number)
                 group.seconds[number] = content.seconds
             links.sort(key=lambda link: -link.score)
         self.store.release_pages()
         return group
-
-
-@dataclass
-class _AddCounter:
-    """Counts what became of each file of one `add`, and reports it."""
-
-    on_file: Callable[[str, str], None]
-    progress: AddProgress
-    known: dict[str, KnownFile] = field(default_factory=dict)  # before the update
-    searched: list[str | os.PathLike] = field(default_factory=list)  # folders
-    drives: Drives = field(default_factory=lambda: Drives([]))
-    update: IndexUpdate = field(default_factory=IndexUpdate)
-
-    def failed(self, path, reason):
-        self.update.failed.append((path, reason))
-        self._report(path, reason)
-
-    def stored(self, files, linked=False, moved=False):
-        """Count files of one content; `linked`: the index had it before."""
-        for i, file in enumerate(files):
-            if moved:
-                self.update.moved += 1
-            elif file.path in self.known:
-                self.update.replaced += 1
-            elif linked or i:
-                self.update.same_content += 1
-            else:
-                self.update.added += 1
-            self._report(file.path, "")
-
-    def _report(self, path, reason):
-        self.on_file(path, reason)
-        self.progress.on_file(path, reason)
-
-
-def cut_chunks(files: Iterable[FileEntry]) -> Iterator[list[FileEntry]]:
-    """The files in lists of at most CHUNK files, and of CHUNK_BYTES or one file."""
-    chunk, size = [], 0
-    for file in files:
-        if chunk and (len(chunk) == CHUNK or size + file.size > CHUNK_BYTES):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(file)
-        size += file.size
-    if chunk:
-        yield chunk

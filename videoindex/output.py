@@ -71,8 +71,17 @@ def _match_line(match):
     words.append(f"{printable(match.path)} ({format_time(match.seconds)})")
     if match.missing:
         words.append("missing")
-    words.append(format_segment(match.segments[0]) if match.segments else "no single stretch")
+    words.append(format_segment(match.segments[0]))
     return "  ".join(words)
+
+
+def _findings(match: Match | Link) -> dict[str, Any]:
+    """What a Match or a Link says in a number and a word."""
+    return {
+        "score": round(match.score, 4),
+        "verdict": match.verdict,
+        "matched_seconds": round(match.matched_seconds, 3),
+    }
 
 
 def segments_json(segments: Iterable[TimeSegment]) -> list[dict[str, Any]]:
@@ -91,9 +100,7 @@ def matches_json(matches: Iterable[Match]) -> list[dict[str, Any]]:
     rows = []
     for match in matches:
         row = {
-            "score": round(match.score, 4),
-            "verdict": match.verdict,
-            "matched_seconds": round(match.matched_seconds, 3),
+            **_findings(match),
             "path": match.path,
             "seconds": round(match.seconds, 3),
             "similarity": round(match.similarity, 4),
@@ -129,9 +136,7 @@ def match_rows(video: Any, matches: Iterable[Match]) -> list[dict[str, Any]]:
         row = {
             "clip": os.path.abspath(video.path),
             "rank": rank,
-            "score": round(match.score, 4),
-            "verdict": match.verdict,
-            "matched_seconds": round(match.matched_seconds, 3),
+            **_findings(match),
             "missing": "yes" if match.missing else "no",
             "stretches": len(match.segments),
         }
@@ -175,7 +180,7 @@ def known_json(video: Any) -> dict[str, Any]:
 
 
 KNOWN_COLUMNS = [
-    *("path", "known", "same_content", "score", "verdict", "match", "missing"),
+    *("path", "known", "same_content", "score", "verdict", "matched_seconds", "match", "missing"),
     *MediaFacts._fields,
 ]
 
@@ -189,7 +194,7 @@ def known_row(video: Any) -> dict[str, Any]:
         **file_facts(video.path),
     }
     for match in video.matches[:1]:
-        row |= {"score": round(match.score, 4), "verdict": match.verdict, "match": match.path}
+        row |= {**_findings(match), "match": match.path}
         row["missing"] = "yes" if match.missing else "no"
     return row
 
@@ -247,15 +252,15 @@ def _link_json(group, link):
     return {
         "a": files[link.a][0],
         "b": files[link.b][0],
-        "score": round(link.score, 4),
-        "verdict": link.verdict,
-        "matched_seconds": round(link.matched_seconds, 3),
+        **_findings(link),
         "stretches": segments_json(link.segments),
     }
 
 
-GROUP_COLUMNS = ["group", "path", "part", "same_content", "score", "verdict", "linked_to"]
-GROUP_COLUMNS += MediaFacts._fields
+GROUP_COLUMNS = [
+    *("group", "path", "part", "same_content", "score", "verdict", "matched_seconds", "linked_to"),
+    *MediaFacts._fields,
+]
 
 
 def group_rows(number: int, group: Group) -> list[dict[str, Any]]:
@@ -264,17 +269,27 @@ def group_rows(number: int, group: Group) -> list[dict[str, Any]]:
     for link in group.links + group.parts:
         best.setdefault(link.a, (link, link.b))
         best.setdefault(link.b, (link, link.a))
-    rows = []
-    for content, paths in (group.files | group.part_files).items():
+    rows, files = [], group.files | group.part_files
+    for content, paths in files.items():
         row = {"group": number, "same_content": "yes" if len(paths) > 1 else "no"}
         row["part"] = "yes" if content in group.part_files else "no"
         if content in best:
             link, other = best[content]
-            row |= {"score": round(link.score, 4), "verdict": link.verdict}
-            row["linked_to"] = (group.files | group.part_files)[other][0]
+            row |= {**_findings(link), "linked_to": files[other][0]}
         for path in paths:
             rows.append({**row, "path": path, **file_facts(path)})
     return rows
+
+
+def print_rejected(pairs: Sequence[tuple[list[str], list[str]]], format: str) -> None:
+    """Print pairs of videos that are no match, each side by its files."""
+    if format == "json":
+        print_json([{"a": a, "b": b} for a, b in pairs])
+    elif format == "csv":
+        print_csv([{"a": a[0], "b": b[0]} for a, b in pairs], ["a", "b"])
+    else:
+        for a, b in pairs:
+            print(f"{printable(a[0])} ~ {printable(b[0])}")
 
 
 # --- facts of an index --------------------------------------------------------------------------

@@ -283,6 +283,22 @@ def complete_options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def differing_part(
+    one: tuple[dict[str, Any], str], other: tuple[dict[str, Any], str]
+) -> tuple[str, Any, Any] | None:
+    """The first part in which two models differ, and its two values; None if they are one model.
+
+    Args:
+        one, other: an identity and a frame rule.
+    """
+    # Of bars nothing was said in earlier versions, which kept them.
+    here, there = ({"bars": "keep", **identity, "frames": rule} for identity, rule in (one, other))
+    for part in [*here, *(name for name in there if name not in here)]:
+        if here.get(part) != there.get(part):
+            return part, here.get(part), there.get(part)
+    return None
+
+
 def options_of(identity: dict[str, Any]) -> dict[str, Any]:
     """What the identity of an index decides where its stored options say nothing.
 

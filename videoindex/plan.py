@@ -81,8 +81,8 @@ def make_plan(
 ) -> list[PlanRow]:
     """What to keep of groups of duplicates.
 
-    The files of a group are taken from the best to the worst by the rules. One is kept unless all
-    of it is in a file that is kept already.
+    The files of a group are taken from the best to the worst by the rules. The first is kept; each
+    other is to drop if it shows the film of one that is kept, and else to look at.
 
     Args:
         rules: of `parse_rules`.

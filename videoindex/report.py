@@ -20,7 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from files import atomic
-from videoindex.facts import has_gone, media_facts
+from videoindex.facts import media_facts
 from videoindex.index import VideoIndex
 from videoindex.pipeline import EncodedVideo
 from videoindex.results import VERDICTS, Group, Match
@@ -141,7 +141,7 @@ class _Page:
                 "folder": printable(os.path.join(folder, "")) or "./",
                 "name": printable(name),
                 "url": Path(path).as_uri(),  # percent-encoded
-                "gone": has_gone(path),
+                "gone": not os.path.isfile(path),
                 "size": facts.size or 0,
                 "facts": format_facts(facts),
                 "values": facts,
@@ -271,10 +271,8 @@ class _Page:
         }
 
     def _shots_side_by_side(self, sides, spans, lengths):
-        """Thumbnails of the first spans, or of all: the k-th of both sides show the same."""
-        first = []
-        for side, own in zip(sides, spans, strict=True):
-            first.append(own[0] if own else (0.0, side["seconds"]))
+        """Thumbnails of the first spans: the k-th of both sides show the same."""
+        first = [own[0] for own in spans]
         frames = [round((end - start) * self.fps) for start, end in first]
         count = max(1, min(self.thumbnails, *frames))
         shots = []

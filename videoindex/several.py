@@ -8,8 +8,9 @@ from typing import Any
 from utils import InputError, file_sha256
 from videoindex.index import VideoIndex
 from videoindex.moves import distinct_files
-from videoindex.pipeline import EncodedVideo
+from videoindex.pipeline import EncodedVideo, differing_part
 from videoindex.results import Match
+from videoindex.shown import rejected_digests
 from videoindex.sources import find_files
 from videoindex.store import IndexStore
 
@@ -29,16 +30,13 @@ def load_indexes(folders: Sequence[str | os.PathLike], **options: Any) -> list[V
 
 
 def _require_one_model(first, other):
-    here, there = (
-        store.settings["identity"] | {"frames": store.frame_rule} for store in (first, other)
-    )
-    for part in sorted(here.keys() | there.keys()):
-        if here.get(part) != there.get(part):
-            raise InputError(
-                f"indexes {str(first.folder)!r} and {str(other.folder)!r} were made with {part}"
-                f" {here.get(part)!r} and {there.get(part)!r}, so their scores cannot be compared;"
-                " query one at a time"
-            )
+    models = [(store.settings["identity"], store.frame_rule) for store in (first, other)]
+    if differing := differing_part(*models):
+        part, here, there = differing
+        raise InputError(
+            f"indexes {str(first.folder)!r} and {str(other.folder)!r} were made with {part}"
+            f" {here!r} and {there!r}, so their scores cannot be compared; query one at a time"
+        )
 
 
 def query_indexes(
@@ -46,14 +44,20 @@ def query_indexes(
 ) -> list[Match]:
     """The best matches of all indexes, best first; a file that several hold is shown once.
 
+    A match that was rejected in one of them is rejected in all.
+
     Args:
         options: of `VideoIndex.query`.
     """
     if len(indexes) == 1:
         return indexes[0].query(video, top, **options)
+    rejected = set().union(*(rejected_digests(index.store, video.path) for index in indexes))
     matches: list[Match] = []
     for index in indexes:
-        matches += index.query(video, top, **options)
+        digests = index.store.digests() if rejected else {}
+        for match in index.query(video, top + len(rejected), **options):
+            if digests.get(match.content) not in rejected:
+                matches.append(match)
     matches.sort(key=lambda match: -match.score)
     present = [match.path for match in matches if not match.missing]
     distinct, shown = set(distinct_files(present)), set()

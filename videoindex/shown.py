@@ -1,5 +1,7 @@
 """What an index may show: files that exist, each once, and no pair that was rejected."""
 
+import os
+
 from utils import file_sha256
 from videoindex.moves import distinct_files
 from videoindex.pipeline import EncodedVideo
@@ -35,10 +37,15 @@ class ShownFiles:
 
     def rejected_for(self, video: EncodedVideo) -> set[int]:
         """The contents that were rejected as matches of a video."""
-        if not self._rejected:
-            return set()
-        try:
-            partners = self._rejected.get(file_sha256(video.path), set())
-        except OSError:  # a clip need not be a file
-            return set()
-        return {number for number, digest in self._digests.items() if digest in partners}
+        digests = rejected_digests(self.store, video.path) if self._rejected else set()
+        return {number for number, digest in self._digests.items() if digest in digests}
+
+
+def rejected_digests(store: IndexStore, path: str | os.PathLike) -> set[str]:
+    """The SHA-256 of what was rejected in an index as a match of a file."""
+    pairs = store.settings["rejected"]
+    try:
+        digest = file_sha256(path) if pairs else ""
+    except OSError:  # a clip need not be a file
+        return set()
+    return {other for pair in pairs if digest in pair for other in pair if other != digest}
