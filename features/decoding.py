@@ -42,10 +42,12 @@ from features.presentation import (
     FrameTransform,
     choose_film,
     container_margins,
+    open_video,
     pixel_aspect_function,
     sound_of,
     start_timestamp,
     stated_end,
+    stated_length,
 )
 from features.views import View
 from processes import child_environment, end_with_starter
@@ -98,13 +100,7 @@ def read_frames(
     video.seconds = 0.0
     rows, max_rows = 0, math.ceil(Fraction(max_hours) * 3600 * fps)
     latest = image = None
-    with av.open(
-        # Absolute, so that 12:30.mp4 is not taken for a URL of the protocol "12".
-        os.path.abspath(video.path),
-        metadata_errors="ignore",
-        # A playlist that calls itself a video must not make us fetch what it names.
-        options={"protocol_whitelist": "file"},
-    ) as container:
+    with open_video(video.path) as container:
         reader = FilmReader(container, video, FRAME_RULES[rule], fps, max_hours)
         margins = container_margins(container, reader.stream)
         transform = FrameTransform(margins, view, thumbnail_size)
@@ -281,14 +277,8 @@ def stated_seconds(path: str | os.PathLike) -> float | None:
     Raises:
         av.FFmpegError, OSError, ValueError: if there is nothing to read
     """
-    with av.open(
-        os.path.abspath(path), metadata_errors="ignore", options={"protocol_whitelist": "file"}
-    ) as container:
-        stream = choose_film(container)
-        seconds = (container.duration or 0) / av.time_base
-        if not seconds and stream.duration:
-            seconds = float(stream.duration * stream.time_base)
-        return seconds if seconds > 0 else None
+    with open_video(path) as container:
+        return stated_length(container, choose_film(container))
 
 
 # --- the process ---------------------------------------------------------------------------------

@@ -81,6 +81,21 @@ def _preference(stream):
     return by_flags, frames, _area(stream)
 
 
+def open_video(path: str | os.PathLike) -> av.container.InputContainer:
+    """Open a video that anybody may have made.
+
+    Raises:
+        av.FFmpegError, OSError: if there is nothing to read.
+    """
+    return av.open(
+        # Absolute, so that 12:30.mp4 is not taken for a URL of the protocol "12".
+        os.path.abspath(path),
+        metadata_errors="ignore",
+        # A playlist that calls itself a video must not make us fetch what it names.
+        options={"protocol_whitelist": "file"},
+    )
+
+
 # --- which part, and its shape -------------------------------------------------------------------
 
 
@@ -315,6 +330,14 @@ def start_timestamp(film: av.VideoStream, sound: av.AudioStream | None) -> Fract
         return None
     start = sound.start_time * sound.time_base / film.time_base
     return start if start < film.start_time else None
+
+
+def stated_length(container: av.container.InputContainer, film: av.VideoStream) -> float | None:
+    """How many seconds a video plays, as its container states it; None if it states nothing."""
+    seconds = (container.duration or 0) / av.time_base
+    if not seconds and film.duration:
+        seconds = float(film.duration * film.time_base)
+    return seconds if seconds > 0 else None
 
 
 def stated_end(

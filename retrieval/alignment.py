@@ -194,6 +194,16 @@ class Segment(NamedTuple):
     target_start: int
     target_end: int
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The frames in the query, and in the target."""
+        return self.query_end - self.query_start, self.target_end - self.target_start
+
+    def runs_within(self, max_speed: float) -> bool:
+        """Whether neither video runs faster than that, give or take a frame at either end."""
+        shorter, longer = sorted(self.lengths)
+        return longer - 2 <= max_speed * shorter
+
 
 @torch.inference_mode()
 def align(
@@ -241,9 +251,8 @@ def align(
         if score < min_score or len(segments) == limit:
             break
         segment = segment_of(score, path, matrix)
-        shorter, longer = _extents(segment)
-        is_speed_allowed = longer - 2 <= max_speed * shorter
-        if shorter >= least and is_speed_allowed and is_apart(segment, segments):
+        is_long = min(segment.lengths) >= least
+        if is_long and segment.runs_within(max_speed) and is_apart(segment, segments):
             segments.append(segment)
     return segments
 
@@ -271,9 +280,8 @@ def tn_segments(
     segments = []
     for score, path in heaviest_paths(weights, step, 0.0, 0.0, limit):
         segment = segment_of(score, path, matrix)
-        shorter, longer = _extents(segment)
-        is_dense = score > min_similarity * (shorter + longer) / 2
-        if shorter >= least and is_dense and is_apart(segment, segments):
+        is_dense = score > min_similarity * sum(segment.lengths) / 2
+        if min(segment.lengths) >= least and is_dense and is_apart(segment, segments):
             segments.append(segment)
     return segments
 
@@ -303,7 +311,7 @@ def dp_segments(
         if not path:
             break
         segment = segment_of(score, path, matrix)
-        if _extents(segment)[0] >= least and is_apart(segment, segments):
+        if min(segment.lengths) >= least and is_apart(segment, segments):
             segments.append(segment)
         weights[_rectangle(path)] = NONE
     return segments
@@ -397,13 +405,6 @@ def segment_of(score: float, path: list[tuple[int, int]], matrix: Tensor) -> Seg
     query, target = _rectangle(path)
     similarity = float(matrix[tuple(zip(*path, strict=True))].mean())
     return Segment(score, similarity, query.start, query.stop, target.start, target.stop)
-
-
-def _extents(segment):
-    """The frames of a segment in the video where it is shorter, and in the other."""
-    return sorted(
-        [segment.query_end - segment.query_start, segment.target_end - segment.target_start]
-    )
 
 
 def is_apart(segment: Segment, others: Iterable[Segment]) -> bool:

@@ -157,7 +157,7 @@ class Comparer:
         matrix[:, ~target.is_evidence] = evidence.NO_MATCH
         found = find_stretches(matrix, self.min_similarity, least, limit)
         least_frames = self.min_match * self.fps
-        found = [stretch for stretch in found if _frames_of(stretch) >= least_frames]
+        found = [stretch for stretch in found if min(stretch.segment.lengths) >= least_frames]
         return sorted(found, key=lambda stretch: -stretch.evidence)
 
     def all_stretches(
@@ -258,9 +258,7 @@ class Comparer:
 
 def is_inside_both(stretch: Stretch, num_query: int, num_target: int) -> bool:
     """Whether a stretch is less than half of either video: an intro, or an excerpt in another."""
-    segment = stretch.segment
-    in_query = segment.query_end - segment.query_start
-    in_target = segment.target_end - segment.target_start
+    in_query, in_target = stretch.segment.lengths
     return in_query < num_query / 2 and in_target < num_target / 2
 
 
@@ -274,11 +272,6 @@ def recurring_frames(spans: Iterable[tuple[int, int]], num_frames: int) -> np.nd
     for start, end in spans:
         counts[start:end] += 1
     return counts >= RECURRING
-
-
-def _frames_of(stretch):
-    segment = stretch.segment
-    return min(segment.query_end - segment.query_start, segment.target_end - segment.target_start)
 
 
 def l2_normalise(x: np.ndarray) -> np.ndarray:

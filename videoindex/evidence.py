@@ -117,9 +117,7 @@ def stretch_of(
 ) -> Stretch | None:
     """The Stretch of a path; None if one video would run too fast."""
     segment = segment_of(weight, path, matrix)
-    in_query = segment.query_end - segment.query_start
-    in_target = segment.target_end - segment.target_start
-    if max(in_query, in_target) - 2 > MAX_SPEED * min(in_query, in_target):
+    if not segment.runs_within(MAX_SPEED):
         return None
     weight_of, novelty = _weights_and_novelty(matrix, path, min_similarity)
     evidence = min(float((weight_of * novelty).sum()), weight)

@@ -50,28 +50,18 @@ def media_facts(path: str | os.PathLike) -> MediaFacts:
 
 def _container_facts(path):
     """What the container states about its film, as fields of MediaFacts."""
-    import av  # here: most commands open no video
+    # Here: most commands open no video.
+    from features.presentation import choose_film, open_video, stated_length
 
-    from features.presentation import choose_film
-
-    with av.open(
-        os.path.abspath(path),  # else 12:30.mp4 would be a URL of the protocol "12"
-        metadata_errors="ignore",
-        options={"protocol_whitelist": "file"},  # a playlist must not make us fetch what it names
-    ) as container:
+    with open_video(path) as container:
         stream = choose_film(container)
-        seconds = None
-        if container.duration is not None:
-            seconds = container.duration / av.time_base
-        elif stream.duration is not None:
-            seconds = float(stream.duration * stream.time_base)
         width, height = _displayed_size(container, stream)
         return {
             "width": width or None,
             "height": height or None,
             "codec": stream.codec_context.name,
             "bit_rate": container.bit_rate or None,
-            "seconds": seconds if seconds and seconds > 0 else None,
+            "seconds": stated_length(container, stream),
             "sound": bool(container.streams.audio),
         }
 

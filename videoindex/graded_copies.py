@@ -20,6 +20,7 @@ from typing import NamedTuple
 import av
 
 from datasets.demo import edits
+from features.presentation import open_video, stated_length
 from files import atomic, write_json
 from untrusted import is_object, read_json
 from utils import InputError, one_line, require_path
@@ -254,7 +255,7 @@ def _joined(pieces):
 
 def _between(recording, start, end):
     """The frames of a recording from `start` to `end`; times count from its first frame."""
-    with av.open(str(recording.file)) as container:
+    with open_video(recording.file) as container:
         stream = container.streams.video[0]
         first = None
         if start > SEEK_SECONDS and stream.start_time is not None:
@@ -274,10 +275,10 @@ def _between(recording, start, end):
 def _seconds(path):
     """How long a recording plays; counted frame by frame if it is short. 0 if it is broken."""
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             stream = container.streams.video[0]
-            stated = float((stream.duration or 0) * stream.time_base)
-            if stated > 10 * ORIGINAL_SECONDS:
+            stated = stated_length(container, stream)
+            if stated and stated > 10 * ORIGINAL_SECONDS:
                 return stated
             times = [frame.time for frame in container.decode(stream)]
     except (av.FFmpegError, IndexError):

@@ -85,9 +85,7 @@ def make_clusters(
 
 def is_copy(stretch: Stretch, num_query: int, num_target: int) -> bool:
     """Whether a stretch covers half and more of both videos."""
-    segment = stretch.segment
-    in_query = segment.query_end - segment.query_start
-    in_target = segment.target_end - segment.target_start
+    in_query, in_target = stretch.segment.lengths
     return in_query >= COPY_SHARE * num_query and in_target >= COPY_SHARE * num_target
 
 

@@ -1,9 +1,9 @@
 """A plan of what to keep of videos that share material, and a script that moves the rest.
 
 A plan only says what could be done. A file is to drop if it has the content of a file to keep, or
-shows the same film from end to end, frame by frame but for a second, by a certain match, and has
-no sound that the other lacks. Everything else is left to a person. Nothing is ever deleted: the
-script, which its user runs, moves files into a folder.
+shows the same film from end to end, frame by frame, by a certain match, and has no sound that the
+other lacks. Everything else is left to a person. Nothing is ever deleted: the script, which its
+user runs, moves files into a folder.
 """
 
 import csv
