@@ -25,7 +25,7 @@ class Library:
             other: self.shared[number, other] for other in others if (number, other) in self.shared
         }
 
-    def clusters(self, joins=lambda stretch: True):
+    def clusters(self, joins=lambda stretch, a, b: True):
         return make_clusters(self.lengths, AllCentres(), self.compare, joins)
 
 
@@ -62,7 +62,7 @@ def test_copies_of_one_clip_take_one_comparison_each():
 
 def test_weak_links_join_nothing():
     shared = {(2, 1): stretch((0, 9), (0, 9), evidence=0.2)}
-    assert Library({1: 10, 2: 9}, shared).clusters(lambda found: found.evidence >= 1) == []
+    assert Library({1: 10, 2: 9}, shared).clusters(lambda found, a, b: found.evidence >= 1) == []
 
 
 def test_video_joins_the_centre_that_it_shares_most_with():

@@ -47,7 +47,7 @@ def make_clusters(
     lengths: Mapping[int, int],
     centres: Centres,
     compare: Callable[[int, list[int]], dict[int, Stretch]],
-    joins: Callable[[Stretch], bool],
+    joins: Callable[[Stretch, int, int], bool],
     may_pair: Callable[[int, int], bool] = lambda a, b: True,
 ) -> list[Cluster]:
     """Clusters of contents, in the order of their centres; those of one content alone are left out.
@@ -56,7 +56,7 @@ def make_clusters(
         lengths: {content: frames}.
         centres: without any yet.
         compare: (content, others) -> {other: Stretch} of those that share film with it.
-        joins: whether a stretch is good enough evidence to join two videos.
+        joins: whether a stretch is good enough evidence to join these two contents.
         may_pair: whether two contents may be in one cluster.
     """
     clusters: dict[int, Cluster] = {}
@@ -66,7 +66,7 @@ def make_clusters(
         copies = {
             other: stretch
             for other, stretch in found.items()
-            if joins(stretch)
+            if joins(stretch, number, other)
             and is_copy(stretch, lengths[number], lengths[other])
             and all(may_pair(number, member) for member in clusters[other].members)
         }
@@ -77,7 +77,7 @@ def make_clusters(
         clusters[number] = Cluster(number)
         centres.add(number)
         for other, stretch in found.items():
-            if joins(stretch):
+            if joins(stretch, number, other):
                 clusters[other].parts[number] = stretch
     _drop_recurring(clusters, lengths)
     return [cluster for cluster in clusters.values() if cluster.members or cluster.parts]

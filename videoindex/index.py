@@ -397,8 +397,14 @@ class VideoIndex:
                 return {}
             return comparer.compare(comparer.frames_of(content), contents, least)
 
-        def joins(stretch):
-            return threshold is not None or comparer.verdict(stretch) in JOINING
+        def joins(stretch, a, b):
+            if threshold is not None or comparer.verdict(stretch) in JOINING:
+                return True
+            pair = [self.store.content(number) for number in (a, b)]
+            if lengths[a] != lengths[b] or None in pair:
+                return False
+            # Two files of one picture, or of one still scene.
+            return comparer.verdict_on(stretch, *map(comparer.frames_of, pair)) in JOINING
 
         groups, alone = [], shown.shared_contents()
         for cluster in make_clusters(lengths, centres, compare, joins, shown.may_pair):
