@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+VERSION = "1.0.0"  # of this code; pyproject.toml reads it here
+
 # --- errors and arguments -----------------------------------------------------------------------
 
 
@@ -166,12 +168,13 @@ def seed_torch(*keys: int) -> None:
 
 
 def provenance() -> dict:
-    """What is stored beside every result: command, git revision, versions, machine."""
+    """What is stored beside every result: command, version, git revision, versions, machine."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "version": VERSION,
         "revision": _git_revision(),
         "versions": {
             "python": platform.python_version(),
@@ -183,14 +186,19 @@ def provenance() -> dict:
 
 
 def _git_revision():
-    """The revision of this checkout, and whether it was changed; "unknown" without git."""
+    """The revision of this checkout, and whether it was changed; "unknown" without git.
+
+    Files in results/ do not count: they are what commands that measure write.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         revision = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+            [*git, "status", "--porcelain", "-uno", "--", ".", ":(exclude)results"],
+            capture_output=True,
+            text=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -22,17 +22,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from clips import RATE, make_clips, seconds_of_backbone
+
 from distributed import default_device, init_distributed, run_main
 from features.backbones import BACKBONES, build_backbone
 from features.decoding import Decoder, Video, read_frames
@@ -49,38 +48,10 @@ from features.views import View
 from files import write_json
 from utils import Parser, check_ranges, provenance, require_path
 
-RATE = 25  # frames a second of the clips
 POOLING = {"resnet50": "l3_imac"}  # the paper's; imac for others
 TYPES = {"float32": None, "bfloat16": "bfloat16"}  # {name: amp}
-SETTINGS = ("workers", "batch_sz", "streams", "threads")  # options of `extract`
-
-
-# --- clips ---------------------------------------------------------------------------------------
-
-
-def repeat_film(film: Path) -> Iterator[av.VideoFrame]:
-    """The film's frames, over and over."""
-    while True:
-        with av.open(str(film)) as source:
-            yield from source.decode(video=0)
-
-
-def make_clips(
-    folder: Path, film: Path, count: int, seconds: int, size: tuple[int, int]
-) -> list[Path]:
-    """Write `count` clips of the film's frames, one after another, at RATE frames a second."""
-    folder.mkdir()
-    images = repeat_film(film)
-    for i in range(count):
-        with av.open(str(folder / f"{i:03}.mp4"), "w") as out:
-            stream = out.add_stream("libx264", rate=RATE)
-            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-            for k in range(RATE * seconds):
-                image = next(images).reformat(*size, "yuv420p")
-                image.pts, image.time_base = k, Fraction(1, RATE)
-                out.mux(stream.encode(image))
-            out.mux(stream.encode(None))
-    return sorted(folder.iterdir())
+PARALLELISM = ("batch_sz", "streams", "threads")
+SETTINGS = ("workers", *PARALLELISM)  # options of `extract`
 
 
 # --- what is compared ----------------------------------------------------------------------------
@@ -108,21 +79,8 @@ class Contest:
         return [Video(str(i), path) for i, path in enumerate(self.files)]
 
     def alone(self) -> float:
-        shape = self.options.batch_sz, self.view.size, self.view.size, 3
-        batch = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        batches = -(-self.kept // len(batch))  # the last one is full, too
-
-        def run(_):
-            return len(self.features(batch))
-
-        start = time.perf_counter()
-        with ThreadPoolExecutor(
-            self.options.streams,
-            initializer=torch.set_num_threads,
-            initargs=(self.options.threads,),
-        ) as pool:
-            rows = sum(pool.map(run, range(batches)))
-        return (time.perf_counter() - start) * self.kept / rows
+        settings = {name: getattr(self.options, name) for name in PARALLELISM}
+        return seconds_of_backbone(self.features, self.kept, self.view, **settings)
 
     def extract(self) -> float:
         settings = {name: getattr(self.options, name) for name in SETTINGS} | {"view": self.view}

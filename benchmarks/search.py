@@ -31,13 +31,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from clips import make_clips, seconds_of_backbone
+
 import utils
 from distributed import run_main
+from features.decoding import Video
+from features.extraction import default_parallelism, extract, feature_function
 from files import write_json
 from retrieval.compare import MEMORY
 from videoindex.comparison import Comparer, l2_normalise
+from videoindex.index import VideoIndex
 from videoindex.nearest import trained_index
-from videoindex.pipeline import EncodedVideo
+from videoindex.pipeline import EncodedVideo, Pipeline
 from videoindex.store import FileEntry, IndexStore
 
 SIZE = 512  # of a descriptor
@@ -48,6 +53,8 @@ QUERIES, TIMED_QUERIES = 500, 50  # for recall, all at once; for the time of one
 # is 1 / (1 + .25).
 COPY_NOISE = 0.5
 JPEG = bytes(2700)  # a thumbnail
+FILM = Path(__file__).resolve().parents[1] / "datasets" / "demo" / "film.mp4"
+CLIP_SECONDS, CLIP_SIZE = 5, (640, 360)  # of the clips that are indexed
 CALIBRATION = {"min_similarity": 0.15, "threshold": 0.3}
 
 
@@ -59,8 +66,10 @@ def main(argv=None):
     indexes = measure_indexes(args, threads)
     rerank_times = measure_reranking(args)
     growth = measure_growth()
+    indexing = measure_indexing(args)
     if args.output:
         results = {
+            "indexing": indexing,
             "growth": growth,
             "indexes": indexes,
             "rerank_ms": rerank_times,
@@ -88,9 +97,10 @@ def parse_args(argv=None):
         default=60,
         help="frames of a video in the re-ranking (default %(default)s)",
     )
+    add("--clips", type=int, default=60, help="that are indexed (default %(default)s)")
     add("--output", help="write the results to this JSON file")
     args = parser.parse_args(argv)
-    utils.check_ranges(args, {"videos": (1000, 10**9), "frames": (1, 10**5)})
+    utils.check_ranges(args, {"videos": (1000, 10**9), "frames": (1, 10**5), "clips": (2, 10**5)})
     return args
 
 
@@ -277,6 +287,33 @@ def measure_growth(videos=2000, frames=20):
         f" thumbnails of {len(JPEG):,} included"
     )
     return growth
+
+
+# --- indexing -----------------------------------------------------------------------------------
+
+
+def measure_indexing(args, rounds=3):
+    """Frames a second of the backbone alone, of extraction, and of an index that is filled."""
+    pipeline = Pipeline()
+    features = feature_function(pipeline.backbone, pipeline.options["pooling"], None, np.float16)
+    parallelism = default_parallelism(pipeline.device, pipeline.workers)
+    view, kept = pipeline.backbone.view, args.clips * CLIP_SECONDS
+    seconds = {"backbone": [], "extraction": [], "index": []}
+    with tempfile.TemporaryDirectory() as folder:
+        clips = make_clips(Path(folder) / "clips", FILM, args.clips, CLIP_SECONDS, CLIP_SIZE)
+        videos = [Video(str(path), path) for path in clips]
+        settings = parallelism | {"workers": pipeline.workers, "view": view}
+        for i in range(rounds + 1):
+            seconds["backbone"].append(seconds_of_backbone(features, kept, view, **parallelism))
+            begin = time.perf_counter()
+            assert all(not video.reason for video in extract(videos, features, **settings))
+            seconds["extraction"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            VideoIndex(Path(folder) / f"{i}.index", pipeline=pipeline).add([clips[0].parent])
+            seconds["index"].append(time.perf_counter() - begin)
+    rates = {way: round(kept / min(times[1:]), 1) for way, times in seconds.items()}
+    print(f"frames a second, {args.clips} clips: {rates}")
+    return rates
 
 
 if __name__ == "__main__":

@@ -748,7 +748,7 @@ def test_default_parallelism(device, cores, amp, expected):
 
 def test_benchmark_clips_of_a_short_film_are_as_long_as_asked(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from extract import make_clips
+    from clips import make_clips
 
     write_video(tmp_path / "film.mkv", numbered(30))
     clips = make_clips(tmp_path / "clips", tmp_path / "film.mkv", 2, 2, (64, 48))

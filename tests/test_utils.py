@@ -1,7 +1,9 @@
 """Arguments, atomic files, untrusted files, seeds, provenance."""
 
 import os
+import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,13 +122,33 @@ def test_seed_torch_gives_the_same_numbers_after_any_history():
 
 def test_provenance_has_command_revision_versions_machine():
     stored = utils.provenance()
-    assert set(stored) == {"command", "revision", "versions", "machine"}
+    assert set(stored) == {"command", "version", "revision", "versions", "machine"}
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {stored['version']}\n" in citation
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["versions"]["numpy"] == np.__version__
 
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     expected = git.stdout.strip() if git.returncode == 0 else "unknown"
     assert stored["revision"].removesuffix(" with uncommitted changes") == expected
+
+
+@pytest.mark.parametrize(
+    "changed, mark", [("results/a.md", ""), ("b.py", " with uncommitted changes")]
+)
+def test_provenance_counts_no_results_as_changes(changed, mark, tmp_path):
+    (tmp_path / "results").mkdir()
+    for name in ("results/a.md", "b.py"):
+        (tmp_path / name).write_text("1\n")
+    shutil.copy(utils.__file__, tmp_path)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "1"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / changed).write_text("2\n")
+    code = "import utils; print(utils.provenance()['revision'])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert run.stdout == head.stdout.strip() + mark + "\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
