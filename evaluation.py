@@ -159,11 +159,8 @@ def main(argv=None):
             # `validate_args` made sure that there was one row, so the last one is the only one.
             save_similarities(args.save_similarities, queries, database, last_table)
             if coverage["queries_missing"] or coverage["videos_missing"]:
-                print(
-                    f"note: {args.save_similarities!r} has the ids with features only; to score it,"
-                    " name them by --searched",
-                    file=sys.stderr,
-                )
+                note = "has the ids with features only; to score it, name them by --searched"
+                print(f"note: {args.save_similarities!r} {note}", file=sys.stderr)
     return 0
 
 
@@ -430,16 +427,8 @@ def report_segments(args, segment_set, coverage, metrics, run_info, notes=()):
     print("\n".join(table_lines(metrics)))
     for note in filter(None, [missing_note(coverage), *notes]):
         print(note)
-    record = {
-        "dataset": args.dataset,
-        "annotation": segment_set.source,
-        "figures": metrics,
-        "coverage": coverage,
-        **run_info,
-        **provenance(),
-    }
     if args.output:
-        write_json(args.output, record)
+        write_json(args.output, make_record(args, segment_set, metrics, coverage, run_info))
 
 
 # --- print and write ----------------------------------------------------------------------------
@@ -562,22 +551,27 @@ def report(args, evaluation_set, coverage, results, run_info, further_notes=()):
     for note in notes:
         print(note)
 
-    # Files. A figure is worth little without what it was measured on, and by what.
-    record = {
-        "dataset": args.dataset,
-        "annotation": evaluation_set.source,
-        "figures": metrics,
-        "coverage": coverage,
-        **run_info,
-        **({"trade_off": curves} if curves else {}),
-        **provenance(),
-    }
+    # Files.
+    drawn = {"trade_off": curves} if curves else {}
+    record = make_record(args, evaluation_set, metrics, coverage, run_info | drawn)
     if args.output:
         write_json(args.output, record)
     if args.plot:
         draw_trade_off(args.plot, args.dataset, curves)
     if args.report:
         write_report(args.report, record, results, notes)
+
+
+def make_record(args, scored_set, metrics, coverage, run_info):
+    """The figures, and what they were measured on and by: without it they are worth little."""
+    return {
+        "dataset": args.dataset,
+        "annotation": scored_set.source,
+        "figures": metrics,
+        "coverage": coverage,
+        **run_info,
+        **provenance(),
+    }
 
 
 if __name__ == "__main__":
