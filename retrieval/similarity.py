@@ -279,6 +279,8 @@ def similarity_tensors(
     dtype = queries.data.dtype  # float32 for video descriptors; packed queries keep theirs
     shape = len(queries.lengths), len(_lengths(targets, metrics[0]))
     tables = {metric: torch.empty(shape, device=device) for metric in metrics}
+    # Of the blocks, as of the table it would take as much memory again; on the device, unread.
+    are_finite = {metric: torch.ones((), dtype=torch.bool, device=device) for metric in metrics}
     bar = metrics[0] if progress else None
     for q, t in _chunks(queries, targets, metrics, chunk_bytes, bar):
         blocks = _compare(
@@ -288,8 +290,9 @@ def similarity_tensors(
         )
         for metric, block in blocks.items():
             tables[metric][q, t] = block
-    for metric, table in tables.items():
-        if metric in FRAME_METRICS and not table.isfinite().all():
+            are_finite[metric] &= block.isfinite().all()
+    for metric, is_finite in are_finite.items():
+        if metric in FRAME_METRICS and not is_finite:
             raise InputError(
                 f"{metric}: similarities are NaN or infinity; are the comparator's weights sound?"
             )

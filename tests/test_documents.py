@@ -6,6 +6,12 @@ import subprocess
 import pytest
 from helpers.commands import ROOT
 
+from datasets.registry import EVALUATION_SETS
+from features.backbones import BACKBONES
+from losses import LOSSES
+from model import ENCODERS
+from retrieval.similarity import METRICS
+
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [
@@ -94,6 +100,25 @@ def test_named_flags_exist(document):
 def test_makefile_help_lists_every_target():
     printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert set(re.findall(r"^make ([\w-]+)", printed, re.MULTILINE)) == targets() - {"help"}
+
+
+@pytest.mark.parametrize(
+    "document, names",
+    [
+        ("docs/training.md", [name for name in ENCODERS if name != "mean"]),
+        ("docs/training.md", LOSSES),
+        ("docs/evaluation.md", METRICS),
+        ("datasets/README.md", EVALUATION_SETS),
+        ("docs/pre-processing.md", BACKBONES),
+    ],
+)
+def test_entries_of_registries_are_named(document, names):
+    """A new encoder, loss or measure that no document tells of is one that nobody uses."""
+    text = text_of(document)
+    missing = [
+        name for name in names if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)
+    ]
+    assert not missing
 
 
 def test_python_versions_agree():
