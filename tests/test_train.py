@@ -354,7 +354,7 @@ def test_every_encoder_trains_resumes_and_is_evaluated(world, encoder, tmp_path)
     run(world, tmp_path / "stopped", *more)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     trained = load_encoder(tmp_path / "whole")[1]
-    assert trained.descriptor_size == (16 if "--output_dim" in used else C)
+    assert trained.descriptor_size == (16 if "output_dim" in used else C)
     metrics = metrics_of(trained, world.test_features, "DEMO", world.annotations)
     assert all(0 < value <= 1 for value in metrics.values())
 
