@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from data import PairDataset, PairKey
 from distributed import Distributed
 from padding import pack
-from processes import end_with_parent
+from processes import STOP_SIGNALS, end_with_parent
 from utils import seeded_rng
 
 
@@ -122,7 +122,7 @@ def collate_pairs(items: list[tuple]) -> tuple:
 
 
 def start_worker(_):
-    """A worker ends with its parent, and ignores what stops a run (launchers signal all)."""
+    """A worker ends with its parent, and ignores what stops a run (terminals signal all)."""
     end_with_parent()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ from torch import nn
 from data import PairDataset
 from distributed import Distributed
 from files import Lock, remove_leftovers, save_torch, write_json
+from processes import STOP_SIGNALS
 from untrusted import load_torch, reading
 from utils import InputError, provenance
 
 RESTART = 5  # seconds in which the processes of a run whose launcher was killed have ended
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: SLURM, before its time limit
+REPEAT = 1  # seconds: launchers and `timeout` may pass one Ctrl-C on twice
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.
 ATOMIC_FILES = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")
@@ -181,12 +183,26 @@ class Run:
 
     @contextlib.contextmanager
     def stop_on_signals(self):
-        """In this block, SIGTERM and SIGUSR1 end the run after the current step."""
+        """In this block, a stop signal ends the run after the current step.
+
+        A second Ctrl-C ends it at once, as KeyboardInterrupt.
+        """
+        first_interrupt = math.inf  # when Ctrl-C came
 
         def handler(number, _):
+            nonlocal first_interrupt
             self._signal = number
+            if number == signal.SIGINT:
+                now = time.monotonic()
+                if now - first_interrupt > REPEAT:
+                    raise KeyboardInterrupt
+                first_interrupt = min(now, first_interrupt)
 
-        before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        if before[signal.SIGINT] == signal.SIG_IGN:  # a script's background job
+            del before[signal.SIGINT]
+        for number in before:
+            signal.signal(number, handler)
         try:
             yield
         finally:

@@ -84,6 +84,10 @@ def _exists(pid):
 # --- children -------------------------------------------------------------------------------------
 
 
+# What stops a training run in order. Ctrl-C sends SIGINT, SLURM SIGUSR1 before its time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 def end_with_parent(parent: int | None = None) -> None:
     """From now on the kernel kills this process when its parent ends, even if that is killed.
 

@@ -127,7 +127,7 @@ def train(run, frames, criterion, learning_rate, val, notes):
     run.save_arguments()
     print0(dist, run_summary(args, run, val, learning_rate, notes))
 
-    # A signal ends the run after the current step, with a checkpoint.
+    # A signal, such as Ctrl-C, ends the run after the current step, with a checkpoint.
     with run.stop_on_signals(), load_batches(data, args, dist) as loader:
         with TrainingLog(run, args.print_freq) as log:
             for epoch in run.remaining_epochs():
@@ -614,8 +614,8 @@ def add_run_arguments(group):
     add(
         "--save_every",
         default=200,
-        help="steps between checkpoints; one is also written after each epoch and at SIGTERM"
-        " or SIGUSR1",
+        help="steps between checkpoints; one is also written after each epoch and at"
+        " Ctrl-C, SIGTERM or SIGUSR1",
     )
 
 

@@ -26,6 +26,7 @@ from helpers.training import (
 
 from data import VCDBPairDataset
 from features.store import FeatureStore
+from processes import STOP_SIGNALS
 from utils import seeded_rng
 
 pytestmark = pytest.mark.distributed
@@ -231,7 +232,7 @@ def test_stopped_run_resumes_under_its_own_launcher(world, launcher, tmp_path, k
     run_two(launcher, *command(world, whole, *more))
     process = launch(launcher, *command(world, folder, *more))
     wait_for_step(process, folder, kill_rng.randrange(3, 40))
-    by = kill_rng.choice([signal.SIGTERM, signal.SIGUSR1])
+    by = kill_rng.choice(STOP_SIGNALS)
     os.kill(kill_rng.choice(training_pids(process.pid)), by)
     result = finish(process)
     assert result.returncode != 0 and "stopped at step" in result.stdout + result.stderr

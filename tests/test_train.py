@@ -6,14 +6,16 @@ import math
 import os
 import shutil
 import signal
+import time
 from argparse import Namespace
+from unittest import mock
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from helpers import training
-from helpers.commands import cli, clis, error_after_progress, one_error, refused, start
+from helpers.commands import cli, clis, error_after_progress, is_progress, one_error, refused, start
 from helpers.feature_files import read_log, write_packed, write_pickle
 from helpers.threads import run_in_threads
 from helpers.training import (
@@ -35,10 +37,12 @@ from helpers.training import (
 from helpers.worlds import C
 
 import checkpoint
+import train
 from datasets.registry import load_evaluation_set
 from features.store import FeatureStore
 from losses import LOSSES
 from model import ENCODERS, Mean, load_encoder
+from processes import STOP_SIGNALS
 from retrieval.compare import compare_collections
 from train import OPTIMIZERS, set_arithmetic
 
@@ -107,7 +111,7 @@ def test_run_killed_again_and_again_ends_like_the_unbroken_run(world, unbroken, 
     more = [*LONG, *val_flags(world), "--save_every", kill_rng.randint(1, 5)]
     kills = sorted(kill_rng.sample(range(12, last * 2 // 3), 3))
     print(f"killed at {kills}, {more[-2:]}")  # shown if the test fails
-    stop = kill_rng.choice([signal.SIGTERM, signal.SIGUSR1])
+    stop = kill_rng.choice(STOP_SIGNALS)
     signals = (signal.SIGKILL, stop, signal.SIGKILL)
     for number, step in zip(signals, kills, strict=True):
         process = start(*command(world, folder, *more))
@@ -144,21 +148,53 @@ def test_run_killed_without_validation_set_ends_like_the_unbroken_run(world, tmp
 def test_signal_in_the_last_step_leaves_the_encoder_to_the_next_start(world, tmp_path):
     more = ["--epochs", 2, *val_flags(world)]
     run(world, tmp_path / "whole", *more)
-    run_until(18, world, tmp_path / "stopped", *more, by=signal.SIGUSR1)
+    run_until(18, world, tmp_path / "stopped", *more, by=signal.SIGINT)
     assert not (tmp_path / "stopped" / "model.pth").exists()
     run(world, tmp_path / "stopped", *more)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_workers_too_still_saves(world, tmp_path):
-    """As launchers and terminals send it: to the whole group."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_workers_too_still_saves(world, tmp_path, number):
+    """As launchers and terminals send it: to the whole group. `timeout` sends it twice."""
     more = ["--num_workers", 1, "--epochs", 500, "--save_every", 100000]
     process = start(*command(world, tmp_path, *more), start_new_session=True)
     wait_for_step(process, tmp_path, 1)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, process.stderr.read()
-    assert (tmp_path / "checkpoint.pth").exists()
+    os.killpg(process.pid, number)
+    os.kill(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    assert [line for line in stderr.splitlines() if line and not is_progress(line)] == []
+    step = checkpoint_of(tmp_path)["step"]
+    assert f"stopped at step {step};" in stdout and step == read_log(tmp_path)[-1]["step"]
+
+
+def test_second_interrupt_ends_the_run_at_once(world, tmp_path, monkeypatch):
+    """The first one arrives while a step takes long; the run has no checkpoint yet."""
+    monkeypatch.setattr(checkpoint, "REPEAT", 0)
+
+    def interrupt_twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "adjust_learning_rate", interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        training.main(train_flags(world, tmp_path, "--epochs", 2))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_interrupt_that_is_ignored_stays_ignored(world, tmp_path):
+    """A shell ignores Ctrl-C for the background jobs of a script."""
+    with mock.patch.object(train, "adjust_learning_rate") as adjust:
+        adjust.side_effect = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            run(world, tmp_path, "--epochs", 1)  # to its end
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def test_finished_run_is_left_alone_and_other_settings_are_refused(world, unbroken):
