@@ -16,6 +16,7 @@ frames, without it seconds.
 """
 
 import contextlib
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -299,6 +300,10 @@ def parse_args(argv=None):
     attention.add_argument("video", metavar="VIDEO", help="id of a video")
     add_model_arguments(attention)
 
+    for command in (similarity, attention):
+        # Ids of YouTube may begin with -. argparse takes for a positional argument what is not an
+        # option and looks like a negative number; here, whatever is not an option.
+        command._negative_number_matcher = re.compile("-")
     args = parser.parse_args(argv)
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"--output {args.output!r} must name a file with suffix .png")

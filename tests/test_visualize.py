@@ -187,6 +187,17 @@ def test_attention_command_draws_a_panel_for_each_layer(here, tmp_path):
     assert panel < widths[1] - widths[0] < 1.2 * panel
 
 
+@pytest.mark.parametrize("video", ["-0P0jxlzMSQ", "--x", "-f-"])
+def test_id_may_begin_with_a_dash(here, tmp_path, video):
+    """Before the options and after them."""
+    rows = np.random.default_rng(0).normal(size=(5, C))
+    features = write_packed(tmp_path / "dash.hdf5", {video: rows, "other": rows})
+    more = ["-mp", str(here / "model.pth"), "-fp", str(features), "--output"]
+    visualize.main(["attention", video, *more, str(tmp_path / "1.png")])
+    visualize.main(["similarity", *more, str(tmp_path / "2.png"), "other", video])
+    assert colours_of(tmp_path / "1.png") > 20 < colours_of(tmp_path / "2.png")
+
+
 def test_curves_command_draws_logs(tmp_path):
     (tmp_path / "run").mkdir()
     lines = [f'{{"step": {step}, "epoch": 0, "loss": {9 - step}}}\n' for step in range(1, 9)]
@@ -205,6 +216,7 @@ def test_refusals_are_one_line_and_write_nothing(here, tmp_path):
         (["attention", "a/b", *flags(here, output), "--videos", here], "--videos"),
         (["attention", "a/b", *flags(here, tmp_path / "x.jpg")], "x.jpg"),
         (["curves", tmp_path / "absent", "--output", output], "absent"),
+        (["attention", "a/b", "--vidoes", here, *flags(here, output)], "--vidoes"),
         ([], "--help"),
     ]
     for command, mention in cases:
