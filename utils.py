@@ -53,10 +53,14 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]
 
 
 def require_path(path: str | os.PathLike, what: str) -> Path:
-    """Return `path` as a Path if it exists, else raise an InputError that names it as `what`."""
+    """Return `path` as a Path if it exists, else raise an InputError that names it as `what`.
+
+    The error's cause is a FileNotFoundError, by which a caller can add where to get the file.
+    """
     path = Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"{what} {str(path)!r} does not exist; check the path")
+        missing = InputError(f"{what} {str(path)!r} does not exist; check the path")
+        raise missing from FileNotFoundError(path)
     return path
 
 

@@ -62,14 +62,22 @@ def load_evaluation_set(
         available_ids: the ids that have features; a set with two public spellings of its ids uses
             their spelling
     """
-    if name not in EVALUATION_SETS:
-        raise InputError(f"dataset {name!r} is not known; choose from {', '.join(EVALUATION_SETS)}")
-    read = EVALUATION_SETS[name]
-    return read(require_path(directory, "annotation folder")).with_ids_as_in(available_ids)
+    return _load(name, EVALUATION_SETS, directory).with_ids_as_in(available_ids)
 
 
 def load_segment_set(name: str, directory: str | Path = ANNOTATION_DIR) -> SegmentSet:
     """Read the set of pairs `name` from the annotation files in `directory`."""
-    if name not in SEGMENT_SETS:
-        raise InputError(f"dataset {name!r} is not known; choose from {', '.join(SEGMENT_SETS)}")
-    return SEGMENT_SETS[name](require_path(directory, "annotation folder"))
+    return _load(name, SEGMENT_SETS, directory)
+
+
+def _load(name, sets, directory):
+    """Read the set `name` of a registry; a missing file is reported with the command to get it."""
+    if name not in sets:
+        raise InputError(f"dataset {name!r} is not known; choose from {', '.join(sets)}")
+    try:
+        return sets[name](require_path(directory, "annotation folder"))
+    except InputError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        command = "make demo" if name.startswith("DEMO") else "python datasets/download.py"
+        raise InputError(f"{error}, or get the annotation by `{command}`") from None

@@ -8,7 +8,7 @@ from helpers.feature_files import write_pickle
 from helpers.sets import random_table
 from helpers.worlds import make_cc_web, make_evve, make_vcdb, write_public_sets
 
-from datasets.registry import EVALUATION_SETS, load_evaluation_set
+from datasets.registry import EVALUATION_SETS, SEGMENT_SETS, load_evaluation_set, load_segment_set
 from utils import InputError
 
 PICKLED = {
@@ -35,10 +35,14 @@ def test_unknown_name_or_folder_is_refused(tmp_path):
         load_evaluation_set("FIVR-5K", tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", EVALUATION_SETS)
-def test_missing_file_is_named(tmp_path, name):
-    with pytest.raises(InputError, match=r"\.(pickle|json|txt)"):
-        load_evaluation_set(name, tmp_path)
+@pytest.mark.parametrize("name", [*EVALUATION_SETS, *SEGMENT_SETS])
+def test_missing_file_or_folder_is_named_with_the_command_to_get_it(tmp_path, name):
+    load = load_evaluation_set if name in EVALUATION_SETS else load_segment_set
+    command = "make demo" if "DEMO" in name else "python datasets/download.py"
+    with pytest.raises(InputError, match=rf"\.(pickle|json|txt|csv).*`{command}`"):
+        load(name, tmp_path)
+    with pytest.raises(InputError, match=f"folder.*absent.*`{command}`"):
+        load(name, tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", PICKLED)
