@@ -320,11 +320,12 @@ class VCDBPairDataset(PairDataset):
         pairs = [(a, b) for a, b, overlap in with_features if overlap >= min_overlap and a != b]
         negatives = [video for video in listed_negatives if video in store]
         if not pairs or len(negatives) < neg_num:
+            flag = "--neg_num" if pairs else "--min_overlap"
             raise InputError(
                 f"{len(pairs)} of {len(listed)} pairs and {len(negatives)} of"
                 f" {len(listed_negatives)} negatives of {str(annotation_path)!r} can be used with"
-                f" {str(store.path)!r}; a pair and {neg_num} negatives are needed:"
-                f" {describe_ids([*_ids_of(listed), *listed_negatives], store)}"
+                f" {str(store.path)!r}; a pair and {neg_num} negatives are needed;"
+                f" {_remedy(flag, [*_ids_of(listed), *listed_negatives], store)}"
             )
         super().__init__(store, pairs, negatives, segments, neg_num=neg_num, **options)
         self.self_pairs = sum(a == b for a, b, _ in listed)
@@ -359,8 +360,7 @@ class AugmentedPairDataset(PairDataset):
         if len(videos) <= neg_num:
             raise InputError(
                 f"{len(videos)} of {len(listed)} videos have features in {str(store.path)!r};"
-                f" a video and {neg_num} others are needed; lower --neg_num, or see to the ids:"
-                f" {describe_ids(listed, store)}"
+                f" a video and {neg_num} others are needed; {_remedy('--neg_num', listed, store)}"
             )
         pairs = [(video, video) for video in videos]
         super().__init__(store, pairs, videos, segments, neg_num=neg_num, **options)
@@ -379,28 +379,42 @@ class AugmentedPairDataset(PairDataset):
         return ids + (ids >= index)  # skips the anchor itself
 
 
+def _remedy(flag, expected, store):
+    """What to do where too few videos have features: the end of a message."""
+    if all(video in store for video in expected):
+        return f"lower {flag}, or give more videos"
+    return f"see to the ids, or lower {flag}: {describe_ids(expected, store)}"
+
+
 def _ids_of(pairs):
     """The videos of (anchor, positive, ...) tuples, each once."""
     return dict.fromkeys(video for pair in pairs for video in pair[:2])
 
 
+VCDB_FORM = '{"video_pairs": [{"videos": [id, id], "overlap": [.8, .5]}, ...], "negs": [id, ...]}'
+
+
 def read_vcdb_annotation(path):
     """([(anchor, positive, smaller overlap)], [negatives], segments or None) of VCDB's pickle."""
     annotation = load_pickle(path)
-    pairs = []
+    pairs, part = [], "video_pairs"
     try:
-        for pair in annotation["video_pairs"]:
+        for number, pair in enumerate(annotation["video_pairs"]):
+            part = f"video_pairs[{number}]"
             anchor, positive = _texts(pair["videos"])
             pairs.append((anchor, positive, float(min(pair.get("overlap", [1.0])))))
+        part = "negs"
         negatives = _texts(annotation["negs"])
         if isinstance(annotation["negs"], set | frozenset):
             negatives.sort()  # a set's order depends on the hash seed
+        part = "segments"
         segments = annotation.get("segments")
         digest(segments)  # raises what it cannot hold, now
         return pairs, list(dict.fromkeys(negatives)), segments
-    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
+    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError):
         raise InputError(
-            f"annotation file {str(path)!r} is not of VCDB's form (video_pairs, negs): {error!r}"
+            f"annotation file {str(path)!r} is not of VCDB's form: its {part} is missing or not as"
+            f" in {VCDB_FORM}"
         ) from None
 
 

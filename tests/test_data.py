@@ -355,8 +355,17 @@ def test_annotation_with_too_few_videos_is_refused_with_the_counts(tmp_path, sto
         dataset(
             tmp_path, store, {"video_pairs": [{"videos": ["x", "y"]}], "negs": ["n0"]}, neg_num=1
         )
-    with pytest.raises(InputError, match="30 of 33 negatives.*31"):
+    with pytest.raises(
+        InputError, match="30 of 33 negatives.*31.*see to the ids, or lower --neg_n"
+    ):
         dataset(tmp_path, store, neg_num=31)
+    agreeing = {"video_pairs": [{"videos": ["a0", "a1"], "overlap": [0.2, 0.9]}], "negs": ["n0"]}
+    with pytest.raises(InputError, match="; lower --neg_num, or give more videos$"):
+        dataset(tmp_path, store, agreeing, neg_num=2)
+    with pytest.raises(InputError, match="; lower --min_overlap, or give more videos$"):
+        dataset(tmp_path, store, agreeing, neg_num=1, min_overlap=0.5)
+    with pytest.raises(InputError, match="; lower --neg_num, or give more videos$"):
+        AugmentedPairDataset(store, neg_num=len(store))
 
 
 WRONG_FORMS = {
@@ -382,6 +391,14 @@ def test_annotation_of_another_form_is_refused_by_name(kind, tmp_path, store):
     with pytest.raises(InputError) as error:
         dataset(tmp_path, store, WRONG_FORMS[kind])
     assert "vcdb.pickle" in str(error.value) and "\n" not in str(error.value)
+    assert "Error" not in str(error.value)  # Python's name of what went wrong tells users nothing
+
+
+@pytest.mark.parametrize("kind", WRONG_PAIRS)
+def test_pair_of_another_form_is_named(kind, tmp_path, store):
+    pairs = [ANNOTATION["video_pairs"][0], WRONG_PAIRS[kind]]
+    with pytest.raises(InputError, match=r"its video_pairs\[1\] is missing or not as in"):
+        dataset(tmp_path, store, ANNOTATION | {"video_pairs": pairs})
 
 
 class Malicious:
@@ -424,10 +441,11 @@ def test_pickle_broken_or_absent_is_refused_by_name(tmp_path, store):
         whole[:-3],
         whole[: len(whole) // 2],
         b"plain text",
+        b"-",  # an unknown code: Python's KeyError holds its number alone
         json.dumps(ANNOTATION).encode(),
     ):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="vcdb.pickle"):
+        with pytest.raises(InputError, match=r"vcdb.pickle.* \(\D"):
             VCDBPairDataset(path, store)
     path.unlink()
     with pytest.raises(InputError, match="vcdb.pickle"):
