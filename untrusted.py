@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -40,9 +41,19 @@ def reading(path: str | os.PathLike, what: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno and error.filename:
             raise
-        lines = str(error).splitlines()
-        reason = lines[0][:200] if lines else type(error).__name__
+        reason = reason_of(error)
         raise InputError(f"{what} {str(path)!r} cannot be read ({reason}); {advice}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says of a damaged file, for a message: one line, without its internals."""
+    if isinstance(error, KeyError) and isinstance(error.args[0], int):  # a code of a pickle
+        return "its bytes are not of this form"
+    lines = str(error).splitlines()
+    if not lines:
+        return type(error).__name__
+    # HDF5: "Can't read data (file read failed: time = ..., filename = ..., errno = 5, ...)"
+    return re.sub(r": \S+ = .*\)", ")", lines[0])[:200]
 
 
 # --- text and JSON -------------------------------------------------------------------------------
@@ -195,7 +206,7 @@ def load_pickle(path: str | os.PathLike, what: str = "annotation file") -> Any:
         require_bounded(value)
         return value
     except Exception as error:  # a broken pickle can raise nearly anything
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise InputError(
             f"{what} {str(path)!r} is not a pickle of plain containers ({reason}); "
             + _pickle_advice(data, reason)

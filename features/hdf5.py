@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from files import DeferredFile, atomic
-from untrusted import MAX_RATIO, reading
+from untrusted import MAX_RATIO, reading, reason_of
 from utils import InputError
 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 6: "scaleoffset", 32000: "lzf"}
@@ -164,6 +164,11 @@ def open_hdf5(path: str | Path) -> h5py.File:
     Raises:
         InputError: another program is writing the file, or it is not HDF5.
     """
+    if Path(path).is_dir():
+        raise InputError(
+            f"feature file {str(path)!r} is a folder; give an HDF5 file, which"
+            " `pre-processing/convert.py to` makes of a folder of .npy"
+        )
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -188,8 +193,8 @@ def _lock_error(error):
 
 
 def _not_hdf5(path, error):
-    reason = str(error).splitlines()[0]
-    return f"feature file {str(path)!r} is not HDF5 or was cut short ({reason})"
+    reason = reason_of(error)
+    return f"feature file {str(path)!r} is not HDF5 or was cut short ({reason}); write it again"
 
 
 @contextlib.contextmanager

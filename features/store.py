@@ -97,6 +97,12 @@ class FeatureStore(Mapping):
             )
         widths = Counter(shape[-1] for shape, _ in shapes.values() if shape)
         self.feature_size = feature_size or max(widths, key=widths.get, default=0)
+        if not feature_size and 2 * widths[self.feature_size] < widths.total():
+            raise InputError(
+                f"feature file {str(path)!r}: its {len(shapes)} videos have {len(widths)} widths,"
+                f" such as {', '.join(map(str, list(widths)[:3]))}, and none is that of most; a"
+                " video is (T, C), with one C in all: are the axes swapped?"
+            )
         self.lengths, self.bad = {}, {}
         dtypes, regions = set(), set()
         for video, (shape, dtype) in shapes.items():
@@ -109,9 +115,12 @@ class FeatureStore(Mapping):
                 regions.add(shape[1])
         if not self.lengths or (self.bad and not skip_bad):
             video = next(iter(self.bad))
+            shape, _ = shapes[video]
+            advice = "extract it again, or leave it out (`convert.py verify`, then `to --without`)"
+            if len(shape) in (2, 3) and shape[-1] != self.feature_size:
+                advice = f"pass the width the features have (--pca_components), or {advice}"
             raise InputError(
-                f"feature file {str(path)!r}: video {video!r} {self.bad[video]}; "
-                "pass the width the features have (--pca_components), or extract that video again"
+                f"feature file {str(path)!r}: video {video!r} {self.bad[video]}; {advice}"
             )
         self.dtype = np.result_type(*dtypes)
         self._checks = RowChecks(self.lengths)

@@ -176,6 +176,7 @@ def assert_refused(path, *mentions, read=None, **options):
     assert str(path) in line and "\n" not in line, line
     for mention in mentions:
         assert mention in line, line
+    return line
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -204,12 +205,24 @@ def test_non_finite_value_is_named_by_video(layout, bad, tmp_path):
 @pytest.mark.parametrize("layout", ["released", "packed"])
 def test_empty_video_is_named(layout, tmp_path):
     features = some_features() | {"a/b/c": np.zeros((0, 8), np.float16)}
-    assert_refused(LAYOUTS[layout](tmp_path / "x.hdf5", features), "a/b/c")
+    line = assert_refused(LAYOUTS[layout](tmp_path / "x.hdf5", features), "a/b/c", "--without")
+    assert "--pca_components" not in line  # its width is not what is wrong
 
 
 def test_video_of_another_width_is_named(tmp_path):
     features = some_features() | {"wide": np.zeros((3, 9), np.float16)}
-    assert_refused(write_released(tmp_path / "x.hdf5", features), "wide", "(3, 9)")
+    path = write_released(tmp_path / "x.hdf5", features)
+    assert_refused(path, "wide", "(3, 9)", "--pca_components")
+
+
+def test_features_whose_axes_are_swapped_are_refused(tmp_path):
+    """(C, T): the width that most videos have is that of few. skip_bad cannot mean all others."""
+    lengths = [3, 3, 4, 5, 6]
+    features = {f"v{i}": np.ones((8, T), np.float16) for i, T in enumerate(lengths)}
+    path = write_released(tmp_path / "x.hdf5", features)
+    for skip_bad in (True, False):
+        line = assert_refused(path, "4 widths", "3, 4, 5", skip_bad=skip_bad)
+        assert line.endswith("are the axes swapped?")
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 0, 4), (2, 3, 4, 5)])
@@ -246,7 +259,7 @@ def test_file_that_is_not_hdf5_is_refused(tmp_path):
         assert_refused(path)
     assert_refused(tmp_path / "absent.hdf5")
     (tmp_path / "folder").mkdir()
-    assert_refused(tmp_path / "folder")
+    assert_refused(tmp_path / "folder", "is a folder", "convert.py to")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -255,7 +268,7 @@ def test_file_cut_short_is_refused(layout, tmp_path):
     path = tmp_path / "cut.hdf5"
     for part in (0.1, 0.5, 0.9, 0.99):
         path.write_bytes(whole[: int(len(whole) * part)])
-        assert_refused(path)
+        assert " = " not in assert_refused(path)  # as in HDF5's "truncated file: eof = 512, ..."
 
 
 def test_file_without_a_video_is_refused(tmp_path):
