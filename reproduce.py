@@ -18,7 +18,8 @@ has the rows, their flags, and what was published.
 --data is a folder with one folder for each kind of features (l3_imac, imac, l3_imac_full). In it
 are train.hdf5 (VCDB's videos) and SET.hdf5 for each evaluation set. What is missing is printed
 first, with the rows that cannot run without it. A finished row is kept. A failed row reports its
-error, the others run, and the exit status is 3.
+error, the others run, and the exit status is 3. Where no row can run, nothing is written and the
+exit status is 2.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -75,14 +76,18 @@ def main(argv=None):
     args = parse_args(argv)
     tables = read_tables(args.tables)
     plans = {name: plan(tables, name, args) for name in select_tables(args.table, tables)}
-    for name, rows in plans.items():
-        for problem, row_names in find_problems(rows).items():
-            print(f"{name}: {problem}; rules out {', '.join(row_names)}", file=sys.stderr)
+    for problem, ruled_out in find_problems(plans).items():
+        print(f"{problem}; rules out {', '.join(ruled_out)}", file=sys.stderr)
     every_row = [row for rows in plans.values() for row in rows]
 
     if args.dry_run:
         print_commands(plans)
         return 0
+    if not any(row.can_run for row in every_row):
+        raise InputError(
+            f"no row can run; put what is missing into --data {str(args.data)!r} and"
+            f" --annotation_dir {str(args.annotation_dir)!r}"
+        )
     if args.estimate:
         seconds = estimate(every_row)
         seconds["all, one after another"] = sum(seconds.values())
@@ -109,15 +114,25 @@ def print_commands(plans):
 # --- running ------------------------------------------------------------------------------------
 
 
-def find_problems(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """{what is missing or wrong: names of the rows that it rules out}; sets their status."""
+def find_problems(plans: Mapping[str, Sequence[Row]]) -> dict[str, list[str]]:
+    """What is missing or wrong; sets the status of the rows that it rules out.
+
+    Returns:
+        {problem: ["table" or, if it rules out some rows only, "table (row; row)"]}
+    """
     problems = {}
-    for row in rows:
-        of_row = list(filter(None, map(problem_of, row.needs)))
-        for problem in of_row:
-            problems.setdefault(problem, []).append(row.name)
-        if of_row:
-            row.status = f"not run: {'; '.join(of_row)}"
+    for table, rows in plans.items():
+        ruled_out = {}  # {problem: names of this table's rows}
+        for row in rows:
+            of_row = list(filter(None, map(problem_of, row.needs)))
+            for problem in of_row:
+                ruled_out.setdefault(problem, []).append(row.name)
+            if of_row:
+                row.status = f"not run: {'; '.join(of_row)}"
+        count = sum(bool(row.evaluate) for row in rows)  # the others are quoted
+        for problem, names in ruled_out.items():
+            some = f"{table} ({'; '.join(names)})"
+            problems.setdefault(problem, []).append(table if len(names) == count else some)
     return problems
 
 
@@ -357,7 +372,8 @@ def write_table(name: str, table: dict, rows: Sequence[Row], args) -> str:
     facts = provenance()
     text = markdown_table(table, measured_on, rows)
     revisions = ", ".join(sorted({row.revision for row in rows if row.revision})) or "none"
-    text += f"\n{args.seeds} seeds; measured at revision {revisions}; {facts['machine']}.\n\n"
+    seeds = f"{args.seeds} seeds" if args.seeds > 1 else "1 seed"
+    text += f"\n{seeds}; measured at revision {revisions}; {facts['machine']}.\n\n"
     for row in rows:
         for command in [*row.train[:1], row.evaluate]:
             if command:
@@ -471,7 +487,7 @@ def parse_args(argv=None):
     add(
         "--set",
         choices=EVALUATION_SETS,
-        help="evaluate on this set; FIVR-5K is a day on one GPU (default: each table's own)",
+        help="evaluate on this set (default: each table's own)",
     )
     add("--seeds", type=int, default=3, help="runs of each training (default 3)")
     add(

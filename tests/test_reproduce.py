@@ -312,9 +312,25 @@ def test_dry_run_prints_commands_and_what_is_missing(here, tmp_path, capsys):
 def test_features_of_another_size_rule_out_the_row_before_training(here, tmp_path, capsys):
     (tmp_path / "tables.toml").write_text(SMALL.format(width=C + 1))
     tables = ["--tables", tmp_path / "tables.toml"]
-    assert run(*flags(here, tmp_path / "out", *tables)) == 0
-    assert f"have width {C}, not {C + 1}; rules out mean, trained" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "runs").exists()
+    for more in ([], ["--estimate"]):  # no row is left
+        message = refused(reproduce.main, *flags(here, tmp_path / "out", *tables, *more))
+        assert "no row can run" in message and str(here / "data") in message
+    assert f"have width {C}, not {C + 1}; rules out small\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file_is_printed_once_with_its_tables(here, capsys):
+    """A table by its name alone if none of its rows is left."""
+    command = ["--data", here / "absent", "--table", "bank", "loss", "asked", "--dry_run"]
+    assert run(*command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    problems = [line.partition("; rules out ")[0] for line in lines]
+    assert len(set(problems)) == len(problems)
+    (line,) = [line for line in lines if "l3_imac features of the training videos" in line]
+    entries = TABLES["tables"]["asked"]["rows"]
+    trained = [row["name"] for row in entries if "train" in row]
+    assert trained != [row["name"] for row in entries if "evaluate" in row]
+    assert line.endswith(f"; rules out bank, loss, asked ({'; '.join(trained)})")
 
 
 def test_bad_input_is_refused(here, tmp_path):
