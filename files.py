@@ -64,6 +64,8 @@ class Lock:
     ) -> None:
         self.name, self.place = str(place), _final_target(place)
         self.path = self.place / ".lock" if folder else _hidden(self.place, "lock")
+        if folder and self.place.is_file():
+            raise InputError(f"{self.name!r} is a file; name a folder")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.is_kernels = True  # False where the file system has no locks
         deadline = time.monotonic() + (WAIT if wait is None else wait)

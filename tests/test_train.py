@@ -614,6 +614,7 @@ def test_bad_input_is_refused_before_the_folder_is_made(world, tmp_path):
         ([*held_out, "--val_feature_path", world.train_features], "train.hdf5"),
         ([*frames_needed, "--num_clusters", 4, "--output_dim", 16], "whole videos only"),
         (["--pairs", "augment", "--features_on", "device"], "leave --features_on device out"),
+        (["--model_path", text], "text.hdf5' is a file; name a folder"),
         (["--epochs"], "--epochs"),
         (["--loss", "hinge"], "hinge"),
     ]
