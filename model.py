@@ -563,10 +563,15 @@ def build_encoder(state, source: str, nhead: int = 8) -> nn.Module:
             f"{source} does not hold a model; pass a run's folder, its model.pth,"
             " or a saved state dict"
         )
-    if isinstance(state.get("encoder"), str) and state["encoder"] in ENCODERS:
+    if isinstance(name := state.get("encoder"), str):
         # Written by train.py.
+        if name not in ENCODERS:
+            raise InputError(
+                f"{source} holds a {name[:40]!r} encoder, which this code does not have; it has"
+                f" {', '.join(ENCODERS)}"
+            )
         try:
-            kind, arguments = ENCODERS[state["encoder"]], dict(state["arguments"])
+            kind, arguments = ENCODERS[name], dict(state["arguments"])
             tensors = state["state_dict"] if "state_dict" in state else _encoder_q(state["moco"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(

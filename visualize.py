@@ -17,6 +17,7 @@ frames, without it seconds.
 
 import contextlib
 import re
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,8 @@ LONGEST_ID = 40  # characters
 def main(argv=None):
     args = parse_args(argv)
     figure = args.draw(args)
-    with atomic(args.output) as temporary:
+    with atomic(args.output) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # an id in a script that the font lacks: boxes
         figure.savefig(temporary, dpi=DPI, format="png")
     print(f"{args.output} is written")
 

@@ -96,6 +96,12 @@ def test_build_encoder_rebuilds_the_mean():
     assert isinstance(build_encoder(state, "x.pth"), Mean)
 
 
+def test_encoder_of_other_code_is_named():
+    state = {"encoder": "mamba", "arguments": {"feature_size": C}, "state_dict": {}}
+    with pytest.raises(InputError, match="x.pth holds a 'mamba' encoder.*; it has tca, "):
+        build_encoder(state, "x.pth")
+
+
 def test_load_encoder_refuses_a_folder_without_a_model(tmp_path):
     with pytest.raises(InputError, match="model.pth.* does not exist"):
         load_encoder(tmp_path)

@@ -1,5 +1,7 @@
 """visualize.py: the matrices against their definitions, the frames on the margins, the command."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -196,6 +198,15 @@ def test_id_may_begin_with_a_dash(here, tmp_path, video):
     visualize.main(["attention", video, *more, str(tmp_path / "1.png")])
     visualize.main(["similarity", *more, str(tmp_path / "2.png"), "other", video])
     assert colours_of(tmp_path / "1.png") > 20 < colours_of(tmp_path / "2.png")
+
+
+def test_id_in_a_script_that_the_font_lacks_is_drawn_without_warnings(here, tmp_path):
+    features = write_packed(tmp_path / "x.hdf5", {"電影": np.ones((5, C))})
+    command = ["attention", "電影", "-mp", here / "model.pth", "-fp", features, "--output"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        visualize.main([str(part) for part in [*command, tmp_path / "x.png"]])
+    assert colours_of(tmp_path / "x.png") > 1
 
 
 def test_curves_command_draws_logs(tmp_path):
