@@ -154,7 +154,7 @@ class SegmentSet:
             if len(predicted):
                 precisions.append(covered_share(predicted, labelled))
         if not recalls:
-            raise InputError(f"no pair that shares something is left of {self.source}")
+            raise InputError(f"no pair that shares something is left ({self.source})")
 
         recall = sum(recalls) / len(recalls)
         precision = sum(precisions) / len(precisions) if precisions else math.nan
@@ -228,7 +228,7 @@ def read_segments(
     known = [pair_key(*pair) for pair in segment_set.pairs]
     if table and not predictions:
         raise InputError(
-            f"segment file {str(path)!r} has no pair of the {segment_set.source}:"
+            f"segment file {str(path)!r} has no pair of the set ({segment_set.source}):"
             f" {describe_ids(known, table)}"
         )
     return predictions, len(table.keys() - set(known))

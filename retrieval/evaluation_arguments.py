@@ -261,7 +261,8 @@ def validate_args(args: Namespace, dist: Distributed) -> list[str]:
     unused = [f"--{name}" for name in released if getattr(args, name) is not None]
     if not unused:
         return []
-    return [f"{', '.join(unused)} changes nothing: the model file has its own"]
+    reason = "the model file has its own" if args.model_path else "no model is evaluated"
+    return [f"{', '.join(unused)} changes nothing: {reason}"]
 
 
 def validate_kind(args, has_segments):

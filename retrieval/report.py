@@ -241,9 +241,11 @@ def coverage_notes(coverage: Mapping) -> list[str]:
     """Lines that belong beside the metrics if much is missing, or queries are skipped."""
     notes = [missing_note(coverage)] if missing_note(coverage) else []
     counts = coverage["queries_without_relevant"]
-    skipped = {task: count for task, count in counts.items() if count}
+    skipped = [f"{task} {count}" for task, count in counts.items() if count]
     if skipped:
-        notes.append(f"queries skipped because no relevant video has features: {skipped}")
+        notes.append(
+            f"queries skipped because no relevant video has features: {', '.join(skipped)}"
+        )
     return notes
 
 

@@ -114,7 +114,7 @@ def require_pairs(segment_set: SegmentSet, available: Collection[str], path: str
     pairs = segment_set.pairs_of(available)
     if not any(pair in segment_set.labels for pair in pairs):
         raise InputError(
-            f"{path!r} has both videos of no pair of the {segment_set.source} that shares"
-            f" something: {describe_ids(segment_set.videos, available)}"
+            f"no pair that shares something has both its videos in {path!r}"
+            f" ({segment_set.source}): {describe_ids(segment_set.videos, available)}"
         )
     return pairs

@@ -98,7 +98,7 @@ def results(models, base, one, tmp_path_factory):
         "bfloat16": [*one, "--metric", "cosine", "chamfer", "--amp", "bfloat16"],
         "one R": [*one, "--rerank", 20, "--metric", "sym_chamfer"],
         "several R": [*one, "--rerank", 4, 20, 1000, "--metric", "sym_chamfer"],
-        "one R of the mean": ["--encoder", "mean", "--rerank", 20],
+        "one R of the mean": ["--encoder", "mean", "--rerank", 20, "--num_layers", 3],
         # The released command's flags, with a size that fits.
         "released": [*one, "-pc", C, "--num_clusters", 256, "--num_layers", 1],
     }
@@ -222,6 +222,11 @@ def test_flags_of_the_released_command_change_nothing(results):
     assert "note: --num_clusters, --num_layers, --output_dim" in results.released.stderr
 
 
+def test_note_on_an_unused_flag_names_no_model_file_where_there_is_none(results):
+    note = "note: --num_layers changes nothing: no model is evaluated\n"
+    assert note in results.one_R_of_the_mean.stderr
+
+
 def test_region_features_are_averaged_with_a_warning(world, base, tmp_path):
     regions = {}
     for video, rows in world.test.features.items():
@@ -291,7 +296,9 @@ def test_missing_videos_are_counted_and_left_out(world, base, tmp_path):
             relevant = [video for label in labels for video in part.labels[query][label]]
             skipped[task] += not any(video in features for video in relevant)
     assert record["coverage"]["queries_without_relevant"] == skipped
-    assert skipped["DSVR"] >= 1 and "queries skipped" in result.stdout
+    counts = ", ".join(f"{task} {count}" for task, count in skipped.items() if count)
+    assert skipped["DSVR"] >= 1
+    assert f"queries skipped because no relevant video has features: {counts}\n" in result.stdout
 
     whole = {video: unit(rows.astype(float).mean(0)) for video, rows in features.items()}
     table = {query: {v: whole[query] @ whole[v] for v in features} for query in queries}

@@ -490,7 +490,9 @@ def test_searched_videos_agree_with_the_segments(planted, tmp_path):
     (tmp_path / "ids.txt").write_text("a\nb\n")
     assert "does not name 'c'" in refused(main, *flags)
     (tmp_path / "ids.txt").write_text("A\nB\n")
-    assert "without their case, 2 more" in refused(main, *flags)
+    message = refused(main, *flags)
+    assert "no pair that shares something has both its videos in" in message
+    assert "case, 2 more" in message
     (tmp_path / "ids.txt").write_text("a\nb\nc\n")
     assert "min_score nan" in refused(main, *flags, "--min_score", "nan")
     assert "3 pairs" in call(main, *flags).stdout
