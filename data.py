@@ -270,7 +270,7 @@ class PairDataset(Dataset):
                 " leave --mask_shared out"
             )
         ids = {video: i for i, video in enumerate(self.negatives)}
-        sources, rows = {}, []
+        sources, rows, video = {}, [], None
         try:
             for video, segments in self.segments.items():  # anchors' segments are checked too
                 for name, start, end in segments:
@@ -278,9 +278,10 @@ class PairDataset(Dataset):
                     row = ids.get(video, -1), source, float(start), float(end)
                     if video in ids:  # others may be anchors, which need no row
                         rows.append(row)
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError):
+            where = "" if video is None else f"; see those of {video!r}"
             raise InputError(
-                f"the annotation's segments are not {{id: [[source, start, end], ...]}}: {error!r}"
+                f"the annotation's segments are not {{id: [[source, start, end], ...]}}{where}"
             ) from None
         if not (rows and self.anchors.keys() & self.segments.keys()):
             raise InputError(

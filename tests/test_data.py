@@ -343,7 +343,7 @@ def test_mask_shared_without_segments_is_refused(tmp_path, store):
 
 def test_mask_shared_refuses_broken_segments_of_an_anchor_too(tmp_path, store):
     annotation = ANNOTATION | {"segments": {"n0": [["film", 0, 1]], "a4": [["film", "soon", 1]]}}
-    with pytest.raises(InputError, match="segments are not"):
+    with pytest.raises(InputError, match="segments are not.*; see those of 'a4'$"):
         dataset(tmp_path, store, annotation, neg_num=4, mask_shared=True)
 
 
