@@ -12,8 +12,8 @@
     python search.py remove PATH... --index my.index
 
 `query`, `duplicates` and `against` print a table, or --format json or csv. `query` and `duplicates`
-take --report page.html (a page to look at); `duplicates` takes --plan plan.csv (what to keep). By
-default the model in models/demo is used; --model_path, --pca and --backbone name others. An index
+take --report page.html (a page to look at); `duplicates` takes --plan plan.csv (what to keep).
+EfficientNet-Lite0 describes the frames; --backbone, --pca and --model_path name others. An index
 remembers its model and refuses another one. Every video is stored as soon as it is encoded, and
 of a long film every ten minutes, so `index` can be stopped and started at any time. Nothing here
 deletes or moves a video.
@@ -89,7 +89,19 @@ def run_index(args):
         f" {update.moved} moved, {update.same_content} of known content,"
         f" {update.unchanged} unchanged, {update.removed} removed, {len(update.failed)} failed"
     )
+    note_missing(index.store)
     return PARTIAL if update.failed else 0
+
+
+def note_missing(store):
+    """Say on stderr how many files of an index do not exist now."""
+    missing = sum(not os.path.exists(path) for path in store.known_files())
+    if missing:
+        print(
+            f"note: {missing} files of the index are missing, which is fine if their drive is not"
+            " mounted; `index --prune` and `remove` forget them, `verify` names them",
+            file=sys.stderr,
+        )
 
 
 def run_calibrate(args):
@@ -112,6 +124,12 @@ def run_calibrate(args):
 
             entry = calibrate_index(index, args.count, on_video=on_video)
         print_entry(args.index, entry)
+        if before := entry.pop("before", None):
+            right, recall = (f"{part} of {of}" for part, of in (before["right"], before["recall"]))
+            print(
+                f"with the threshold until now, {before['threshold']:.3f}: right {right}, recall"
+                f" {recall}; --undo goes back to the model's own"
+            )
         for a, b in entry.pop("related"):
             print(f"  left out, as they seem to share film: {printable(a)} and {printable(b)}")
     with index.store.writing():
@@ -220,7 +238,7 @@ def run_query(args):
         if video.reason:
             print_skipped(video.path, video.reason)
     encoded = [(video, matches) for video, matches in results if not video.reason]
-    if args.report:
+    if args.report and encoded:
         from videoindex.report import write_query
 
         write_query(args.report, indexes[0], encoded)
@@ -263,6 +281,7 @@ def run_duplicates(args):
     from videoindex.index import VideoIndex
 
     index = VideoIndex.load(args.index, **given(args, "index_type", "memory"))
+    note_missing(index.store)
     groups = index.duplicates(args.threshold, args.radius, **given(args, "skip_start", "min_match"))
     if args.report:
         from videoindex.report import write_duplicates
@@ -295,6 +314,13 @@ def write_plan(args, rows):
     plan.write_plan(args.plan, rows)
     print(f"{args.plan}: {plan.plan_summary(rows)}", file=sys.stderr)
     if args.script:
+        folders = {os.path.dirname(row.path) for row in rows}
+        if any(Path(args.into).resolve().is_relative_to(folder) for folder in folders):
+            print(
+                f"note: {args.into!r} lies among the videos; if they are indexed again, so is what"
+                " was moved",
+                file=sys.stderr,
+            )
         count = plan.write_script(args.script, rows, args.into)
         print(
             f"{args.script}: moves {count} files into {args.into!r}; look at it, then run it by"

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -49,7 +50,8 @@ def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple[float, float]
     for flag, (lowest, highest) in ranges.items():
         value = getattr(args, flag.replace("-", "_"))
         if not lowest <= value <= highest:
-            raise InputError(f"--{flag} {value} is out of range; it must be {lowest} to {highest}")
+            bounds = f"{lowest} or more" if highest == math.inf else f"{lowest} to {highest}"
+            raise InputError(f"--{flag} {value} is out of range; it must be {bounds}")
 
 
 def require_path(path: str | os.PathLike, what: str) -> Path:

@@ -176,7 +176,8 @@ def test_recordings_of_one_name_do_not_take_each_others_place(tmp_path):
     """As in two folders of one camera; and a broken one is named and left out."""
     recordings = []
     for i, start in enumerate((100, 300)):
-        path = cut_clip(tmp_path / str(i) / "DCIM" / "clip1.mp4", [(start, start + 2)])
+        folder = tmp_path / f"{i} \udcff"  # a name that is not UTF-8
+        path = cut_clip(folder / "DCIM" / "clip1.mp4", [(start, start + 2)])
         recordings.append(Recording(path, str(path), str(path), "calibration"))
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")

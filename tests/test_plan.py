@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -131,6 +132,32 @@ def test_sound_is_not_dropped_for_silence(folder):
     assert plan["large.mkv"].action == DROP
 
 
+def test_whole_film_is_kept_before_a_part_and_a_cut_file(folder):
+    """Whatever the rules say: a part lacks film, and a file that ends too early does."""
+    plan = plan_of(folder, ["small.mkv", "large.mkv"], [60, 30], (1, "certain", False))
+    assert plan["small.mkv"].action == KEEP and plan["large.mkv"].action == LOOK
+    # Both state 4 s; of large.mkv only 2.4 could be decoded.
+    write_video(folder / "large.mkv", [image.repeat(2, 0).repeat(2, 1) for image in numbered(40)])
+    write_video(folder / "small.mkv", numbered(40))
+    plan = plan_of(folder, ["small.mkv", "large.mkv"], [4, 2.4], (1, "certain", True))
+    assert plan["small.mkv"].action == KEEP
+
+
+def test_same_content_is_dropped_though_it_is_not_the_kept_film(folder):
+    """large.mkv is kept; of two files of another film in the group one can go."""
+    shutil.copy(folder / "small.mkv", folder / "twin.mkv")
+    group = group_of(folder, ["large.mkv", "small.mkv"], [60, 60], (1, "likely", False))
+    group.files[1].append(str(folder / "twin.mkv"))
+    known = known_of(group.paths)
+    rows = make_plan([group], ["resolution", "oldest"], known, lambda a, b: False)
+    assert [(row.action, row.reason) for row in rows] == [
+        (KEEP, "the best by the rules"),
+        (LOOK, "likely, but not the same film from end to end"),
+        (DROP, "same content"),
+    ]
+    assert rows[2].kept == rows[1].path
+
+
 @pytest.mark.parametrize("verdict", ["", "likely", "look yourself", "same place"])
 def test_what_is_not_certain_is_to_be_looked_at(folder, verdict):
     plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], (1, verdict, True))
@@ -195,6 +222,15 @@ def test_script_leaves_a_file_whose_better_copy_has_gone(folder, tmp_path):
     result = run_script(tmp_path / "moves.sh", tmp_path)
     assert "stays, for what would be kept has gone" in result.stderr
     assert (folder / "small.mkv").exists()
+
+
+def test_script_leaves_a_file_whose_better_copy_has_changed(folder, tmp_path):
+    plan = plan_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
+    write_script(tmp_path / "moves.sh", plan.values(), str(tmp_path / "dropped"))
+    os.truncate(folder / "large.mkv", 100)
+    result = run_script(tmp_path / "moves.sh", tmp_path)
+    assert "stays, for what would be kept has changed" in result.stderr
+    assert (folder / "small.mkv").exists() and result.stdout == "0 of 1 files moved\n"
 
 
 def test_script_overwrites_nothing(folder, tmp_path):

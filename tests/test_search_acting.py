@@ -87,9 +87,10 @@ def test_csv_has_a_row_for_each_file(library, index):
 
 @pytest.fixture
 def downloads(library, tmp_path):
-    """A byte copy of b.mp4, an excerpt of c.mp4, a video that is new, and a broken one."""
+    """A byte copy of b.mp4, an excerpt of c.mp4, one with more, a new video, and a broken one."""
     folder = tmp_path / "downloads"
     cut_clip(folder / "excerpt.mp4", [(301, 306)], [["mirror", {}]])
+    cut_clip(folder / "longer.mp4", [(301, 307), (420, 430)])
     cut_clip(folder / "new.mp4", [(400, 406)])
     shutil.copy(library.path("b.mp4"), folder / "copy of b.mp4")
     (folder / "broken.mp4").write_bytes(b"no video" * 100)
@@ -105,23 +106,27 @@ def test_against_says_which_files_are_known(library, index, downloads):
     assert len(known) == 2 and "copy of b.mp4" in known[0] and "same content" in known[0]
     assert "excerpt.mp4" in known[1] and "same content" not in known[1]
     assert library.path("b.mp4") in lines[1] and "c" in lines[3]
+    (longer,) = [line for line in lines if line.startswith("part   ")]
+    assert "longer.mp4" in longer, "six seconds of it are in c.mp4, ten are new"
     assert [line for line in lines if line.startswith("new  ")][0].count("new.mp4") == 1
-    assert lines[-1] == "2 known, 1 new"
+    assert lines[-1] == "2 known, 1 known in part, 0 to look at, 1 new"
     assert IndexStore(index).known_files() == before, "nothing is added"
 
     videos = json.loads(run_search("against", downloads, "--index", index, "--json").stdout)
     by_name = {os.path.basename(video["path"]): video for video in videos}
     assert by_name["copy of b.mp4"]["same_content"] and by_name["broken.mp4"]["error"]
-    assert not by_name["new.mp4"]["known"] and by_name["excerpt.mp4"]["known"]
+    assert by_name["new.mp4"]["state"] == "new" and by_name["excerpt.mp4"]["state"] == "known"
+    assert by_name["longer.mp4"]["shares"] == [pytest.approx(6 / 16, abs=0.07)]
     source = os.path.basename(by_name["excerpt.mp4"]["matches"][0]["path"])
     assert source in ("c.mp4", "c inside.mp4")
     assert by_name["new.mp4"]["file"]["size"] == os.path.getsize(downloads / "new.mp4")
 
     rows = rows_of(run_search("against", downloads, "--index", index, "--format", "csv"))
-    assert {os.path.basename(row["path"]): row["known"] for row in rows} == {
-        "copy of b.mp4": "yes",
-        "excerpt.mp4": "yes",
-        "new.mp4": "no",
+    assert {os.path.basename(row["path"]): row["state"] for row in rows} == {
+        "copy of b.mp4": "known",
+        "excerpt.mp4": "known",
+        "longer.mp4": "part",
+        "new.mp4": "new",
     }
 
 
@@ -195,6 +200,23 @@ def test_choices_are_carried_out(library, index, tmp_path):
     assert actions == {c: "keep", a: "drop", "/etc/passwd": "look"}
     assert "/etc/passwd" not in script.read_text() and a in script.read_text()
     assert not any({a, b} <= group for group in grouped(index))
+
+
+def test_choices_leave_a_file_of_each_content(library, index, tmp_path):
+    """Three files of one content, all chosen to drop; the only file of another is moved."""
+    a, copies = library.path("a.mp4"), [tmp_path / f"copy {i}.mp4" for i in range(2)]
+    for path in copies:
+        shutil.copy(a, path)
+    run_search("index", *copies, "--index", index, "--workers", 1, "--device", "cpu")
+    chosen = {"drop": [a, *map(str, copies), library.path("b.mp4")]}
+    (tmp_path / "choices.json").write_text(json.dumps(chosen))
+    plan = tmp_path / "plan.csv"
+    result = run_search("choices", tmp_path / "choices.json", "--index", index, "--plan", plan)
+    assert result.returncode == 0
+    with open(plan, newline="") as rows:
+        actions = {row["path"]: row["action"] for row in csv.DictReader(rows)}
+    assert sorted(actions[path] for path in (a, *map(str, copies))) == ["drop", "drop", "look"]
+    assert actions[library.path("b.mp4")] == "drop"
 
 
 @pytest.mark.parametrize(
@@ -328,6 +350,8 @@ def test_calibrate_by_copies_of_the_own_videos(library, index):
     own = calibration()
     assert own["own"] and own["measured"]["pairs"] > 20 and own["threshold"] > 0
     assert f"threshold {own['threshold']:.3f}" in result.stdout
+    assert f"with the threshold until now, {shipped['threshold']:.3f}: right " in result.stdout
+    assert "before" not in own
     names = matched(run_search("query", library.path("b.mp4"), "--index", index, "--json"))
     assert set(names) >= {library.path("b.mp4"), library.path("b faster.mp4")}
 

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from helpers.library import cut_clip
+from PIL import Image, ImageDraw
 
 from datasets.demo import edits
 from videoindex.index import VideoIndex
@@ -182,6 +183,37 @@ def test_plan_drops_no_film_that_is_in_no_kept_file(folder, make_index):
     dropped = {name for name, action in actions.items() if action == "drop"}
     assert dropped in ({"again.mp4"}, {"film.mp4"})
     assert actions.keys() >= {"film.mp4", "again.mp4", "other end.mp4"}, "all of one group"
+
+
+def rolling_words(seed, seconds=20):
+    """Credits: random words that roll by, white on black."""
+    rng, height = np.random.default_rng(seed), 15 * seconds + 160
+    page = Image.new("RGB", (256, height))
+    for y in range(0, height, 14):
+        word = "".join(rng.choice(list("abcdefghijklmnop"), rng.integers(8, 22)))
+        ImageDraw.Draw(page).text((rng.integers(10, 90), y), word, "white")
+    pixels = np.asarray(page)
+    return [pixels[round(1.25 * i) : round(1.25 * i) + 144] for i in range(12 * seconds)]
+
+
+def test_plan_drops_nothing_that_only_looks_alike(folder, make_index):
+    """Other words that roll by; a film that goes on in black, or has a picture in its corner."""
+    for name, seed in (("words", 1), ("other words", 2)):
+        write_frames(folder / f"{name}.mp4", rolling_words(seed))
+    frames = [image[:144, :256] for image in film(100, 112)]
+    corner = [image.copy() for image in frames]
+    for image, small in zip(corner, film(300, 312), strict=True):
+        image[:54, :96] = small[::4, ::4][:54, :96].repeat(2, 0).repeat(2, 1)[:54, :96]
+    write_frames(folder / "film.mp4", frames)
+    write_frames(folder / "corner.mp4", corner)
+    write_frames(folder / "goes on.mp4", frames + [np.zeros((144, 256, 3), np.uint8)] * 100)
+    index = make_index(folder)
+    plan = make_plan(
+        index.duplicates(), ["resolution", "size"], index.store.known_files(), index.is_same_film
+    )
+    actions = {os.path.basename(row.path): row.action for row in plan}
+    assert {"film.mp4", "corner.mp4", "goes on.mp4"} <= actions.keys()
+    assert "drop" not in actions.values()
 
 
 def test_index_without_videos_has_no_duplicates(folder, make_index):

@@ -104,7 +104,7 @@ def add_index(command: argparse.ArgumentParser) -> None:
         help="decoder processes (default: the cores, %(default)s)",
     )
     _add_index_type(command)
-    _add_model(command, "default: the model in models/demo")
+    _add_model(command, "default: EfficientNet-Lite0 and the PCA in models/demo")
 
 
 def add_query(command: argparse.ArgumentParser) -> None:

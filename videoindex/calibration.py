@@ -77,6 +77,7 @@ def calibrate(
     work: Path,
     min_similarity: float = MIN_SIMILARITY,
     related: bool = False,
+    before: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """The calibration of a model, an entry of calibration.json.
 
@@ -84,6 +85,7 @@ def calibrate(
         copies: of `make_copies`.
         work: folder for the indexes.
         related: whether recordings may share film that the truth does not know of.
+        before: other thresholds, whose figures are to be told too, in `before`.
     """
     truth = read_truth(copies)
     stamp = utils.digest(pipeline.identity)  # another model gets other indexes
@@ -110,6 +112,8 @@ def calibrate(
         "mAP": round(mean_average_precision(seen), 4),
     }
     entry = {"identity": dict(pipeline.identity), **settings, "measured": figures}
+    if before:
+        entry["before"] = {"threshold": before["threshold"], **figures_of(seen, before)}
     return entry | {"related": left_out} if related else entry
 
 
@@ -220,7 +224,8 @@ def calibrate_index(
         truth = read_truth(Path(folder))
         if min(map(len, truth.values())) < 2:
             raise utils.InputError("too few videos of the sample last long enough; raise --count")
-        entry = calibrate(Path(folder), index.pipeline, Path(folder), related=True)
+        before = index.calibration if "threshold" in index.calibration else None
+        entry = calibrate(Path(folder), index.pipeline, Path(folder), related=True, before=before)
     measured = entry["measured"]
     for what, (good, of) in (
         ("answers that are right", measured["right"]),

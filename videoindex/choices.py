@@ -4,13 +4,15 @@
 """
 
 import os
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 from untrusted import is_object, read_json
 from utils import InputError
 from videoindex.facts import media_facts
 from videoindex.plan import DROP, KEEP, LOOK, PlanRow
+from videoindex.store import KnownFile
 
 FIELDS = ("keep", "drop", "not_a_match")
 
@@ -60,13 +62,24 @@ def _is_path(value):
     return True
 
 
-def chosen_plan(choices: Choices, known: Container[str]) -> list[PlanRow]:
-    """The plan that a person chose. Files that the index does not know are not to be moved."""
+def chosen_plan(choices: Choices, known: Mapping[str, KnownFile]) -> list[PlanRow]:
+    """The plan that a person chose.
+
+    Files that the index does not know are not to be moved, nor are all files of one content.
+    """
     rows = []
+    files = Counter(file.content for file in known.values())
+    staying = Counter(files)
+    staying.subtract(known[path].content for path in choices.drop if path in known)
     for action, paths in ((KEEP, choices.keep), (DROP, choices.drop)):
         for path in paths:
             facts = media_facts(path)
-            if path in known:
+            content = known[path].content if path in known else None
+            if action == DROP and files[content] > 1 and not staying[content]:
+                staying[content] = 1
+                reason = "chosen to drop, as were all files of its content"
+                rows.append(PlanRow(1, LOOK, path, reason, "", facts))
+            elif path in known:
                 rows.append(PlanRow(1, action, path, "chosen", "", facts))
             else:
                 reason = f"chosen to {action}, but it is not in the index"

@@ -240,12 +240,14 @@ class Comparer:
     def is_same_film(self, stretch: Stretch, query: Frames, target: Frames) -> bool:
         """Whether two videos show the same film from end to end.
 
-        Every frame of both matches, none of them weakly: so neither has a scene of its own. Of
-        twenty seconds and more, one second may be missing.
+        Every frame of both matches, none of them weakly: so neither has a scene of its own, be it
+        black. Of twenty seconds and more, one second may be missing.
         """
         most = max(query.is_evidence.sum(), target.is_evidence.sum())
         missing = min(SAME_SECONDS * self.fps, SAME_SHARE * most)
-        return bool(stretch.matched >= most - missing and stretch.least >= SAME_FRAME)
+        is_as_long = abs(len(query.is_evidence) - len(target.is_evidence)) <= missing
+        is_matched = stretch.matched >= most - missing and stretch.least >= SAME_FRAME
+        return bool(is_as_long and is_matched)
 
     def verdict_on(self, stretch: Stretch, query: Frames, target: Frames) -> str:
         """The same; two videos of the same pictures are certain copies, be they stills."""

@@ -19,7 +19,7 @@ class MediaFacts(NamedTuple):
     bit_rate: bits a second of the whole file
     seconds: how long it plays, as the container states it
     modified: when the file was changed last, in seconds since 1970
-    sound: whether it has sound
+    sound, subtitles: how many tracks of them it has
     """
 
     size: int | None = None
@@ -29,7 +29,8 @@ class MediaFacts(NamedTuple):
     bit_rate: int | None = None
     seconds: float | None = None
     modified: float | None = None
-    sound: bool | None = None
+    sound: int | None = None
+    subtitles: int | None = None
 
 
 def media_facts(path: str | os.PathLike) -> MediaFacts:
@@ -62,7 +63,8 @@ def _container_facts(path):
             "codec": stream.codec_context.name,
             "bit_rate": container.bit_rate or None,
             "seconds": stated_length(container, stream),
-            "sound": bool(container.streams.audio),
+            "sound": len(container.streams.audio),
+            "subtitles": len(container.streams.subtitles),
         }
 
 

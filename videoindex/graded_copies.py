@@ -11,6 +11,7 @@ the same one.
 
 import csv
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -89,7 +90,7 @@ def plan_videos(
     """What is made of the recordings of one half, {recording: seconds}: a pure function."""
     recordings, videos = list(lengths), []
     for number, recording in enumerate(recordings):
-        rng = random.Random(f"{seed}/{recording.film}")
+        rng = random.Random(os.fsencode(f"{seed}/{recording.film}"))  # any file name
         of_place = [other for other in recordings if other.place == recording.place]
         is_copied = recording in of_place[:COPIES_OF]
         hosts = [other for other in recordings if other.place != recording.place]

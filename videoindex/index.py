@@ -41,6 +41,7 @@ from videoindex.results import AddProgress, Group, IndexUpdate, Link, Match
 from videoindex.shown import ShownFiles
 from videoindex.sources import find_files
 from videoindex.store import Content, IndexStore
+from videoindex.whole_copies import pictures_agree
 
 SHORTLIST = 500  # videos compared frame by frame
 MAX_HOLES = 0.5  # the share of holes above which an index is compacted
@@ -419,7 +420,7 @@ class VideoIndex:
         return sorted(groups, key=lambda group: -len(group.paths))
 
     def is_same_film(self, a: int, b: int) -> bool:
-        """Whether two contents show the same film from end to end, by a certain match."""
+        """Whether two contents show the same pictures from end to end, by a certain match."""
         comparer, contents = self.comparer(), [self.store.content(number) for number in (a, b)]
         if None in contents:  # another process may have removed one
             return False
@@ -427,8 +428,12 @@ class VideoIndex:
         comparer.require_memory(query, contents[1])
         for stretch in comparer.stretches(query, target, 0.0, 1):
             word = comparer.verdict_on(stretch, query, target)
-            return word == "certain" and comparer.is_same_film(stretch, query, target)
+            if word == "certain" and comparer.is_same_film(stretch, query, target):
+                return pictures_agree(*map(self._all_thumbnails, contents))
         return False
+
+    def _all_thumbnails(self, content):
+        return self.store.thumbnails(content, range(content.num_frames))
 
     def _group(self, cluster, comparer, shown, least):
         """A Cluster with its files and seconds."""

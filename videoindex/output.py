@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import sys
-import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +13,7 @@ from videoindex.facts import MediaFacts, media_facts
 from videoindex.results import Group, Link, Match, TimeSegment
 from videoindex.text import (
     UNKNOWN,
+    facts_columns,
     format_count,
     format_facts,
     format_segment,
@@ -36,11 +37,8 @@ def print_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
 
 
 def file_facts(path: str | os.PathLike) -> dict[str, Any]:
-    """The facts of a file by name, its date as ISO 8601 in UTC; None for what is unknown."""
-    facts = media_facts(path)._asdict()
-    if facts["modified"] is not None:
-        facts["modified"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(facts["modified"]))
-    return facts
+    """The facts of a file by name; None for what is unknown."""
+    return facts_columns(media_facts(path))
 
 
 def _files_json(paths: Iterable[str]) -> list[dict[str, Any]]:
@@ -157,20 +155,21 @@ def print_known(videos: Sequence[Any]) -> None:
     """Print which files are known: KnownVideo of several.py."""
     for video in videos:
         name = f"{printable(video.path)} ({format_time(video.seconds)})"
-        if not video.matches:
-            print(f"new    {name}")
-            continue
-        print(f"known  {name}{'  same content' if video.same_content else ''}")
+        print(f"{video.state:7}{name}{'  same content' if video.same_content else ''}")
         for match in video.matches:
             print(f"{INDENT}{_match_line(match)}")
-    known = sum(bool(video.matches) for video in videos)
-    print(f"{known} known, {len(videos) - known} new")
+    counts = Counter(video.state for video in videos)
+    print(
+        f"{counts['known']} known, {counts['part']} known in part, {counts['look']} to look at,"
+        f" {counts['new']} new"
+    )
 
 
 def known_json(video: Any) -> dict[str, Any]:
     return {
         "path": video.path,
-        "known": bool(video.matches),
+        "state": video.state,
+        "shares": [round(video.share(match), 3) for match in video.matches],
         "same_content": video.same_content,
         "seconds": round(video.seconds, 3),
         "file": file_facts(video.path),
@@ -180,7 +179,8 @@ def known_json(video: Any) -> dict[str, Any]:
 
 
 KNOWN_COLUMNS = [
-    *("path", "known", "same_content", "score", "verdict", "matched_seconds", "match", "missing"),
+    *("path", "state", "same_content", "score", "verdict", "matched_seconds", "share", "match"),
+    "missing",
     *MediaFacts._fields,
 ]
 
@@ -189,12 +189,12 @@ def known_row(video: Any) -> dict[str, Any]:
     """A row of CSV: a file, and the best of its matches."""
     row = {
         "path": video.path,
-        "known": "yes" if video.matches else "no",
+        "state": video.state,
         "same_content": "yes" if video.same_content else "no",
         **file_facts(video.path),
     }
     for match in video.matches[:1]:
-        row |= {**_findings(match), "match": match.path}
+        row |= {**_findings(match), "share": round(video.share(match), 3), "match": match.path}
         row["missing"] = "yes" if match.missing else "no"
     return row
 

@@ -1,9 +1,9 @@
 """A plan of what to keep of videos that share material, and a script that moves the rest.
 
-A plan only says what could be done. A file is to drop if it has the content of a file to keep, or
-shows the same film from end to end, frame by frame, by a certain match, and has no sound that the
-other lacks. Everything else is left to a person. Nothing is ever deleted: the script, which its
-user runs, moves files into a folder.
+A plan only says what could be done. A file is to drop if it has the content of another one of its
+group, or shows the same pictures from end to end, by a certain match, as one that is kept, which
+lacks neither its sound nor its subtitles. Everything else is left to a person. Nothing is ever
+deleted: the script, which its user runs, moves files into a folder.
 """
 
 import csv
@@ -19,7 +19,8 @@ from utils import InputError
 from videoindex.facts import MediaFacts, media_facts
 from videoindex.results import Group
 from videoindex.store import KnownFile
-from videoindex.text import printable
+from videoindex.text import facts_columns
+from videoindex.whole_copies import missing_in
 
 KEEP, DROP, LOOK = ACTIONS = "keep", "drop", "look"
 # What makes a file the better one: {rule: its value}; the highest is kept.
@@ -30,8 +31,10 @@ RULES: dict[str, Callable[[MediaFacts], float | None]] = {
     "longest": lambda facts: facts.seconds,
     "newest": lambda facts: facts.modified,
     "oldest": lambda facts: facts.modified and -facts.modified,
+    "sound": lambda facts: facts.sound,
 }
 DEFAULT_RULES = ["resolution", "bit_rate", "oldest"]
+SLACK = 1.5  # seconds by which lengths of one film may differ
 
 
 class PlanRow(NamedTuple):
@@ -41,7 +44,7 @@ class PlanRow(NamedTuple):
     action: one of ACTIONS
     path: the file
     reason: why, in words
-    kept: the file to keep that has all of it; "" unless it is to drop
+    kept: the file that stays and shows the same; "" without one
     facts: of the file
     """
 
@@ -81,8 +84,9 @@ def make_plan(
 ) -> list[PlanRow]:
     """What to keep of groups of duplicates.
 
-    The files of a group are taken from the best to the worst by the rules. The first is kept; each
-    other is to drop if it shows the film of one that is kept, and else to look at.
+    The files of a group are taken from the best to the worst: whole files before those that end
+    before their container says, the longest film before a part of it, then by the rules. The first
+    is kept; each other is to drop if it shows the film of one that is kept, and else to look at.
 
     Args:
         rules: of `parse_rules`.
@@ -100,23 +104,34 @@ def _plan_group(number, group, rules, known, is_same_film):
     for content, paths in group.files.items():
         for path in paths:
             files[path] = content, media_facts(path)
-    rows, kept = [], {}  # {content: (path, facts)}
-    for path in sorted(files, key=lambda path: _rank(path, files[path][1], rules), reverse=True):
+    longest = max(group.seconds[content] for content, _ in files.values())
+
+    def rank(path):
+        """The higher, the better."""
         content, facts = files[path]
-        action, reason, other = KEEP, "the best by the rules" if not kept else "", ""
+        seconds = group.seconds[content]
+        is_whole = (facts.seconds or 0) <= seconds + SLACK
+        return is_whole, seconds >= longest - SLACK, *_rule_values(path, facts, rules)
+
+    rows, kept, seen = [], {}, {}  # {content: (path, facts)} of what is kept; {content: path}
+    for path in sorted(files, key=rank, reverse=True):
+        content, facts = files[path]
+        action, reason, other = KEEP, "" if kept else "the best by the rules", ""
         if not _is_as_indexed(path, known):
             action, reason = LOOK, "it has changed since it was indexed"
-        elif content in kept:
-            action, reason, other = DROP, "same content", kept[content][0]
-        elif kept:
-            action, reason, other = _compare(group, content, facts, kept, is_same_film)
+        elif content in seen:
+            action, reason, other = DROP, "same content", seen[content]
+        else:
+            seen[content] = path
+            if kept:
+                action, reason, other = _compare(group, path, content, facts, kept, is_same_film)
         if action == KEEP:
-            kept.setdefault(content, (path, facts))
+            kept[content] = path, facts
         rows.append(PlanRow(number, action, path, reason, other, facts))
     return rows
 
 
-def _rank(path, facts, rules):
+def _rule_values(path, facts, rules):
     """The higher, the better; an unknown value is the worst."""
     values = []
     for rule in rules:
@@ -137,16 +152,19 @@ def _is_as_indexed(path, known):
     return path in known and known[path].unchanged(facts.st_size, facts.st_mtime_ns)
 
 
-def _compare(group, content, facts, kept, is_same_film):
-    """(action, reason, file) for a content, given {content: (path, facts)} of what is kept."""
-    for other, (path, kept_facts) in kept.items():
+def _compare(group, path, content, facts, kept, is_same_film):
+    """(action, reason, file) for a file, given {content: (path, facts)} of what is kept."""
+    for other, (kept_path, kept_facts) in kept.items():
         if is_same_film(content, other):
-            if facts.sound and not kept_facts.sound:
-                return LOOK, "the same film, but it has sound", path
-            return DROP, "the same film, frame by frame", path
-    verdicts = [link.verdict for link in group.links if content in (link.a, link.b)]
-    path, _ = next(iter(kept.values()))
-    return LOOK, f"{verdicts[0] or 'a match'}, but not the same film from end to end", path
+            if missing := missing_in(kept_path, kept_facts, path, facts):
+                return LOOK, f"the same film, but it has {missing}", kept_path
+            return DROP, "the same film, frame by frame", kept_path
+    for link in group.links:
+        (other,) = {link.a, link.b} - {content} if content in (link.a, link.b) else (None,)
+        if other in kept:
+            word = link.verdict or "a match"
+            return LOOK, f"{word}, but not the same film from end to end", kept[other][0]
+    return LOOK, "not the same film from end to end", ""
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -160,7 +178,7 @@ def write_plan(path: str | os.PathLike, rows: Iterable[PlanRow]) -> None:
     table = csv.writer(text)
     table.writerow(COLUMNS)
     for row in rows:
-        table.writerow([*row[:-1], *row.facts])
+        table.writerow([*row[:-1], *facts_columns(row.facts).values()])
     with atomic(path) as temporary:
         temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
 
@@ -177,13 +195,16 @@ def plan_summary(rows: Sequence[PlanRow]) -> str:
 
 SCRIPT = """#!/bin/sh
 # Moves the files that a plan of search.py drops; nothing is deleted, and nothing overwritten.
-# A file stays where it is if the file that is kept in its place has gone.
+# A file stays where it is if the file that is kept in its place has gone, or has another size.
 set -eu
+moved=0
 
-# move FILE FOLDER NAME [KEPT]
+# move FILE FOLDER NAME [KEPT SIZE]
 move() {
     if [ $# -gt 3 ] && [ ! -f "$4" ]; then
         printf 'stays, for what would be kept has gone: %s\\n' "$1" >&2
+    elif [ $# -gt 3 ] && [ "$(wc -c < "$4")" -ne "$5" ]; then
+        printf 'stays, for what would be kept has changed: %s\\n' "$1" >&2
     elif [ ! -f "$1" ]; then
         printf 'has gone: %s\\n' "$1" >&2
     elif [ -e "$2/$3" ]; then
@@ -191,6 +212,7 @@ move() {
     else
         mkdir -p -- "$2"
         mv -n -- "$1" "$2/$3"
+        moved=$((moved + 1))
     fi
 }
 
@@ -207,16 +229,11 @@ def write_script(path: str | os.PathLike, rows: Iterable[PlanRow], folder: str) 
         if row.action == DROP:
             target, name = os.path.split(os.path.abspath(row.path).lstrip("/"))
             words = [row.path, os.path.join(os.path.abspath(folder), target), name]
-            words += [row.kept] if row.kept else []
+            if row.kept:
+                words += [row.kept, str(media_facts(row.kept).size or 0)]
             lines.append(" ".join(["move", *map(shlex.quote, words)]))
+    lines.append(f'echo "$moved of {len(lines)} files moved"')
     text = SCRIPT + "".join(f"{line}\n" for line in lines)
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-    return len(lines)
-
-
-def plan_lines(rows: Iterable[PlanRow]) -> Iterable[str]:
-    """A plan as lines of text."""
-    for row in rows:
-        kept = f" of {printable(row.kept)}" if row.kept else ""
-        yield f"  {row.action}  {printable(row.path)}  {row.reason}{kept}"
+    return len(lines) - 1

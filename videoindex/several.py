@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils import InputError, file_sha256
+from videoindex.grouping import JOINING
 from videoindex.index import VideoIndex
 from videoindex.moves import distinct_files
 from videoindex.pipeline import EncodedVideo, differing_part
@@ -71,6 +72,11 @@ def query_indexes(
 
 # --- new files ----------------------------------------------------------------------------------
 
+# A file that is known has nearly all of its film in one video of the index, by a certain or likely
+# match; of another one such a match has a part; others are to look at.
+STATES = ("known", "part", "look", "new")
+KNOWN_SHARE = 0.9
+
 
 @dataclass
 class KnownVideo:
@@ -79,7 +85,7 @@ class KnownVideo:
     path: the file
     reason: why it could not be looked up; "" if it was
     seconds: how long it plays
-    matches: the videos of the indexes that show the same; empty if it is new
+    matches: the videos of the indexes that share film with it
     same_content: whether an index holds its very content
     """
 
@@ -88,6 +94,24 @@ class KnownVideo:
     seconds: float = 0.0
     matches: list[Match] = field(default_factory=list)
     same_content: bool = False
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        joining = [match for match in self.matches if match.verdict in JOINING]
+        if self.same_content or any(self.share(match) >= KNOWN_SHARE for match in joining):
+            return "known"
+        return "part" if joining else "look" if self.matches else "new"
+
+    def share(self, match: Match) -> float:
+        """How much of the file a match has, 0 to 1."""
+        if self.same_content:
+            return 1.0
+        seconds, end = 0.0, 0.0
+        for segment in sorted(match.segments):
+            seconds += max(segment.query_end - max(segment.query_start, end), 0.0)
+            end = max(end, segment.query_end)
+        return min(seconds / self.seconds, 1.0) if self.seconds else 0.0
 
 
 def look_up(

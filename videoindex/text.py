@@ -2,12 +2,14 @@
 
 import os
 import time
+from typing import Any
 
 from utils import one_line
 from videoindex.facts import MediaFacts
 from videoindex.results import Group, TimeSegment
 
 UNKNOWN = "–"
+FACTS = ("size", "picture", "codec", "bit rate", "length", "date", "sound")
 
 
 def printable(path: str | os.PathLike) -> str:
@@ -44,9 +46,17 @@ def format_segment(segment: TimeSegment) -> str:
     return f"{query} = {target}"
 
 
+def facts_columns(facts: MediaFacts) -> dict[str, Any]:
+    """The facts of a file by name, its date as ISO 8601 in UTC; None for what is unknown."""
+    columns = facts._asdict()
+    if facts.modified is not None:
+        columns["modified"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(facts.modified))
+    return columns
+
+
 def format_facts(facts: MediaFacts) -> dict[str, str]:
     """{name: text} of a file's facts; those that are unknown are a dash."""
-    texts = dict.fromkeys(("size", "picture", "codec", "bit rate", "length", "date"), UNKNOWN)
+    texts = dict.fromkeys(FACTS, UNKNOWN)
     if facts.size is not None:
         texts["size"] = _with_unit(facts.size, "B")
     if facts.width and facts.height:
@@ -57,6 +67,10 @@ def format_facts(facts: MediaFacts) -> dict[str, str]:
         texts["bit rate"] = _with_unit(facts.bit_rate, "bit/s")
     if facts.seconds:
         texts["length"] = format_time(facts.seconds)
+    if facts.sound is not None:
+        texts["sound"] = (
+            "no" if not facts.sound else "yes" if facts.sound == 1 else f"{facts.sound} tracks"
+        )
     if facts.modified is not None:
         texts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.modified))
     return texts
