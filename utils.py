@@ -109,7 +109,7 @@ def describe_ids(expected: Iterable[str], found: Iterable[str]) -> str:
 
 
 def id_hint(expected: Iterable[str], found: Iterable[str]) -> str:
-    """Without what more of the `expected` ids would be among the `found` ones; "" if unknown."""
+    """Ignoring what more of the `expected` ids would be among the `found` ones; "" if unknown."""
     expected, found = set(expected), set(found)
     others, strangers = expected - found, found - expected
     changes = list(ID_CHANGES)
@@ -120,7 +120,7 @@ def id_hint(expected: Iterable[str], found: Iterable[str]) -> str:
         fewer = [change for change in changes if change != name]
         if _count_agreeing(others, strangers, fewer) == agreeing:
             changes = fewer
-    return f"without their {' and '.join(changes)}, {agreeing} more of {len(expected)} would agree"
+    return f"ignoring {' and '.join(changes)}, {agreeing} more of {len(expected)} would agree"
 
 
 def _count_agreeing(expected, found, changes):

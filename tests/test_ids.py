@@ -31,7 +31,7 @@ def test_hint_names_in_what_ids_differ(spell, expected):
     spelled = [spell(name) for name in IDS]
     for sides in ((IDS, spelled), (spelled, IDS)):
         count = 1 if expected == "form of Unicode" else len(IDS)
-        assert id_hint(*sides) == f"without their {expected}, {count} more of 4 would agree"
+        assert id_hint(*sides) == f"ignoring {expected}, {count} more of 4 would agree"
 
 
 def test_hint_is_empty_where_nothing_is_plain():
@@ -44,7 +44,7 @@ def test_hint_is_empty_where_nothing_is_plain():
 def test_description_shows_three_of_either_side():
     text = describe_ids(IDS, ["A1.mp4"])
     assert text.startswith("expected ids such as 'a1', 'b2', 'Cafe\u0301 3', ..., found 'A1.mp4'; ")
-    assert text.endswith("without their suffix and case, 1 more of 4 would agree")
+    assert text.endswith("ignoring suffix and case, 1 more of 4 would agree")
     assert describe_ids(["a"], []) == "expected ids such as 'a', found none"
 
 
@@ -59,18 +59,18 @@ def test_evaluation_says_in_what_all_ids_differ(world, tmp_path, spell):
     change = "case" if spell is str.upper else "suffix"
     query = next(iter(world.test.labels))
     message = refused(evaluate, *demo_flags(world), "--feature_path", path, "--encoder", "mean")
-    assert f"without their {change}, 10 more of 10 would agree" in message
+    assert f"ignoring {change}, 10 more of 10 would agree" in message
     assert repr(query) in message and repr(sorted(features)[0]) in message
 
     table = {spell(query): {spell(video): 0.5 for video in world.test.database}}
     (tmp_path / "table.json").write_text(json.dumps(table))
     similarities = [*demo_flags(world), "--similarities", tmp_path / "table.json"]
     message = refused(evaluate, *similarities)
-    assert "table.json" in message and f"without their {change}, 1 more of 10" in message
+    assert "table.json" in message and f"ignoring {change}, 1 more of 10" in message
     (tmp_path / "table.json").write_text(json.dumps({query: {}}))
     (tmp_path / "ids.txt").write_text("\n".join(map(spell, world.test.database)))
     message = refused(evaluate, *similarities, "--searched", tmp_path / "ids.txt")
-    assert "ids.txt" in message and f"without their {change}, 80 more of 80" in message
+    assert "ids.txt" in message and f"ignoring {change}, 80 more of 80" in message
 
 
 def test_evaluation_says_in_what_some_ids_differ(world, tmp_path):
@@ -79,14 +79,14 @@ def test_evaluation_says_in_what_some_ids_differ(world, tmp_path):
     features = {spelled.get(video, video): rows for video, rows in world.test.features.items()}
     path = write_ours(tmp_path / "x.hdf5", features)
     result = call(evaluate, *demo_flags(world), "--feature_path", path, "--encoder", "mean")
-    assert f"without their suffix, {len(spelled)} more of 80 would agree" in result.stderr
+    assert f"ignoring suffix, {len(spelled)} more of 80 would agree" in result.stderr
 
     queries, database = world.test.labels, world.test.database
     table = {query: {spelled.get(video, video): 0.5 for video in database} for query in queries}
     (tmp_path / "table.json").write_text(json.dumps(table))
     result = call(evaluate, *demo_flags(world), "--similarities", tmp_path / "table.json")
     ignored = f"0 queries and {len(spelled)} videos that the set does not contain"
-    assert f"{ignored}; without their suffix, {len(spelled)} more" in result.stdout
+    assert f"{ignored}; ignoring suffix, {len(spelled)} more" in result.stdout
 
 
 def test_training_says_in_what_ids_differ(world, tmp_path):
@@ -95,7 +95,7 @@ def test_training_says_in_what_ids_differ(world, tmp_path):
     flags = train_flags(world, tmp_path / "model", "--feature_path", path)
     message = refused(train, *flags)
     assert "0 of 72 pairs" in message and "'film0/copy 0', 'film0/copy 1'" in message
-    assert "without their folder" in message
+    assert "ignoring folder" in message
     message = refused(
         train,
         *train_flags(world, tmp_path / "model"),
@@ -106,7 +106,7 @@ def test_training_says_in_what_ids_differ(world, tmp_path):
         "--annotation_path",
         world.vcdb,
     )
-    assert "0 of 128 videos" in message and "without their folder" in message
+    assert "0 of 128 videos" in message and "ignoring folder" in message
 
 
 def test_segments_of_other_ids_are_refused(world, tmp_path):
@@ -116,4 +116,4 @@ def test_segments_of_other_ids_are_refused(world, tmp_path):
     annotation["segments"] = {f"{video}.mp4": of_video for video, of_video in segments.items()}
     path = write_pickle(tmp_path / "vcdb.pickle", annotation)
     flags = train_flags(world, tmp_path / "model", "--annotation_path", path, "--mask_shared")
-    assert "without their suffix" in refused(train, *flags)
+    assert "ignoring suffix" in refused(train, *flags)
