@@ -168,10 +168,12 @@ def test_format_span_in_whole_seconds():
 
 
 def test_format_facts():
-    facts = MediaFacts(12_345_678, 1920, 1080, "h264", 4_123_000, 62.04, 0.0)
+    facts = MediaFacts(12_345_678, 1920, 1080, "h264", 4_123_000, 62.04, 0.0, sound=2)
     texts = format_facts(facts)
     assert texts.pop("date")[:7] in ("1970-01", "1969-12")
-    assert list(texts.values()) == ["12.3 MB", "1920 × 1080", "h264", "4.12 Mbit/s", "1:02.0"]
+    assert list(texts.values()) == [
+        *("12.3 MB", "1920 × 1080", "h264", "4.12 Mbit/s", "1:02.0", "2 sound tracks")
+    ]
     assert set(format_facts(MediaFacts()).values()) == {"–"}
     sizes = (0, 999, 1000, 99_960, 999_600, 1.5e12, 2e15)
     shown = [format_facts(MediaFacts(size))["size"] for size in sizes]
@@ -255,7 +257,7 @@ def test_page_says_and_marks_where_segments_are(pages):
     words = " ".join(page.shown.split())
     assert f"0:02–0:07 of the clip is 0:10–0:15 of {NAMES['long']}" in words
     assert "Nothing found." in words
-    assert "look yourself" in words and "2 s match" in words
+    assert "look yourself" in words and "2 s of different film" in words
 
 
 def test_page_pairs_of_thumbnails_are_of_the_same_moments(pages):

@@ -68,9 +68,9 @@ def format_facts(facts: MediaFacts) -> dict[str, str]:
     if facts.seconds:
         texts["length"] = format_time(facts.seconds)
     if facts.sound is not None:
-        texts["sound"] = (
-            "no" if not facts.sound else "yes" if facts.sound == 1 else f"{facts.sound} tracks"
-        )
+        texts["sound"] = "no sound" if not facts.sound else "sound"
+        if facts.sound > 1:
+            texts["sound"] = f"{facts.sound} sound tracks"
     if facts.modified is not None:
         texts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.modified))
     return texts
