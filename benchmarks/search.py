@@ -60,6 +60,7 @@ CALIBRATION = {"min_similarity": 0.15, "threshold": 0.3}
 
 def main(argv=None):
     args = parse_args(argv)
+    utils.tune_malloc()  # as search.py does
     threads = int(os.environ.get("OMP_NUM_THREADS", utils.available_cores()))
     faiss.omp_set_num_threads(threads)
     torch.set_num_threads(threads)

@@ -1,7 +1,9 @@
 """PCA of frame features: exact fit in bounded memory, parameter files, projection."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,16 +47,30 @@ class Projection:
             )
 
 
+@functools.cache
+def _blas():
+    """The libraries that multiply NumPy's matrices; to look for them takes 10 ms."""
+    return ThreadpoolController().select(user_api="blas")
+
+
+def one_blas_thread() -> AbstractContextManager:
+    """Within it, a product of the process takes one thread, and has the same bits on any machine.
+
+    BLAS splits a product by its number of threads, and its sums with it. And while PyTorch's
+    threads hold the cores, its threads wait for one: a small product takes 15 ms instead of 1.
+    """
+    return _blas().limit(limits=1)
+
+
 def project_videos(
     store: Mapping[str, np.ndarray], projection: Projection, videos: Sequence[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (video, its projected rows), the same to the bit with any number of threads.
 
-    BLAS splits a product by its number of threads, and its sums with it. So each product takes one
-    thread, and several videos are projected at a time: as many as BLAS would take threads.
+    Each product takes one thread, and several videos are projected at a time: as many as BLAS
+    would take threads.
     """
-    blas = ThreadpoolController().select(user_api="blas")
-    threads = max([library["num_threads"] for library in blas.info()], default=1)
+    threads = max([library["num_threads"] for library in _blas().info()], default=1)
     step = 16 * threads  # so many videos are in memory at a time
 
     def project(video):
@@ -63,7 +79,7 @@ def project_videos(
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(videos), step):
             block = videos[start : start + step]
-            with blas.limit(limits=1):
+            with one_blas_thread():
                 rows = list(pool.map(project, block))
             yield from zip(block, rows, strict=True)
 

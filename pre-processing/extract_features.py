@@ -42,7 +42,7 @@ from features.extraction import (
 )
 from features.frame_rules import DEFAULT_RULE, EARLIER_NAMES, FRAME_RULES
 from features.listing import find_videos, shard_of
-from features.pca import load_projection
+from features.pca import load_projection, one_blas_thread
 from features.pooling import DEFAULT_POOLING, POOLINGS
 from files import Lock
 from utils import InputError, Parser
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compute_features = feature_function(backbone, options.pooling, projection, options.dtype)
     passed_on = {name: getattr(options, name) for name in STORE_OPTIONS + EXTRACT_OPTIONS}
     passed_on |= {"frame_rule": options.frames, "view": backbone.view}
-    with lock:
+    with lock, one_blas_thread():
         rows = update_store(output, videos, settings, compute_features, lock=lock, **passed_on)
 
     failed = sum(row["status"] == "failed" for row in rows.values())

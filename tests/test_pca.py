@@ -10,10 +10,10 @@ from helpers.commands import cli, one_error, python, refused
 from helpers.feature_files import write_ours
 from PIL import Image
 from sklearn.decomposition import PCA
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from features import pca
-from features.pca import fit_pca, load_projection
+from features.pca import fit_pca, load_projection, one_blas_thread
 from features.store import FeatureStore, StoreWriter
 from retrieval.encode import resident_bytes
 from utils import InputError
@@ -351,3 +351,15 @@ def test_apply_does_not_depend_on_the_number_of_threads(tmp_path):
             run(*apply_to(path, tmp_path / "p.npz", tmp_path / f"{threads}.hdf5"))
         checksums.add(FeatureStore(tmp_path / f"{threads}.hdf5").checksum)
     assert len(checksums) == 1
+
+
+def test_one_blas_thread_limits_the_process_and_ends():
+    def threads():
+        return [
+            library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+        ]
+
+    before = threads()
+    with one_blas_thread():
+        assert before and set(threads()) == {1}
+    assert threads() == before

@@ -203,10 +203,12 @@ class Pipeline:
         """
         import torch
 
+        from features.pca import one_blas_thread
         from padding import pad
 
         if self.projection:
-            features = self.projection(features)
+            with one_blas_thread():
+                features = self.projection(features)
         features = features.astype(np.float16)  # as feature files store them, for equal results
         if not np.isfinite(features).all():
             raise InputError(
