@@ -29,6 +29,7 @@ from utils import InputError, provenance
 
 RESTART = 5  # seconds in which the processes of a run whose launcher was killed have ended
 REPEAT = 1  # seconds: launchers and `timeout` may pass one Ctrl-C on twice
+NOTICE = b"\nstopping after this step; Ctrl-C again ends at once, without a checkpoint\n"
 NEWEST, PREVIOUS, REFUSED = "checkpoint.pth", "checkpoint.prev.pth", "checkpoint.refused.pth"
 # Files written to a temporary name and renamed.
 ATOMIC_FILES = (NEWEST, PREVIOUS, "model.pth", "args.json", "log.jsonl")
@@ -196,6 +197,8 @@ class Run:
                 now = time.monotonic()
                 if now - first_interrupt > REPEAT:
                     raise KeyboardInterrupt
+                if first_interrupt == math.inf and self.dist.is_main:
+                    os.write(2, NOTICE)  # print could be in the middle of a line
                 first_interrupt = min(now, first_interrupt)
 
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}

@@ -98,7 +98,7 @@ def note_missing(store):
     missing = sum(not os.path.exists(path) for path in store.known_files())
     if missing:
         print(
-            f"note: {missing} files of the index are missing, which is fine if their drive is not"
+            f"note: missing files of the index: {missing}; which is fine if their drive is not"
             " mounted; `index --prune` and `remove` forget them, `verify` names them",
             file=sys.stderr,
         )
@@ -238,7 +238,9 @@ def run_query(args):
         if video.reason:
             print_skipped(video.path, video.reason)
     encoded = [(video, matches) for video, matches in results if not video.reason]
-    if args.report and encoded:
+    if args.report and not encoded:
+        print(f"{args.report} is not written, as no clip could be read", file=sys.stderr)
+    elif args.report:
         from videoindex.report import write_query
 
         write_query(args.report, indexes[0], encoded)
@@ -314,8 +316,9 @@ def write_plan(args, rows):
     plan.write_plan(args.plan, rows)
     print(f"{args.plan}: {plan.plan_summary(rows)}", file=sys.stderr)
     if args.script:
-        folders = {os.path.dirname(row.path) for row in rows}
-        if any(Path(args.into).resolve().is_relative_to(folder) for folder in folders):
+        folders = [os.path.realpath(os.path.dirname(row.path)) for row in rows]
+        folder = os.path.commonpath(folders or ["/"])
+        if folder != "/" and Path(args.into).resolve().is_relative_to(folder):
             print(
                 f"note: {args.into!r} lies among the videos; if they are indexed again, so is what"
                 " was moved",

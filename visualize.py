@@ -291,13 +291,17 @@ def parse_args(argv=None):
     )
     curves.add_argument("--output", required=True, help="the picture to write, NAME.png")
 
-    similarity = commands.add_parser("similarity", help="two videos, frame by frame")
+    similarity = commands.add_parser(
+        "similarity", help="two videos, frame by frame", add_help=False
+    )
     similarity.set_defaults(draw=draw_similarity)
     similarity.add_argument("video", metavar="QUERY", help="id of the query: the rows")
     similarity.add_argument("match", metavar="MATCH", help="id of the other video: the columns")
     add_model_arguments(similarity)
 
-    attention = commands.add_parser("attention", help="the attention over a video's frames")
+    attention = commands.add_parser(
+        "attention", help="the attention over a video's frames", add_help=False
+    )
     attention.set_defaults(draw=draw_attention)
     attention.add_argument("video", metavar="VIDEO", help="id of a video")
     add_model_arguments(attention)
@@ -306,6 +310,9 @@ def parse_args(argv=None):
         # Ids of YouTube may begin with -. argparse takes for a positional argument what is not an
         # option and looks like a negative number; here, whatever is not an option.
         command._negative_number_matcher = re.compile("-")
+        command.add_argument(
+            "--help", action="help", help="show this and exit"
+        )  # ids begin with -h
     args = parser.parse_args(argv)
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"--output {args.output!r} must name a file with suffix .png")

@@ -1,9 +1,10 @@
 """PCA of frame features: exact fit in bounded memory, parameter files, projection."""
 
+import contextlib
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,13 +54,18 @@ def _blas():
     return ThreadpoolController().select(user_api="blas")
 
 
-def one_blas_thread() -> AbstractContextManager:
-    """Within it, a product of the process takes one thread, and has the same bits on any machine.
+_one_blas_thread = threading.RLock()  # or one would restore what another has limited
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Within it, a product of the process takes one thread: the same bits with any number of cores.
 
     BLAS splits a product by its number of threads, and its sums with it. And while PyTorch's
     threads hold the cores, its threads wait for one: a small product takes 15 ms instead of 1.
     """
-    return _blas().limit(limits=1)
+    with _one_blas_thread, _blas().limit(limits=1):
+        yield
 
 
 def project_videos(

@@ -95,7 +95,7 @@ class FeatureStore(Mapping):
             raise InputError(
                 f"feature file {str(path)!r} holds no video; extract features into it first"
             )
-        widths = Counter(shape[-1] for shape, _ in shapes.values() if shape)
+        widths = Counter(shape[-1] for shape, _ in shapes.values() if len(shape) in (2, 3))
         self.feature_size = feature_size or max(widths, key=widths.get, default=0)
         if not feature_size and 2 * widths[self.feature_size] < widths.total():
             raise InputError(

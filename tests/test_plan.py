@@ -136,10 +136,10 @@ def test_whole_film_is_kept_before_a_part_and_a_cut_file(folder):
     """Whatever the rules say: a part lacks film, and a file that ends too early does."""
     plan = plan_of(folder, ["small.mkv", "large.mkv"], [60, 30], (1, "certain", False))
     assert plan["small.mkv"].action == KEEP and plan["large.mkv"].action == LOOK
-    # Both state 4 s; of large.mkv only 2.4 could be decoded.
-    write_video(folder / "large.mkv", [image.repeat(2, 0).repeat(2, 1) for image in numbered(40)])
-    write_video(folder / "small.mkv", numbered(40))
-    plan = plan_of(folder, ["small.mkv", "large.mkv"], [4, 2.4], (1, "certain", True))
+    # Both state 5 s; of large.mkv only 3 could be decoded, of small.mkv 4.
+    write_video(folder / "large.mkv", [image.repeat(2, 0).repeat(2, 1) for image in numbered(50)])
+    write_video(folder / "small.mkv", numbered(50))
+    plan = plan_of(folder, ["small.mkv", "large.mkv"], [4, 3], (1, "certain", True))
     assert plan["small.mkv"].action == KEEP
 
 
@@ -156,6 +156,18 @@ def test_same_content_is_dropped_though_it_is_not_the_kept_film(folder):
         (DROP, "same content"),
     ]
     assert rows[2].kept == rows[1].path
+
+
+def test_twin_of_a_dropped_file_is_dropped_for_the_one_that_stays(folder, tmp_path):
+    shutil.copy(folder / "small.mkv", folder / "twin.mkv")
+    group = group_of(folder, ["large.mkv", "small.mkv"], [60, 60], SAME)
+    group.files[1].append(str(folder / "twin.mkv"))
+    rows = make_plan([group], ["resolution"], known_of(group.paths), lambda a, b: True)
+    assert [row.action for row in rows] == [KEEP, DROP, DROP]
+    assert {row.kept for row in rows[1:]} == {str(folder / "large.mkv")}
+    assert write_script(tmp_path / "moves.sh", rows, str(tmp_path / "dropped")) == 2
+    assert run_script(tmp_path / "moves.sh", tmp_path).stdout == "2 of 2 files moved\n"
+    assert os.path.exists(folder / "large.mkv") and not os.path.exists(folder / "twin.mkv")
 
 
 @pytest.mark.parametrize("verdict", ["", "likely", "look yourself", "same place"])

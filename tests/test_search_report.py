@@ -257,7 +257,7 @@ def test_page_says_and_marks_where_segments_are(pages):
     words = " ".join(page.shown.split())
     assert f"0:02–0:07 of the clip is 0:10–0:15 of {NAMES['long']}" in words
     assert "Nothing found." in words
-    assert "look yourself" in words and "2 s of different film" in words
+    assert "look yourself" in words and "2 s match, stills counted once" in words
 
 
 def test_page_pairs_of_thumbnails_are_of_the_same_moments(pages):

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from datasets.demo import edits
 from videoindex.index import VideoIndex
 from videoindex.plan import make_plan
+from videoindex.several import look_up
 
 FILM = [(100, 110)]
 
@@ -61,7 +62,7 @@ def found(index, clip):
     return matches
 
 
-def test_black_leads_are_no_evidence(folder, make_index):
+def test_black_leads_are_no_evidence(folder, make_index, tmp_path):
     """Two films of nothing in common, each after five seconds of black."""
     black = [np.zeros((144, 256, 3), np.uint8)] * 60
     for name, start in (("a", 100), ("b", 300)):
@@ -77,6 +78,12 @@ def test_black_leads_are_no_evidence(folder, make_index):
     assert first.query_start == pytest.approx(5, abs=1) and first.query_end <= 13.1
     assert found(index, folder / "black.mp4") == {}
     assert len(index.duplicates()) == 1
+    frames = [image[:144, :256] for image in film(100, 108)]
+    lead = write_frames(tmp_path / "lead.mkv", [np.zeros_like(frames[0])] * 60 + frames)
+    (known,) = look_up([index], [lead])
+    assert known.state == "known" and known.share(known.matches[0]) >= 0.9
+    (known,) = look_up([index], [folder / "black.mp4"])
+    assert known.same_content and known.state == "known"
 
 
 def test_pillars_and_letterbox_are_cut(folder, make_index):

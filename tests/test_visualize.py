@@ -189,7 +189,7 @@ def test_attention_command_draws_a_panel_for_each_layer(here, tmp_path):
     assert panel < widths[1] - widths[0] < 1.2 * panel
 
 
-@pytest.mark.parametrize("video", ["-0P0jxlzMSQ", "--x", "-f-"])
+@pytest.mark.parametrize("video", ["-0P0jxlzMSQ", "--x", "-f-", "-hOCqFdkdXI"])
 def test_id_may_begin_with_a_dash(here, tmp_path, video):
     """Before the options and after them."""
     rows = np.random.default_rng(0).normal(size=(5, C))

@@ -4,13 +4,13 @@
 """
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 from untrusted import is_object, read_json
 from utils import InputError
 from videoindex.facts import media_facts
+from videoindex.moves import distinct_files
 from videoindex.plan import DROP, KEEP, LOOK, PlanRow
 from videoindex.store import KnownFile
 
@@ -65,18 +65,22 @@ def _is_path(value):
 def chosen_plan(choices: Choices, known: Mapping[str, KnownFile]) -> list[PlanRow]:
     """The plan that a person chose.
 
-    Files that the index does not know are not to be moved, nor are all files of one content.
+    Files that the index does not know are not to be moved, and of a content that several files have
+    one stays.
     """
-    rows = []
-    files = Counter(file.content for file in known.values())
-    staying = Counter(files)
-    staying.subtract(known[path].content for path in choices.drop if path in known)
+    rows, files = [], {}  # {content: its files that exist}
+    chosen = {known[path].content for path in choices.drop if path in known}
+    for path, file in known.items():
+        if file.content in chosen:
+            files.setdefault(file.content, []).append(path)
+    files = {content: distinct_files(paths) for content, paths in files.items()}
+    staying = {content: set(paths) - set(choices.drop) for content, paths in files.items()}
     for action, paths in ((KEEP, choices.keep), (DROP, choices.drop)):
         for path in paths:
             facts = media_facts(path)
             content = known[path].content if path in known else None
-            if action == DROP and files[content] > 1 and not staying[content]:
-                staying[content] = 1
+            if action == DROP and len(files.get(content, ())) > 1 and not staying[content]:
+                staying[content] = {path}
                 reason = "chosen to drop, as were all files of its content"
                 rows.append(PlanRow(1, LOOK, path, reason, "", facts))
             elif path in known:

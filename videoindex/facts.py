@@ -19,7 +19,7 @@ class MediaFacts(NamedTuple):
     bit_rate: bits a second of the whole file
     seconds: how long it plays, as the container states it
     modified: when the file was changed last, in seconds since 1970
-    sound, subtitles: how many tracks of them it has
+    sound: how many tracks of it there are
     """
 
     size: int | None = None
@@ -30,7 +30,6 @@ class MediaFacts(NamedTuple):
     seconds: float | None = None
     modified: float | None = None
     sound: int | None = None
-    subtitles: int | None = None
 
 
 def media_facts(path: str | os.PathLike) -> MediaFacts:
@@ -64,7 +63,6 @@ def _container_facts(path):
             "bit_rate": container.bit_rate or None,
             "seconds": stated_length(container, stream),
             "sound": len(container.streams.audio),
-            "subtitles": len(container.streams.subtitles),
         }
 
 

@@ -1,9 +1,9 @@
 """A plan of what to keep of videos that share material, and a script that moves the rest.
 
 A plan only says what could be done. A file is to drop if it has the content of another one of its
-group, or shows the same pictures from end to end, by a certain match, as one that is kept, which
-lacks neither its sound nor its subtitles. Everything else is left to a person. Nothing is ever
-deleted: the script, which its user runs, moves files into a folder.
+group, or shows the same pictures from end to end, by a certain match, as the one that is kept,
+which has its sound and subtitles too (`videoindex.whole_copies`). Everything else is left to a
+person. Nothing is ever deleted: the script, which its user runs, moves files into a folder.
 """
 
 import csv
@@ -84,9 +84,9 @@ def make_plan(
 ) -> list[PlanRow]:
     """What to keep of groups of duplicates.
 
-    The files of a group are taken from the best to the worst: whole files before those that end
-    before their container says, the longest film before a part of it, then by the rules. The first
-    is kept; each other is to drop if it shows the film of one that is kept, and else to look at.
+    The best file of a group is kept: whole files before those that end before their container says,
+    the longest film before a part of it, then by the rules. Each other is to drop if the one that
+    is kept lacks nothing of it, and else to look at.
 
     Args:
         rules: of `parse_rules`.
@@ -113,20 +113,20 @@ def _plan_group(number, group, rules, known, is_same_film):
         is_whole = (facts.seconds or 0) <= seconds + SLACK
         return is_whole, seconds >= longest - SLACK, *_rule_values(path, facts, rules)
 
-    rows, kept, seen = [], {}, {}  # {content: (path, facts)} of what is kept; {content: path}
+    rows, kept = [], None  # (content, path) of the file that is kept
+    staying = {}  # {content: a file that shows the same and stays}
     for path in sorted(files, key=rank, reverse=True):
         content, facts = files[path]
-        action, reason, other = KEEP, "" if kept else "the best by the rules", ""
+        action, reason, other = KEEP, "the best by the rules", ""
         if not _is_as_indexed(path, known):
             action, reason = LOOK, "it has changed since it was indexed"
-        elif content in seen:
-            action, reason, other = DROP, "same content", seen[content]
+        elif content in staying:
+            action, reason, other = DROP, "same content", staying[content]
+        elif kept:
+            action, reason, other = _compare(group, path, content, *kept, is_same_film)
+            staying[content] = other if action == DROP else path
         else:
-            seen[content] = path
-            if kept:
-                action, reason, other = _compare(group, path, content, facts, kept, is_same_film)
-        if action == KEEP:
-            kept[content] = path, facts
+            kept, staying[content] = (content, path), path
         rows.append(PlanRow(number, action, path, reason, other, facts))
     return rows
 
@@ -152,18 +152,16 @@ def _is_as_indexed(path, known):
     return path in known and known[path].unchanged(facts.st_size, facts.st_mtime_ns)
 
 
-def _compare(group, path, content, facts, kept, is_same_film):
-    """(action, reason, file) for a file, given {content: (path, facts)} of what is kept."""
-    for other, (kept_path, kept_facts) in kept.items():
-        if is_same_film(content, other):
-            if missing := missing_in(kept_path, kept_facts, path, facts):
-                return LOOK, f"the same film, but it has {missing}", kept_path
-            return DROP, "the same film, frame by frame", kept_path
+def _compare(group, path, content, kept_content, kept, is_same_film):
+    """(action, reason, file) for a file, given the one that is kept."""
+    if is_same_film(content, kept_content):
+        if missing := missing_in(kept, path):
+            return LOOK, f"the same film, but it has {missing}", kept
+        return DROP, "the same film, frame by frame", kept
     for link in group.links:
-        (other,) = {link.a, link.b} - {content} if content in (link.a, link.b) else (None,)
-        if other in kept:
+        if {link.a, link.b} == {content, kept_content}:
             word = link.verdict or "a match"
-            return LOOK, f"{word}, but not the same film from end to end", kept[other][0]
+            return LOOK, f"{word}, but not the same film from end to end", kept
     return LOOK, "not the same film from end to end", ""
 
 
@@ -203,7 +201,7 @@ moved=0
 move() {
     if [ $# -gt 3 ] && [ ! -f "$4" ]; then
         printf 'stays, for what would be kept has gone: %s\\n' "$1" >&2
-    elif [ $# -gt 3 ] && [ "$(wc -c < "$4")" -ne "$5" ]; then
+    elif [ $# -gt 3 ] && ! [ "$(wc -c < "$4")" -eq "$5" ]; then
         printf 'stays, for what would be kept has changed: %s\\n' "$1" >&2
     elif [ ! -f "$1" ]; then
         printf 'has gone: %s\\n' "$1" >&2
@@ -224,13 +222,14 @@ def write_script(path: str | os.PathLike, rows: Iterable[PlanRow], folder: str) 
 
     There they keep their whole path, so that names do not clash and they can be moved back.
     """
-    lines = []
+    rows, lines = list(rows), []
+    sizes = {row.path: row.facts.size for row in rows}
     for row in rows:
         if row.action == DROP:
             target, name = os.path.split(os.path.abspath(row.path).lstrip("/"))
             words = [row.path, os.path.join(os.path.abspath(folder), target), name]
             if row.kept:
-                words += [row.kept, str(media_facts(row.kept).size or 0)]
+                words += [row.kept, str(sizes[row.kept])]
             lines.append(" ".join(["move", *map(shlex.quote, words)]))
     lines.append(f'echo "$moved of {len(lines)} files moved"')
     text = SCRIPT + "".join(f"{line}\n" for line in lines)

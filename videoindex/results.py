@@ -34,7 +34,7 @@ class Match:
     same_content_paths: other files of identical content
     segments: where it matches, best first
     verdict: one of VERDICTS, or "" if the model is not calibrated
-    matched_seconds: how much different film matches, a still counted once
+    matched_seconds: how much film matches, a still counted once
     missing: there is no file at `path` now, nor another of the same content
     """
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils import InputError, file_sha256
-from videoindex.grouping import JOINING
 from videoindex.index import VideoIndex
 from videoindex.moves import distinct_files
 from videoindex.pipeline import EncodedVideo, differing_part
@@ -85,6 +84,7 @@ class KnownVideo:
     path: the file
     reason: why it could not be looked up; "" if it was
     seconds: how long it plays
+    comparable: seconds of it that are evidence: not black, nor at a start that is skipped
     matches: the videos of the indexes that share film with it
     same_content: whether an index holds its very content
     """
@@ -92,26 +92,27 @@ class KnownVideo:
     path: str
     reason: str = ""
     seconds: float = 0.0
+    comparable: float = 0.0
     matches: list[Match] = field(default_factory=list)
     same_content: bool = False
 
     @property
     def state(self) -> str:
         """One of STATES."""
-        joining = [match for match in self.matches if match.verdict in JOINING]
+        joining = [match for match in self.matches if match.verdict in ("certain", "likely")]
         if self.same_content or any(self.share(match) >= KNOWN_SHARE for match in joining):
             return "known"
         return "part" if joining else "look" if self.matches else "new"
 
     def share(self, match: Match) -> float:
         """How much of the file a match has, 0 to 1."""
-        if self.same_content:
+        if not self.seconds:  # a picture
             return 1.0
         seconds, end = 0.0, 0.0
         for segment in sorted(match.segments):
             seconds += max(segment.query_end - max(segment.query_start, end), 0.0)
             end = max(end, segment.query_end)
-        return min(seconds / self.seconds, 1.0) if self.seconds else 0.0
+        return min(seconds / self.comparable, 1.0) if self.comparable else 0.0
 
 
 def look_up(
@@ -124,6 +125,16 @@ def look_up(
     Args:
         options: of `VideoIndex.query`.
     """
+
+    def look_up_video(video, same_content=False):
+        path = str(video.path)
+        if video.reason:
+            return KnownVideo(path, video.reason)
+        matches = query_indexes(indexes, video, **options)
+        frames = indexes[0].comparer(options.get("skip_start", 0.0)).frames_of_clip(video)
+        comparable = float(frames.is_evidence.sum() / indexes[0].fps)
+        return KnownVideo(path, "", video.seconds, comparable, matches, same_content)
+
     found, failed = find_files(sources, indexes[0].folder)
     for path, reason in failed:
         yield KnownVideo(path, reason)
@@ -137,11 +148,8 @@ def look_up(
         if video is None:
             unknown.append(file.path)
         else:
-            matches = query_indexes(indexes, video, **options)
-            yield KnownVideo(file.path, "", video.seconds, matches, same_content=True)
-    for video in indexes[0].encode_clips(unknown):
-        matches = [] if video.reason else query_indexes(indexes, video, **options)
-        yield KnownVideo(str(video.path), video.reason, video.seconds, matches)
+            yield look_up_video(video, same_content=True)
+    yield from map(look_up_video, indexes[0].encode_clips(unknown))
 
 
 def _stored_video(indexes, path):
