@@ -3,6 +3,7 @@
 A step takes one slice of the epoch's shuffle, and each process its part of the slice.
 """
 
+import gc
 import signal
 from collections.abc import Iterator
 from itertools import islice
@@ -97,6 +98,8 @@ class PairLoader:
         if self.batches is None or not reads_ahead:
             last = self.epochs if reads_ahead else epoch + 1
             self.sampler.epochs, self.sampler.seen = range(epoch, last), seen
+            if self.loader.num_workers:
+                gc.collect()  # or a forked worker frees what has threads in this process, and hangs
             self.batches = iter(self.loader)
         return islice(self.batches, len(self.sampler.indices(epoch, seen)))
 

@@ -1,6 +1,7 @@
 """Fixtures that several test files use, and the settings of a test process."""
 
 import fcntl
+import gc
 import os
 import random
 import shutil
@@ -18,6 +19,10 @@ from helpers.worlds import make_pairs, make_set, write_set
 
 # A shell ignores SIGINT for what it starts in the background, and our scripts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A forked child frees nothing of its parent's: a frame of PyAV that an earlier test has left waits,
+# when it is freed, for threads that the child does not have.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # No test takes a GPU by a script's default. Those of test_gpu.py see the GPUs again.
 os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"))
