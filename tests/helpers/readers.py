@@ -45,7 +45,7 @@ from videoindex.parts import FilmParts, remove_orphans
 from videoindex.pipeline import CALIBRATED, EncodedVideo, read_calibration
 from videoindex.plan import write_plan, write_script
 from videoindex.report import write_duplicates, write_query
-from videoindex.store import FileEntry, IndexStore
+from videoindex.store import FileEntry, IndexStore, KnownFile
 
 OLD = ROOT / "tests/data/5aa4c1c"
 MAX_FRAMES = 2000  # taken from a damaged video, whose clock may say years
@@ -344,7 +344,8 @@ def make_choices(folder):
 
 def read_chosen(folder):
     choices = read_choices(folder / "choices.json")
-    rows = chosen_plan(choices, {"/a", "/b"})
+    known = {path: KnownFile(1, 1, content=1) for path in ("/a", "/b")}
+    rows = chosen_plan(choices, known)
     write_plan(folder / "plan.csv", rows)
     write_script(folder / "moves.sh", rows, "dropped")
 
