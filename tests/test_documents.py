@@ -1,4 +1,4 @@
-"""What the documents name exists: linked files, scripts, modules and make targets."""
+"""What documents name exists: links, scripts, targets, flags; and they name what can be chosen."""
 
 import re
 import subprocess
@@ -11,6 +11,7 @@ from features.backbones import BACKBONES
 from losses import LOSSES
 from model import ENCODERS
 from retrieval.similarity import METRICS
+from utils import VERSION
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -132,3 +133,9 @@ def test_python_versions_agree():
     assert supported.split() == versions
     lowest, above = re.search(r"requires-python = \">=3\.(\d+),<3\.(\d+)\"", project).groups()
     assert versions == [f"3.{minor}" for minor in range(int(lowest), int(above))]
+
+
+def test_version_is_the_same_everywhere():
+    """In the newest section of CHANGELOG.md and in CITATION.cff; pyproject.toml reads utils.py."""
+    assert re.search(r"^## ([\d.]+)", text_of("CHANGELOG.md"), re.MULTILINE)[1] == VERSION
+    assert re.search(r"^version: (.+)", text_of("CITATION.cff"), re.MULTILINE)[1] == VERSION
