@@ -2,8 +2,8 @@
 # requirements-search.txt, a part of requirements.txt; the others install the rest too. PYTHON=python3.13
 # chooses the Python; an .venv of another version is made anew. Commands:
 #
-#   make search        what search.py needs, and nothing else; two minutes
-#   make demo          film -> videos -> features -> trained encoders -> table of mAP; eight minutes on two cores
+#   make search        what search.py needs, and nothing else; a minute, and the downloads
+#   make demo          film -> videos -> features -> encoders -> table of mAP; eight minutes on two cores
 #   make test          style, and all tests; with Horovod if it can be built
 #   make test-fast     style, and the tests that are quick and need one process; about a minute
 #   make torture       kills, two writers at once and full disks for every command; an hour, and root to mount
@@ -121,9 +121,9 @@ $(DEMO)/pca.npz: $(DEMO)/raw-train.hdf5
 $(DEMO)/%.hdf5: $(DEMO)/raw-%.hdf5 $(DEMO)/pca.npz
 	$(RUN) pre-processing/pca.py apply $< --pca $(DEMO)/pca.npz --output $@
 
-# Three seeds, with the paper's loss and momentum. The rest suits three minutes of film: start near the identity,
-# a small bank of fresh keys, no negatives that show the anchor's own film, a higher learning rate, the epoch that is
-# best on validation film.
+# Three seeds, with the paper's loss and momentum. The rest suits three minutes of film: start near the
+# identity, a small bank of fresh keys, no negatives that show the anchor's own film, a higher learning
+# rate, the epoch that is best on validation film.
 $(DEMO)/tca-%/model.pth: $(FEATURES)
 	rm -rf $(@D) # a run resumes only on the features that it started with
 	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/train.hdf5 \
@@ -149,8 +149,8 @@ $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
 	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ \
 	  --backbone efficientnet_lite0 --pooling l3_imac
 
-# As in the demo: centred and rotated, fitted on all frames of the training part. l3_imac_full keeps every component
-# that varies.
+# As in the demo: centred and rotated, fitted on all frames of the training part. l3_imac_full keeps every
+# component that varies.
 $(TABLES)/imac/pca.npz: $(DEMO)/pca.npz
 	mkdir -p $(@D) && cp $< $@
 $(TABLES)/l3_imac/pca.npz: COMPONENTS := 512
