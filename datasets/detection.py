@@ -6,7 +6,7 @@ is the average precision of that one ranking (S2VS, Kordopatis-Zilos et al., CVP
 Similarity Challenge 2022).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -76,13 +76,3 @@ class Detection:
                 self.similarities[task], self.hits[task], self.num_relevant[task]
             )
         return metrics
-
-
-def detection_metrics(
-    evaluation_set: EvaluationSet, rankings: Iterable[tuple[str, Mapping[str, Ranking]]]
-) -> dict[str, float]:
-    """{name: micro-AP} from what `EvaluationSet.rankings` or `rankings_of` yields."""
-    detection = Detection(evaluation_set)
-    for query, tasks in rankings:
-        detection.add(query, tasks)
-    return detection.metrics()

@@ -323,12 +323,9 @@ def compare_collections(
     metrics: Sequence[str],
     padding_size: int = 300,
     device: str = "cpu",
-    progress: bool = False,
     dist: Distributed | None = None,
     memory: float = math.inf,
     amp: torch.dtype | None = None,
-    cache: str | Path | None = None,
-    comparator: VideoComparator | None = None,
 ) -> dict[str, np.ndarray]:
     """{metric: similarities (Q, N) float32} of two lists of ids, all metrics from one pass.
 
@@ -346,9 +343,6 @@ def compare_collections(
         metrics,
         dist,
         memory,
-        cache,
-        progress=progress,
-        comparator=comparator,
         dtype=amp or torch.float32,
     )
     return comparison.tables(metrics)

@@ -10,7 +10,7 @@ from helpers.sets import CASES, as_dict, make_fivr, random_table, table_by_worth
 from helpers.worlds import write_public_sets
 from sklearn.metrics import average_precision_score
 
-from datasets.detection import detection_metrics, micro_average_precision
+from datasets.detection import Detection, micro_average_precision
 from datasets.fivr import FIVR, FIVRAudio
 from datasets.registry import load_evaluation_set
 from evaluation import main
@@ -18,6 +18,14 @@ from retrieval.report import summarise_tasks
 
 LABELS = {"DSVD": ["ND", "DS"], "CSVD": ["ND", "DS", "CS"], "ISVD": ["ND", "DS", "CS", "IS"]}
 every_set = pytest.mark.parametrize("name", CASES)
+
+
+def detection_metrics(evaluation_set, rankings):
+    """{name: micro-AP} from what `EvaluationSet.rankings` or `rankings_of` yields."""
+    detection = Detection(evaluation_set)
+    for query, tasks in rankings:
+        detection.add(query, tasks)
+    return detection.metrics()
 
 
 # --- by another route ---------------------------------------------------------------------------

@@ -221,7 +221,7 @@ ODD_IDS = [
 ]
 
 
-def test_ids_of_verify_can_be_left_out(tmp_path, capsys):
+def test_ids_of_verify_can_be_left_out(tmp_path):
     """Whatever they are, and as one line each that a terminal shows and does not act on."""
     features = {video: np.ones((2, 4)) for video in ODD_IDS}
     path = write_ours(tmp_path / "x.hdf5", {**features, "good": np.ones((2, 4))})

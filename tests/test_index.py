@@ -29,7 +29,7 @@ from videoindex.pipeline import SHIPPED
 
 
 def test_search_still_gives_video_index():
-    """The documents once said `from search import VideoIndex`."""
+    """Programs that were written for revision 5aa4c1c have `from search import VideoIndex`."""
     assert search.VideoIndex is VideoIndex
 
 
@@ -129,7 +129,7 @@ def test_index_type_agrees_with_flat_is_stored_and_grows(index_copy, library, in
     assert ranking(index) == ranking(index_copy), "all are shortlisted, so all agree"
     index.save()
     (saved,) = index_copy.folder.glob("ann-*.faiss")
-    assert faiss.read_index(str(saved)).ntotal == len(index.store.all_window_descriptors())
+    assert faiss.read_index(str(saved)).ntotal == len(index.store.window_table().descriptors)
 
     new = tmp_path / "same.mp4"
     shutil.copy(library.path("a.mp4"), new)
@@ -137,7 +137,7 @@ def test_index_type_agrees_with_flat_is_stored_and_grows(index_copy, library, in
         file.write(b"\0" * 8)  # the same pictures, another content
     index.add([new])
     again = VideoIndex(index_copy.folder, index_type=index_type, pipeline=library.pipeline)
-    num_windows = len(again.store.all_window_descriptors())
+    num_windows = len(again.store.window_table().descriptors)
     assert again.nearest.index.ntotal == num_windows > len(CLIPS)
     matches = again.query(library.clip("a.mp4"), top=20, threshold=0)
     assert str(new) in [match.path for match in matches]

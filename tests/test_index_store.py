@@ -40,7 +40,7 @@ def test_store_gives_back_what_was_added(store):
         assert store.thumbnails(content, [1]) == [b"jpeg 1"]
         assert content.seconds == video.seconds and store.paths(content.id) == [f"/v{number}"]
     owners = [number for number in range(1, 6) for _ in range(number)]
-    assert store.window_owners().tolist() == owners
+    assert store.window_table().owners.tolist() == owners
 
 
 @pytest.mark.parametrize("step", ["_append_data", "_write_settings", "_set_content"])

@@ -29,7 +29,6 @@ from utils import InputError
 from videoindex.index import VideoIndex
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
-HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 WEIGHT = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
 
 

@@ -509,7 +509,7 @@ def test_writer_locks_out_other_processes(tmp_path):
     assert set(FeatureStore(path)) == {"v/0", "v/1", "v/2"}
 
 
-def test_store_on_a_file_system_without_locks_is_written_and_read(tmp_path, capfd):
+def test_store_on_a_file_system_without_locks_is_written_and_read(tmp_path):
     """HDF5 has locks of its own, in C."""
 
     def work():

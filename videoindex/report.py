@@ -173,8 +173,7 @@ class _Page:
             content = self.index.store.content(number)
             side = self._stored_side("", content, paths[0])
             files = [self.file(path) for path in paths]
-            member = {"files": files, "length": side["length"]}
-            members.append(member | self._row(side, content.num_frames))
+            members.append({"files": files} | self._row(side, content.num_frames))
         pairs = []
         for link in links:
             a, b = self.index.store.content(link.a), self.index.store.content(link.b)

@@ -322,7 +322,7 @@ class IndexStore:
         return f"index {str(self.folder)!r}: {name} is missing or cut short ({error})"
 
     def _frame_rows(self, content):
-        """The same, unchecked, from where the content says that it lies."""
+        """`frame_descriptors`, unchecked, from where the content says that they lie."""
         end = content.first_frame + content.num_frames
         num_rows = self._end(0, end, content)
         generation, frames = self._mapped_frames
@@ -372,14 +372,6 @@ class IndexStore:
             self.settings = self._read_settings()
             (counts,) = self._rows("SELECT count(*), max(id) FROM contents")
         return self.settings["generation"], *self.settings["ends"], *counts
-
-    def all_window_descriptors(self) -> np.ndarray:
-        """The window descriptors (sum P, D) float32 of the whole index, holes included."""
-        return self.window_table().descriptors
-
-    def window_owners(self) -> np.ndarray:
-        """(sum P,) int64: the content that each window descriptor belongs to, -1 for a hole."""
-        return self.window_table().owners
 
     def window_descriptors(self, content: Content) -> np.ndarray:
         """The window descriptors (P, D) float32 of a content, a view of the memory map."""

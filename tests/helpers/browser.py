@@ -1,6 +1,5 @@
 """Chromium without a window, by its DevTools protocol over a pipe: no package is needed for it."""
 
-import base64
 import contextlib
 import fcntl
 import itertools
@@ -137,10 +136,6 @@ class Browser:
         text = {"text": upper} if len(key) == 1 else {}
         self("Input.dispatchKeyEvent", type="keyDown", **event, **text)
         self("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def screenshot(self, path):
-        """Write a PNG of what the window shows."""
-        path.write_bytes(base64.b64decode(self("Page.captureScreenshot")["data"]))
 
     def close(self):
         with contextlib.suppress(Exception):
