@@ -1,4 +1,4 @@
-"""What every script shares: input errors, arguments, foreign files, seeds, provenance.
+"""What every script shares: errors, arguments, texts of messages, digests, seeds, provenance.
 
 The bottom of the imports: this module imports none of ours.
 """

@@ -10,11 +10,8 @@ import utils
 from features.frame_rules import FRAME_RULES
 from utils import InputError, available_cores
 from videoindex.output import FORMATS
+from videoindex.pipeline import BARS
 from videoindex.plan import DEFAULT_RULES, RULES, parse_rules
-
-COMMANDS = (
-    "index | query | duplicates | against | reject | choices | calibrate | info | verify | remove"
-)
 
 
 def parse_args(
@@ -26,7 +23,7 @@ def parse_args(
         InputError: for bad arguments
     """
     parser = utils.Parser(description)
-    parsers = parser.add_subparsers(required=True, metavar=COMMANDS)
+    parsers = parser.add_subparsers(required=True, metavar=" | ".join(commands))
 
     def add_command(name, help, several=False):
         command = parsers.add_parser(name, help=help, description=help)
@@ -294,7 +291,7 @@ def _add_model(command, description):
     )
     add(
         "--bars",
-        choices=("cut", "keep"),
+        choices=BARS,
         help="black bars at the sides of the picture (default cut; keep in indexes of earlier"
         " versions)",
     )

@@ -44,7 +44,7 @@ class Comparer:
     """Finds what a video shares with contents of a store.
 
     Args:
-        calibration: of the model, see calibrate.py; or {}.
+        calibration: of the model, see `videoindex.calibration`; or {}.
         memory: bytes that the process may hold.
         skip_start: seconds at the start of every video that are no evidence.
         min_match: the least seconds of a stretch.
@@ -237,6 +237,14 @@ class Comparer:
         parts = stretch.evidence, stretch.distinct, stretch.matched
         return evidence.verdict(self.calibration, *(part / self.fps for part in parts))
 
+    def verdict_on(self, stretch: Stretch, query: Frames, target: Frames) -> str:
+        """`verdict`; but two videos of the same pictures are certain copies, be they stills."""
+        word = self.verdict(stretch)
+        if word and len(query.descriptors) == len(target.descriptors):
+            if (query.descriptors * target.descriptors).sum(1).min() >= EQUAL:
+                return "certain"
+        return word
+
     def is_same_film(self, stretch: Stretch, query: Frames, target: Frames) -> bool:
         """Whether two videos show the same film from end to end.
 
@@ -248,14 +256,6 @@ class Comparer:
         is_as_long = abs(len(query.is_evidence) - len(target.is_evidence)) <= missing
         is_matched = stretch.matched >= most - missing and stretch.least >= SAME_FRAME
         return bool(is_as_long and is_matched)
-
-    def verdict_on(self, stretch: Stretch, query: Frames, target: Frames) -> str:
-        """The same; two videos of the same pictures are certain copies, be they stills."""
-        word = self.verdict(stretch)
-        if word and len(query.descriptors) == len(target.descriptors):
-            if (query.descriptors * target.descriptors).sum(1).min() >= EQUAL:
-                return "certain"
-        return word
 
 
 def is_inside_both(stretch: Stretch, num_query: int, num_target: int) -> bool:

@@ -124,7 +124,7 @@ class VideoIndex:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What calibrate.py measured for this model: threshold, radius, ...; or {}."""
+        """What was calibrated for this model: threshold, radius, ...; or {}."""
         return calibration_of(self.store.settings) if self.store else {}
 
     @property

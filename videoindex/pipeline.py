@@ -372,7 +372,7 @@ def read_calibration(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibration_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """What calibrate.py measured for the model of an index with these settings, or {}.
+    """What was calibrated for the model of an index with these settings, or {}.
 
     Read from the model's folder; if it is missing there, the copy stored in the index is used.
     """
