@@ -45,7 +45,7 @@ def main(argv=None):
 
 
 def __getattr__(name):
-    """The documents once said `from search import VideoIndex`."""
+    """Programs that were written for revision 5aa4c1c have `from search import VideoIndex`."""
     if name == "VideoIndex":
         from videoindex.index import VideoIndex
 

@@ -210,14 +210,14 @@ def test_page_loads_nothing_and_runs_its_own_script_only(page):
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
 
 
-def test_page_names_are_text_and_not_markup(page, pages):
+def test_page_names_are_text_and_not_markup(page):
     assert "script> & 'Кино'\\n\"映画\" %41#?.mp4" in page.shown
     assert page.all("section")[0]["data-names"].count('/<script>alert("x")</script> & ') == 1
     assert NAMES["long"] in page.shown and "caf\\xe9.mp4" in page.shown
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
-def test_page_links_lead_to_the_files(page, pages):
+def test_page_links_lead_to_the_files(page):
     links = {link["href"] for link in page.all("a") if link["href"].startswith("file:")}
     encoded = "%3Cscript%3Ealert%28%22x%22%29%3C/script%3E%20%26%20%27"
     assert any(link.endswith("/caf%E9.mp4") for link in links)

@@ -22,7 +22,7 @@ from videoindex.store import KnownFile
 from videoindex.text import facts_columns
 from videoindex.whole_copies import missing_in
 
-KEEP, DROP, LOOK = ACTIONS = "keep", "drop", "look"
+KEEP, DROP, LOOK = "keep", "drop", "look"
 # What makes a file the better one: {rule: its value}; the highest is kept.
 RULES: dict[str, Callable[[MediaFacts], float | None]] = {
     "resolution": lambda facts: facts.width and facts.height and facts.width * facts.height,
@@ -41,7 +41,7 @@ class PlanRow(NamedTuple):
     """What to do with a file.
 
     group: its number, from 1
-    action: one of ACTIONS
+    action: KEEP, DROP or LOOK
     path: the file
     reason: why, in words
     kept: the file that stays and shows the same; "" without one

@@ -71,10 +71,7 @@ def query_indexes(
 
 # --- new files ----------------------------------------------------------------------------------
 
-# A file that is known has nearly all of its film in one video of the index, by a certain or likely
-# match; of another one such a match has a part; others are to look at.
-STATES = ("known", "part", "look", "new")
-KNOWN_SHARE = 0.9
+KNOWN_SHARE = 0.9  # of a file's film, that a certain or likely match has, if it is known
 
 
 @dataclass
@@ -98,7 +95,11 @@ class KnownVideo:
 
     @property
     def state(self) -> str:
-        """One of STATES."""
+        """What the indexes know of the file: "known", "part", "look" or "new".
+
+        A known file has nearly all of its film in one video of an index, by a certain or likely
+        match; of another one such a match has a part; other matches are to look at.
+        """
         joining = [match for match in self.matches if match.verdict in ("certain", "likely")]
         if self.same_content or any(self.share(match) >= KNOWN_SHARE for match in joining):
             return "known"
