@@ -152,6 +152,21 @@ def test_intro_of_a_series_is_no_match(folder, make_index):
     assert names == {"again.mp4", "episode00.mp4"} and not group.part_files
 
 
+def test_skip_start_and_min_match_leave_out_a_shared_opening(folder, make_index):
+    for name, start in (("a", 100), ("b", 300)):
+        cut_clip(folder / f"{name}.mp4", [(20, 26), (start, start + 8)])
+    index = make_index(folder)
+
+    def names(**options):
+        return {os.path.basename(match.path) for match in index.query(folder / "a.mp4", **options)}
+
+    assert names() == names(min_match=4) == names(skip_start=2) == {"a.mp4", "b.mp4"}
+    assert names(min_match=9) == names(skip_start=7) == {"a.mp4"}
+    (group,) = index.duplicates()
+    assert len(group.parts) == 1
+    assert index.duplicates(skip_start=7) == index.duplicates(min_match=9) == []
+
+
 def test_three_codecs_of_one_film_next_to_a_white_clip(folder, make_index):
     frames = [image[::2, ::2][:124, :228] for image in film(100, 108)]
     for codec, name in (("h264", "a.mp4"), ("mpeg4", "b.avi"), ("mpeg2video", "c.mkv")):
