@@ -280,10 +280,11 @@ def test_damaged_video_gives_the_same_rows_alone_and_among_others(tmp_path):
     With several threads FFmpeg conceals damage by what happens to be decoded already.
     """
     path = tmp_path / "v.mp4"
-    write_video(path, textured(0, 60), options={"x264-params": "threads=1"}, **H264)
+    # x264's macroblock tree varies from run to run at some sizes, and with it what the damage hits.
+    write_video(path, textured(0, 60), options={"x264-params": "threads=1:mbtree=0"}, **H264)
     data = path.read_bytes()
     for seed in range(6):
-        damaged = scramble(data, seed, 1 + len(data) // 500)
+        damaged = scramble(data, seed, 1 + len(data) // 1500)
         (tmp_path / f"{seed}.mp4").write_bytes(damaged)
 
     def pixels(*seeds):
