@@ -139,10 +139,12 @@ class Comparer:
     def _similarities(self, query, contents):
         """Frame similarities (Tq, sum (Tt + STEP)), targets side by side, zeros after each."""
         shape = sum(content.num_frames + STEP for content in contents), query.descriptors.shape[1]
-        targets, end = np.zeros(shape, np.float32), 0
+        targets, end = np.zeros(shape, np.float16), 0
         for content in contents:
             targets[end : end + content.num_frames] = self.store.frame_descriptors(content)
             end += content.num_frames + STEP
+        # The same values as by NumPy, whose conversion takes longer than all the rest.
+        targets = torch.from_numpy(targets).float().numpy()
         matrix = query.descriptors @ targets.T
         matrix /= np.sqrt(np.einsum("ij,ij->i", targets, targets)).clip(1e-12)
         matrix[~query.is_evidence] = evidence.NO_MATCH
