@@ -142,7 +142,7 @@ tables: $(PROJECTED)
 	OMP_NUM_THREADS=1 $(RUN) reproduce.py --table all --data $(TABLES) --set DEMO --annotation_dir $(DEMO)/annotations \
 	  --output results/demo --seeds 3 --jobs 2
 	$(RUN) visualize.py attention test_q05_in0 $(PICTURED) --output results/demo/attention.png
-	$(RUN) visualize.py similarity test_q05 test_q05_copy3 $(PICTURED) --output results/demo/similarity_pair.png
+	$(RUN) visualize.py similarity test_q05 test_q05_copy3 $(PICTURED) --output docs/similarity.png
 
 $(TABLES)/raw-l3-%.hdf5: $(DEMO)/built
 	rm -f $@ $@.part*
