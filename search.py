@@ -98,8 +98,8 @@ def note_missing(store):
     missing = sum(not os.path.exists(path) for path in store.known_files())
     if missing:
         print(
-            f"note: missing files of the index: {missing}; which is fine if their drive is not"
-            " mounted; `index --prune` and `remove` forget them, `verify` names them",
+            f"note: of the index's files, {missing} are not there now, perhaps on a drive that is"
+            " not mounted; `verify` names them, `index --prune` and `remove` forget them",
             file=sys.stderr,
         )
 

@@ -310,9 +310,7 @@ def parse_args(argv=None):
         # Ids of YouTube may begin with -. argparse takes for a positional argument what is not an
         # option and looks like a negative number; here, whatever is not an option.
         command._negative_number_matcher = re.compile("-")
-        command.add_argument(
-            "--help", action="help", help="show this and exit"
-        )  # ids begin with -h
+        command.add_argument("--help", action="help", help="show this and exit")  # -h begins ids
     args = parser.parse_args(argv)
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"--output {args.output!r} must name a file with suffix .png")

@@ -1,5 +1,8 @@
 """PCA: equal to scikit-learn's and to the released formula, in bounded memory for any size."""
 
+import threading
+import time
+
 import extract_features
 import h5py
 import numpy as np
@@ -363,3 +366,22 @@ def test_one_blas_thread_limits_the_process_and_ends():
     with one_blas_thread():
         assert before and set(threads()) == {1}
     assert threads() == before
+
+
+def test_one_blas_thread_in_two_threads_leaves_the_number_as_it_was():
+    """The one that is begun later ends later: it must not restore the limit of the first."""
+    with threadpool_limits(2, "blas"):
+        before, inside = threadpool_info(), threading.Event()
+
+        def second():
+            inside.set()
+            with one_blas_thread():
+                time.sleep(0.2)
+
+        with one_blas_thread():
+            thread = threading.Thread(target=second)
+            thread.start()
+            inside.wait()
+            time.sleep(0.1)
+        thread.join()
+        assert threadpool_info() == before

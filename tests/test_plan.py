@@ -151,7 +151,7 @@ def test_same_content_is_dropped_though_it_is_not_the_kept_film(folder):
     known = known_of(group.paths)
     rows = make_plan([group], ["resolution", "oldest"], known, lambda a, b: False)
     assert [(row.action, row.reason) for row in rows] == [
-        (KEEP, "the best by the rules"),
+        (KEEP, "the best of the group"),
         (LOOK, "likely, but not the same film from end to end"),
         (DROP, "same content"),
     ]

@@ -130,6 +130,35 @@ def test_against_says_which_files_are_known(library, index, downloads):
     }
 
 
+# --- notes --------------------------------------------------------------------------------------
+
+
+def test_missing_files_are_counted(library, index, tmp_path):
+    copy = tmp_path / "copy.mp4"
+    shutil.copy(library.path("a.mp4"), copy)
+    command = ("index", copy, "--index", index, "--workers", 1, "--device", "cpu")
+    assert "not there now" not in run_search(*command).stderr
+    copy.unlink()
+    note = "note: of the index's files, 1 are not there now"
+    assert note in run_search("duplicates", "--index", index).stderr
+    assert note in run_search("index", library.videos, *command[2:]).stderr
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_script_that_moves_among_the_videos_is_noted(library, index, tmp_path, inside):
+    into = os.path.join(library.videos, "dropped") if inside else tmp_path / "dropped"
+    plan = ("--plan", tmp_path / "plan.csv", "--script", tmp_path / "moves.sh", "--into", into)
+    result = run_search("duplicates", "--index", index, *plan)
+    assert ("lies among the videos" in result.stderr) == inside and not os.path.exists(into)
+
+
+def test_no_page_is_written_for_clips_that_cannot_be_read(index, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    page = tmp_path / "page.html"
+    result = run_search("query", tmp_path / "broken.mp4", "--index", index, "--report", page)
+    assert result.returncode == 3 and "is not written" in result.stderr and not page.exists()
+
+
 # --- rejected pairs -----------------------------------------------------------------------------
 
 

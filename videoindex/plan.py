@@ -117,7 +117,7 @@ def _plan_group(number, group, rules, known, is_same_film):
     staying = {}  # {content: a file that shows the same and stays}
     for path in sorted(files, key=rank, reverse=True):
         content, facts = files[path]
-        action, reason, other = KEEP, "the best by the rules", ""
+        action, reason, other = KEEP, "the best of the group", ""
         if not _is_as_indexed(path, known):
             action, reason = LOOK, "it has changed since it was indexed"
         elif content in staying:

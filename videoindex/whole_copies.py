@@ -111,25 +111,30 @@ def same_sound(one: Track, other: Track) -> bool:
         first, second = (_loudness(path, track, _stamp(path)) for path, track in (one, other))
     except Exception:
         return False
-    if abs(len(first) - len(second)) > MAX_LAG or not len(first) or not len(second):
+    if abs(len(first) - len(second)) > MAX_LAG:
+        return False
+    if not len(first) or not len(second):
         return len(first) == len(second)
     if np.ptp(first) < 1e-6 and np.ptp(second) < 1e-6:  # both silent
         return bool(abs(first[0, 0] - second[0, 0]) < SAME_LEVEL)
-    pairs = [
-        _align(first[max(lag, 0) :], second[max(-lag, 0) :]) for lag in range(-MAX_LAG, MAX_LAG + 1)
-    ]
-    best = max(pairs, key=lambda pair: _correlation(*pair))
-    if _correlation(*best) < SAME_SOUND:
+
+    def correlation_at(lag):
+        return _correlation(*_align(first, second, lag))
+
+    lag = max(range(-MAX_LAG, MAX_LAG + 1), key=correlation_at)
+    if correlation_at(lag) < SAME_SOUND:
         return False
-    for start in range(0, len(best[0]), PART):
-        a, b = (rows[start : start + PART] for rows in best)
+    aligned = _align(first, second, lag)
+    for start in range(0, len(aligned[0]), PART):
+        a, b = (rows[start : start + PART] for rows in aligned)
         if _correlation(a, b) < SAME_PART and np.abs(a - b).mean() > SAME_LEVEL:
             return False
     return True
 
 
-def _align(one, other):
+def _align(one, other, lag):
     """The rows that both have, each band less its mean, by which one may be louder."""
+    one, other = one[max(lag, 0) :], other[max(-lag, 0) :]
     length = min(len(one), len(other))
     return one[:length] - one[:length].mean(0), other[:length] - other[:length].mean(0)
 
@@ -144,7 +149,9 @@ def _stamp(path):
     return facts.st_size, facts.st_mtime_ns
 
 
-@functools.lru_cache(2)  # the file that is kept is compared with every other one of its group
+@functools.lru_cache(
+    8
+)  # tracks: the file that is kept is compared with every other one of its group
 def _loudness(path, track, stamp):
     """The logarithm of the power of a sound track, by time and band: (T, bands) float32."""
     # Here: most commands open no video.
