@@ -368,20 +368,20 @@ def test_one_blas_thread_limits_the_process_and_ends():
     assert threads() == before
 
 
-def test_one_blas_thread_in_two_threads_leaves_the_number_as_it_was():
-    """The one that is begun later ends later: it must not restore the limit of the first."""
-    with threadpool_limits(2, "blas"):
-        before, inside = threadpool_info(), threading.Event()
+def test_one_blas_thread_is_taken_by_one_thread_at_a_time():
+    """Of two that overlap, the later could end with the limit that the first has set."""
+    events, has_begun = [], threading.Event()
 
-        def second():
-            inside.set()
-            with one_blas_thread():
-                time.sleep(0.2)
-
+    def second():
+        has_begun.set()
         with one_blas_thread():
-            thread = threading.Thread(target=second)
-            thread.start()
-            inside.wait()
-            time.sleep(0.1)
-        thread.join()
-        assert threadpool_info() == before
+            events.append("second in")
+
+    with one_blas_thread():
+        thread = threading.Thread(target=second)
+        thread.start()
+        has_begun.wait()
+        time.sleep(0.1)
+        events.append("first out")
+    thread.join()
+    assert events == ["first out", "second in"]
