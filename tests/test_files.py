@@ -190,9 +190,12 @@ def test_lock_ends_with_a_killed_process_though_its_child_lives(tmp_path):
 
     def work():
         lock = Lock(tmp_path / "x")  # held by the name
+        forked, said = multiprocessing.Pipe(duplex=False)
         child = os.fork()
-        if child == 0:
+        if child == 0:  # os.fork has returned: what a child does first is done
+            said.send(True)
             time.sleep(60)
+        forked.recv()
         sender.send((child, str(lock.path)))
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -151,5 +151,6 @@ def test_index_shows_progress_on_a_terminal(films, library, tmp_path):
     lines = re.split(r"[\r\n]+", output)
     shown = [line for line in lines if re.match(r" *\d+%\|", line)]
     assert shown and all(len(line) <= 150 for line in shown)
-    assert any(re.search(r"/4 files, .* \d+:\d\d(/0:\d\d)? \w\.\w+", line) for line in shown)
+    # The first line is shown at once, at a file's start; how many follow is a matter of speed.
+    assert any(re.search(r"/4 files.*; (\d+:\d\d(/0:\d\d)? )?\w\.\w+", line) for line in shown)
     assert re.match(r"100%\|.*4/4 files", shown[-1])
