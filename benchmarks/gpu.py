@@ -54,6 +54,7 @@ PARTS = {
     "resume": Part("checks", "checks.resume", 90),
     "two_processes": Part("checks", "checks.two_processes", 90),
     "nccl": Part("checks", "checks.nccl", 90),
+    "horovod": Part("checks", "checks.horovod", 90),
     "training_files": Part("training step", "training.files", 120),
     "training_released": Part("training step", "training.released", 90),
     "training_device": Part("training step", "training.device", 90),

@@ -258,22 +258,55 @@ def two_processes(options: Namespace) -> dict:
 
 def nccl(options: Namespace) -> dict:
     """torchrun with one process: NCCL on a GPU, gloo on a CPU."""
+    engine = "NCCL" if is_cuda(options.device) else "gloo"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
+    return one_launched_process(options, f"torchrun, one process, {engine}", launcher)
+
+
+def horovod(options: Namespace) -> dict:
+    """horovodrun with one process, and a sum in it: by NCCL on a GPU."""
+    import horovod  # noqa: F401  if it is missing, this part is skipped
+
+    launcher = ["-m", "horovod.runner.launch", "--gloo", "-np", 1, sys.executable]
+    result = one_launched_process(options, "horovodrun, one process", launcher)
+    engine = "NCCL" if is_cuda(options.device) else "gloo"
+    output = options.folder / "difference"
+    run([*launcher, "-c", SUM, options.device, output])
+    difference = float(output.read_text(encoding="utf-8"))
+    result["checks"].append(check(f"a sum of one process by Horovod, {engine}", difference, 0.0))
+    return result
+
+
+SUM = """
+import sys, horovod.torch as hvd, torch
+hvd.init()
+ours = torch.arange(1e6)
+found = hvd.allreduce(ours.to(sys.argv[1]), name="sum", op=hvd.Sum)
+open(sys.argv[2], "w").write(str(float((found.cpu() - ours).abs().max())))
+"""
+
+
+def one_launched_process(options: Namespace, name: str, launcher: list) -> dict:
+    """train.py as one process of a launcher against train.py alone."""
     flags = make_run_files(options.folder) + ["--batch_sz", 4, "--device", options.device]
     plain, launched = options.folder / "plain", options.folder / "launched"
     run_train([], [*flags, "--model_path", plain])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
     run_train(launcher, [*flags, "--model_path", launched])
     difference = share_of_change(trained_weights(launched), trained_weights(plain), start_weights())
-    engine = "NCCL" if is_cuda(options.device) else "gloo"
-    return {"checks": [check(f"torchrun, one process, {engine}: {CHANGE}", difference, WEIGHTS)]}
+    return {"checks": [check(f"{name}: {CHANGE}", difference, WEIGHTS)]}
 
 
 def run_train(launcher: list, flags: list) -> None:
-    """Run train.py to its end; RuntimeError with the last line of what it printed if it fails."""
-    command = [sys.executable, *launcher, ROOT / "train.py", *flags]
+    """Run train.py to its end."""
+    run([*launcher, ROOT / "train.py", *flags])
+
+
+def run(arguments: list) -> None:
+    """Run this Python to its end; RuntimeError with the line of its output that says why it failed."""
+    command = [sys.executable, *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
-        raise RuntimeError(f"train.py: {error_line(result.stderr)}")
+        raise RuntimeError(error_line(result.stderr))
 
 
 def error_line(text: str) -> str:
