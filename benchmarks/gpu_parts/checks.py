@@ -302,7 +302,7 @@ def run_train(launcher: list, flags: list) -> None:
 
 
 def run(arguments: list) -> None:
-    """Run this Python to its end; RuntimeError with the line of its output that says why it failed."""
+    """Run this Python to its end; RuntimeError with the line that says why it failed."""
     command = [sys.executable, *arguments]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
