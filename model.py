@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from padding import encode_by_length, trim_padding, valid_rows
 from untrusted import load_torch
@@ -103,6 +104,14 @@ def frame_descriptors(out: Tensor, T: int) -> Tensor:
     return F.pad(frames, (0, 0, 0, T - out.shape[1]))
 
 
+# All but cuDNN's, which plans anew for every shape: of each batch, on a GPU in bfloat16.
+ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
 class Layer(nn.TransformerEncoderLayer):
     """PyTorch's encoder layer, with q, k and v laid out per head before they are multiplied.
 
@@ -128,7 +137,8 @@ class Layer(nn.TransformerEncoderLayer):
         if key_padding_mask is not None:
             mask = key_padding_mask[:, None, None].to(q.dtype).expand(-1, -1, x.shape[1], -1)
         dropout = attention.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (N, heads, T, D/heads)
+        with sdpa_kernel(ATTENTION_KERNELS):
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (N, heads, T, D/heads)
         out = out.transpose(1, 2).flatten(2)  # (N, T, D)
         return self.dropout1(attention.out_proj(out))
 

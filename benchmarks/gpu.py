@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_part(args)
         return 0
     start, results = time.monotonic(), {}
+    record = {"measured": args.device != "cpu", "small": args.small, **machine(args.device)}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.parts:
             left = 60 * args.minutes - (time.monotonic() - start)
@@ -108,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"{time.monotonic() - began:6.1f} s  {name}: {status_of(results[name])}", flush=True
             )
-    record = {"measured": args.device != "cpu", "small": args.small, **machine(args.device)}
-    lines = table_lines(record, results)
+            # After each part: the time on such a machine may end before this script does.
+            lines = table_lines(record, results)
+            write_json(args.output, {**record, "parts": results, **provenance()})
+            Path(args.output).with_suffix(".md").write_text("\n".join([*lines, ""]), "utf-8")
     print("\n".join(["", *lines]))
-    write_json(args.output, {**record, "parts": results, **provenance()})
-    Path(args.output).with_suffix(".md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     return int(any(not passed(result) for result in results.values()))
 
 

@@ -121,7 +121,7 @@ def weights(folder):
 
 
 def checkpoint_of(folder):
-    return torch.load(folder / "checkpoint.pth", weights_only=True)
+    return torch.load(folder / "checkpoint.pth", map_location="cpu", weights_only=True)
 
 
 def logged(folder, name):
