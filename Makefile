@@ -9,8 +9,9 @@
 #   make torture       kills, two writers at once and full disks for every command; an hour, and root to mount
 #   make lint          style alone
 #   make tables        every table of the paper on the demo's film, in results/demo
+#   make studies       the small studies of docs/results.md, in results/demo/studies; half an hour
 #   make bench         the benchmarks of benchmarks/README.md
-#   make gpu           what a GPU computes against the CPU, and how fast; 8 minutes on one GPU
+#   make gpu           what a GPU computes against the CPU, and how fast; ten minutes on one GPU
 #   make search-model  the model that search.py ships, and its calibration
 #   make fuzz          damaged files for every reader; MINUTES=60
 #   make horovod       Horovod, for horovodrun; four minutes on two cores. Again: make -B horovod
@@ -21,7 +22,7 @@ RUN := .venv/bin/python
 DEMO := runs/demo
 SEEDS := 0 1 2
 
-.PHONY: help search demo test test-fast fuzz torture tables bench gpu search-model horovod lint clean
+.PHONY: help search demo test test-fast fuzz torture tables studies bench gpu search-model horovod lint clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -124,12 +125,16 @@ $(DEMO)/%.hdf5: $(DEMO)/raw-%.hdf5 $(DEMO)/pca.npz
 # Three seeds, with the paper's loss and momentum. The rest suits three minutes of film: start near the
 # identity, a small bank of fresh keys, no negatives that show the anchor's own film, a higher learning
 # rate, the epoch that is best on validation film.
+# $(call train_in,FOLDER): a run of seed $* on the features of that folder; it would resume on no others.
+define train_in
+rm -rf $(@D)
+$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(1)/train.hdf5 \
+  --model_path $(@D) --seed $* --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
+  --batch_sz 32 --epochs 4 --val_set DEMO-VAL --val_feature_path $(1)/val.hdf5 \
+  --annotation_dir $(DEMO)/annotations
+endef
 $(DEMO)/tca-%/model.pth: $(FEATURES)
-	rm -rf $(@D) # a run resumes only on the features that it started with
-	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/train.hdf5 \
-	  --model_path $(@D) --seed $* --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
-	  --batch_sz 32 --epochs 4 --learning_rate 2e-4 \
-	  --val_set DEMO-VAL --val_feature_path $(DEMO)/val.hdf5 --annotation_dir $(DEMO)/annotations
+	$(call train_in,$(DEMO)) --learning_rate 2e-4
 
 # --- every table of the paper on the demo's film: results/demo/*.md, *.json, *.png ----------------
 
@@ -169,23 +174,72 @@ $(PROJECTED):
 
 # --- the model that search.py ships, and its calibration ------------------------------------------
 
+# Whitened features, and encoders trained on them as they need it.
+WHITE := $(DEMO)/search
+$(WHITE)/pca.npz: $(DEMO)/raw-train.hdf5
+	mkdir -p $(@D)
+	$(RUN) pre-processing/pca.py fit $< --components 512 --frames_per_video 100 --output $@
+$(WHITE)/%.hdf5: $(DEMO)/raw-%.hdf5 $(WHITE)/pca.npz
+	$(RUN) pre-processing/pca.py apply $< --pca $(WHITE)/pca.npz --output $@
+$(WHITE)/tca-%/model.pth: $(WHITE)/train.hdf5 $(WHITE)/val.hdf5
+	$(call train_in,$(WHITE)) --loss infonce --moco_t 0.015 --learning_rate 1e-4
+
 # RECORDINGS: a folder of those that benchmarks/recordings.csv names (docs/search.md).
 RECORDINGS := recordings
-search-model: $(DEMO)/raw-train.hdf5 $(DEMO)/raw-val.hdf5 $(DEMO)/raw-test.hdf5
-	mkdir -p $(DEMO)/search
-	$(RUN) pre-processing/pca.py fit $< --components 512 --frames_per_video 100 --output $(DEMO)/search/pca.npz
-	for part in train val; do \
-	  $(RUN) pre-processing/pca.py apply $(DEMO)/raw-$$part.hdf5 --pca $(DEMO)/search/pca.npz \
-	    --output $(DEMO)/search/$$part.hdf5 || exit 1; \
-	done
-	rm -rf $(DEMO)/search/tca
-	$(RUN) train.py --annotation_path $(DEMO)/annotations/demo_train.pickle --feature_path $(DEMO)/search/train.hdf5 \
-	  --model_path $(DEMO)/search/tca --seed 0 --init near_identity --moco_k 256 --neg_num 4 --mask_shared \
-	  --batch_sz 32 --epochs 4 --loss infonce --moco_t 0.015 --learning_rate 1e-4 \
-	  --val_set DEMO-VAL --val_feature_path $(DEMO)/search/val.hdf5 --annotation_dir $(DEMO)/annotations
-	$(RUN) -m videoindex.calibrate pack --pca $(DEMO)/search/pca.npz --model_path $(DEMO)/search/tca --output models/demo
+search-model: $(WHITE)/tca-0/model.pth
+	$(RUN) -m videoindex.calibrate pack --pca $(WHITE)/pca.npz --model_path $(WHITE)/tca-0 --output models/demo
 	$(RUN) -m videoindex.calibrate copies $(RECORDINGS) --list benchmarks/recordings.csv --output runs/copies
 	$(RUN) -m videoindex.calibrate measure runs/copies --name lite0
+
+# --- the small studies of docs/results.md: results/demo/studies/*.json ----------------------------
+
+STUDIES := results/demo/studies
+SCORE := $(RUN) evaluation.py --annotation_dir $(DEMO)/annotations
+studies: $(addprefix $(STUDIES)/,whitened.json segments.json rerank.json augmented.json bfloat16.json mixed.json)
+
+$(STUDIES)/whitened.json: $(SEEDS:%=$(WHITE)/tca-%/model.pth) $(WHITE)/test.hdf5
+	$(SCORE) --dataset DEMO --feature_path $(WHITE)/test.hdf5 --model_path $(SEEDS:%=$(WHITE)/tca-%) \
+	  --metric cosine sym_chamfer chamfer --baseline cosine sym_chamfer chamfer --output $@
+
+$(STUDIES)/segments.json: $(RUNS:%=%/model.pth)
+	$(SCORE) --dataset DEMO-VAL-SEGMENTS --feature_path $(DEMO)/val.hdf5 --model_path $(RUNS) \
+	  --metric align dp tn --baseline align dp tn --output $@
+
+$(STUDIES)/rerank.json: $(RUNS:%=%/model.pth)
+	$(SCORE) --dataset DEMO --feature_path $(DEMO)/test.hdf5 --model_path $(RUNS) \
+	  --rerank 23 46 92 138 184 212 230 345 --output $@
+
+# Pairs made of the training part's originals.
+$(DEMO)/originals.txt: $(DEMO)/built
+	ls $(DEMO)/videos/train | sed -n 's/^\(train_q[0-9]*\)\.mp4$$/\1/p' > $@
+$(DEMO)/augmented-%/model.pth: $(FEATURES) $(DEMO)/originals.txt
+	rm -rf $(@D)
+	$(RUN) train.py --pairs augment --annotation_path $(DEMO)/originals.txt --feature_path $(DEMO)/train.hdf5 \
+	  --model_path $(@D) --seed $* --init near_identity --moco_k 256 --batch_sz 8 --epochs 10 --learning_rate 2e-4
+$(STUDIES)/augmented.json: $(SEEDS:%=$(DEMO)/augmented-%/model.pth)
+	$(SCORE) --dataset DEMO-VAL --feature_path $(DEMO)/val.hdf5 --model_path $(SEEDS:%=$(DEMO)/augmented-%) \
+	  --metric cosine chamfer --baseline cosine chamfer --output $@
+
+# Features of a backbone in bfloat16: by an encoder of their own, and by one of float32's.
+BF16 := $(DEMO)/bfloat16
+$(BF16)/raw-%.hdf5: $(DEMO)/built
+	mkdir -p $(@D) && rm -f $@ $@.part*
+	$(RUN) pre-processing/extract_features.py $(DEMO)/videos/$* --output $@ \
+	  --backbone efficientnet_lite0 --pooling imac --amp bfloat16
+$(BF16)/pca.npz: $(BF16)/raw-train.hdf5
+	$(RUN) pre-processing/pca.py fit $< --components 512 --no_whiten --frames_per_video 100 --output $@
+$(BF16)/%.hdf5: $(BF16)/raw-%.hdf5 $(BF16)/pca.npz
+	$(RUN) pre-processing/pca.py apply $< --pca $(BF16)/pca.npz --output $@
+$(BF16)/tca-%/model.pth: $(BF16)/train.hdf5 $(BF16)/val.hdf5
+	$(call train_in,$(BF16)) --learning_rate 2e-4
+$(STUDIES)/bfloat16.json: $(SEEDS:%=$(BF16)/tca-%/model.pth) $(BF16)/test.hdf5
+	$(SCORE) --dataset DEMO --feature_path $(BF16)/test.hdf5 --model_path $(SEEDS:%=$(BF16)/tca-%) \
+	  --metric cosine chamfer --baseline cosine chamfer --output $@
+$(BF16)/mixed.hdf5: $(BF16)/raw-test.hdf5 $(DEMO)/pca.npz
+	$(RUN) pre-processing/pca.py apply $< --pca $(DEMO)/pca.npz --output $@
+$(STUDIES)/mixed.json: $(BF16)/mixed.hdf5 $(RUNS:%=%/model.pth)
+	$(SCORE) --dataset DEMO --feature_path $< --model_path $(RUNS) \
+	  --metric cosine chamfer --baseline cosine chamfer --output $@
 
 # --- benchmarks: each measures a fast way against the plain way -----------------------------------
 
