@@ -544,8 +544,8 @@ def add_optimisation_arguments(group):
     add(
         "--amp",
         choices=["bfloat16"],
-        help="run the encoder in bfloat16 where that is safe; similarities and losses stay"
-        " float32 (default: float32 throughout)",
+        help="run the encoder in bfloat16 where that is safe: faster on processors that have it;"
+        " similarities and losses stay float32 (default: float32 throughout)",
     )
     add(
         "--tf32",

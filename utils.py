@@ -187,7 +187,7 @@ def provenance() -> dict:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "machine": f"{platform.machine()}, {available_cores()} cores, {gpu}",
+        "machine": f"{_processor()}, {available_cores()} cores, {gpu}",
     }
 
 
@@ -212,6 +212,20 @@ def _git_revision():
 
 
 # --- the machine --------------------------------------------------------------------------------
+
+
+def _processor():
+    """Its name, and whether it multiplies bfloat16: without, --amp bfloat16 is slow on a CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.machine()
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    has_bfloat16 = flags and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.group(1))
+    known = [name.group(1)] if name else []
+    known += ["bfloat16" if has_bfloat16 else "no bfloat16"] if flags else []
+    return ", ".join([platform.machine(), *known])
 
 
 def available_cores() -> int:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ def test_provenance_counts_no_results_as_changes(changed, mark, tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     assert run.stdout == head.stdout.strip() + mark + "\n"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="not Linux")
+def test_results_say_whether_the_processor_has_bfloat16():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    has = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    machine = utils.provenance()["machine"]
+    assert "bfloat16" in machine and ("no bfloat16" in machine) != has
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
