@@ -238,3 +238,19 @@ def test_bfloat16_is_the_same_with_and_without_gradients():
             without = encoder(x, num_frames)
     torch.testing.assert_close(without, with_gradients, rtol=0, atol=0)
     assert without.dtype == torch.float32 and (without - exact).abs().max() < 6e-4
+
+
+def test_attention_does_not_ask_cudnn_which_plans_for_every_shape(monkeypatch):
+    """On a GPU a step in bfloat16 took seconds; elsewhere in the process cuDNN stays allowed."""
+    attention, allowed = F.scaled_dot_product_attention, []
+
+    def attend(*arguments):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments)
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    x, num_frames = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        make_tca(2)(x, num_frames)
+    assert allowed == [False, False] and torch.backends.cuda.cudnn_sdp_enabled() == before
