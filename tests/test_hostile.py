@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from features.layouts import open_source
 from features.pca import load_projection
 from features.store import FeatureStore
-from model import ENCODERS, TCA, load_encoder
+from model import load_encoder
 from untrusted import load_pickle, require_bounded
 from utils import InputError, one_line, printable
 from videoindex.index import VideoIndex
@@ -455,20 +455,6 @@ def test_npz_does_not_outgrow_its_size(tmp_path):
         archive.writestr("mean.npy", header.getvalue() + b"\0" * 80)
     growth, outcome = peak_growth(load_projection, path)
     assert growth < BIG and "pca.npz" in outcome
-
-
-def test_every_encoder_is_rebuilt_from_its_file(tmp_path):
-    for name, kind in ENCODERS.items():
-        encoder = kind(
-            **({"feature_size": 16, "nhead": 4} if kind is TCA else {"feature_size": 16})
-        )
-        saved = {"encoder": name, "arguments": {"feature_size": 16}, "features": {}}
-        saved["arguments"] |= {"nhead": 4} if kind is TCA else {}
-        torch.save({**saved, "state_dict": encoder.state_dict()}, tmp_path / "model.pth")
-        found, loaded, _ = load_encoder(tmp_path / "model.pth")
-        assert found == name
-        for key, value in encoder.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], value)
 
 
 # --- an index ------------------------------------------------------------------------------------
