@@ -3,7 +3,7 @@
 # chooses the Python; an .venv of another version is made anew. Commands:
 #
 #   make search        what search.py needs, and nothing else; a minute, and the downloads
-#   make demo          film -> videos -> features -> encoders -> table of mAP; eight minutes on two cores
+#   make demo          film -> videos -> features -> encoders -> table of mAP; ten minutes on two cores
 #   make test          style, and all tests; with Horovod if it can be built
 #   make test-fast     style, and the tests that are quick and need one process; about a minute
 #   make torture       kills, two writers at once and full disks for every command; an hour, and root to mount
