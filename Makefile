@@ -211,7 +211,7 @@ $(STUDIES)/rerank.json: $(RUNS:%=%/model.pth)
 
 # Pairs made of the training part's originals.
 $(DEMO)/originals.txt: $(DEMO)/built
-	ls $(DEMO)/videos/train | sed -n 's/^\(train_q[0-9]*\)\.mp4$$/\1/p' > $@
+	ls $(DEMO)/videos/train | sed -n 's/^\(train_w[0-9]*\)\..*/\1/p' > $@
 $(DEMO)/augmented-%/model.pth: $(FEATURES) $(DEMO)/originals.txt
 	rm -rf $(@D)
 	$(RUN) train.py --pairs augment --annotation_path $(DEMO)/originals.txt --feature_path $(DEMO)/train.hdf5 \
