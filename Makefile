@@ -9,7 +9,7 @@
 #   make torture       kills, two writers at once and full disks for every command; an hour, and root to mount
 #   make lint          style alone
 #   make tables        every table of the paper on the demo's film, in results/demo
-#   make studies       the small studies of docs/results.md, in results/demo/studies; half an hour
+#   make studies       the small studies of docs/results.md, in results/studies; half an hour
 #   make bench         the benchmarks of benchmarks/README.md
 #   make gpu           what a GPU computes against the CPU, and how fast; ten minutes on one GPU
 #   make search-model  the model that search.py ships, and its calibration
@@ -191,9 +191,9 @@ search-model: $(WHITE)/tca-0/model.pth
 	$(RUN) -m videoindex.calibrate copies $(RECORDINGS) --list benchmarks/recordings.csv --output runs/copies
 	$(RUN) -m videoindex.calibrate measure runs/copies --name lite0
 
-# --- the small studies of docs/results.md: results/demo/studies/*.json ----------------------------
+# --- the small studies of docs/results.md: results/studies/*.json ----------------------------
 
-STUDIES := results/demo/studies
+STUDIES := results/studies
 SCORE := $(RUN) evaluation.py --annotation_dir $(DEMO)/annotations
 studies: $(addprefix $(STUDIES)/,whitened.json segments.json rerank.json augmented.json bfloat16.json mixed.json)
 
