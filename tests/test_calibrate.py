@@ -1,6 +1,7 @@
 """Calibration: what graded copies share, thresholds, figures; by hand and against loops."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,18 @@ def test_recordings_of_one_name_do_not_take_each_others_place(tmp_path):
     assert len(truth["calibration"]) == 14 and not truth["test"]
     films = [pieces[0].film for pieces in truth["calibration"].values() if len(pieces) == 1]
     assert films.count(str(recordings[0].file)) == films.count(str(recordings[1].file)) == 6
+
+
+def test_sample_of_a_folder_does_not_depend_on_where_it_lies():
+    """Of three drives too; its names are what copies are drawn by."""
+    files = ["a/x.mp4", "a/y.mp4", "b/x.mp4", "z.mp4", "w.mp4"]
+    samples = []
+    for above in ("/mnt/one", "/home/name/films", "/"):
+        chosen = calibration.sample_of([f"{above.rstrip('/')}/{name}" for name in files], 4)
+        assert all(recording.file == Path(above) / recording.film for recording in chosen)
+        samples.append([recording[1:] for recording in chosen])
+    assert samples[0] == samples[1] == samples[2] and len(set(samples[0])) == 4
+    assert [half for _, _, half in samples[0]] == ["calibration", "test"] * 2
 
 
 def test_pairs_of_related_recordings_are_left_out():

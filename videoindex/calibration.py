@@ -18,7 +18,7 @@ import itertools
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,13 +212,10 @@ def calibrate_index(
         InputError: with fewer than four videos that exist, or if copies of them cannot be told
             from other videos.
     """
-    paths = sorted(path for path in index.store.known_files() if os.path.exists(path))
-    random.Random(seed).shuffle(paths)
+    paths = [path for path in index.store.known_files() if os.path.exists(path)]
     if len(paths) < 4:
         raise utils.InputError("calibration takes four videos and more; index some first")
-    recordings = []
-    for i, path in enumerate(paths[:count]):
-        recordings.append(Recording(Path(path), path, path, HALVES[i % 2]))
+    recordings = sample_of(paths, count, seed)
     with tempfile.TemporaryDirectory() as folder:
         make_copies(recordings, Path(folder), on_video, max_originals=1)
         truth = read_truth(Path(folder))
@@ -237,6 +234,17 @@ def calibrate_index(
                 " nothing is stored; raise --count, or index other videos"
             )
     return entry | {"own": True}
+
+
+def sample_of(paths: Sequence[str], count: int, seed: int = 0) -> list[Recording]:
+    """So many files in two halves, named from where their folders part.
+
+    Its copies are drawn by its name, and so do not depend on where the folder lies.
+    """
+    above, chosen = os.path.commonpath(paths), sorted(paths)
+    random.Random(seed).shuffle(chosen)
+    names = [(Path(path), os.path.relpath(path, above)) for path in chosen[:count]]
+    return [Recording(path, name, name, HALVES[i % 2]) for i, (path, name) in enumerate(names)]
 
 
 def without_related(pairs: Pairs, truth: dict[str, list[Piece]]) -> tuple[Pairs, list[list[str]]]:
