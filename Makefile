@@ -11,7 +11,7 @@
 #   make tables        every table of the paper on the demo's film, in results/demo
 #   make studies       the small studies of docs/results.md, in results/studies; half an hour
 #   make bench         the benchmarks of benchmarks/README.md
-#   make gpu           what a GPU computes against the CPU, and how fast; ten minutes on one GPU
+#   make gpu           what a GPU computes against the CPU, and how fast; about ten minutes on one GPU
 #   make search-model  the model that search.py ships, and its calibration
 #   make fuzz          damaged files for every reader; MINUTES=60
 #   make horovod       Horovod, for horovodrun; four minutes on two cores. Again: make -B horovod
@@ -195,7 +195,9 @@ search-model: $(WHITE)/tca-0/model.pth
 
 STUDIES := results/studies
 SCORE := $(RUN) evaluation.py --annotation_dir $(DEMO)/annotations
-studies: $(addprefix $(STUDIES)/,whitened.json segments.json rerank.json augmented.json bfloat16.json mixed.json)
+STUDIED := $(addprefix $(STUDIES)/,whitened.json segments.json rerank.json augmented.json bfloat16.json mixed.json)
+studies: $(STUDIED)
+.PHONY: $(STUDIED) # they are in the repository, without the runs that made them
 
 $(STUDIES)/whitened.json: $(SEEDS:%=$(WHITE)/tca-%/model.pth) $(WHITE)/test.hdf5
 	$(SCORE) --dataset DEMO --feature_path $(WHITE)/test.hdf5 --model_path $(SEEDS:%=$(WHITE)/tca-%) \

@@ -104,7 +104,7 @@ def frame_descriptors(out: Tensor, T: int) -> Tensor:
     return F.pad(frames, (0, 0, 0, T - out.shape[1]))
 
 
-# All but cuDNN's, which plans anew for every shape: of each batch, on a GPU in bfloat16.
+# Without cuDNN's: on a GPU in bfloat16 it plans anew for every shape, and so for each batch.
 ATTENTION_KERNELS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,

@@ -110,8 +110,8 @@ class BucketRule(NamedTuple):
 
 
 # A processor reaches its full rate with few frames and pays for each padded one. A GPU also pays
-# for each batch: starting its kernels takes as long as some thousand frames. (This is arithmetic,
-# no GPU was measured; `benchmarks/gpu.py` measures several slacks.)
+# for each batch: starting its kernels takes as long as some thousand frames. (This is arithmetic:
+# other slacks were not measured on a GPU; `benchmarks/gpu.py` does.)
 CPU_BUCKETS = BucketRule(max_frames=8192, slack=1.25)
 GPU_BUCKETS = BucketRule(max_frames=32768, slack=1.5)
 

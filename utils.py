@@ -217,7 +217,7 @@ def _git_revision():
 def _processor():
     """Its name, and whether it multiplies bfloat16: without, --amp bfloat16 is slow on a CPU."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.machine()
     name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)

@@ -1,6 +1,6 @@
 """What runs on a GPU: does it give what the CPU gives, and how fast is it? `make gpu` runs this.
 
-    python benchmarks/gpu.py --output runs/gpu/gpu.json      # ten minutes on one GPU
+    python benchmarks/gpu.py --output runs/gpu/gpu.json      # about ten minutes on one GPU
     python benchmarks/gpu.py --device cpu --small            # proves the script; no figures
 
 It needs a source tree, PyTorch, and no network: features are made up, the film is the demo's. A

@@ -195,7 +195,7 @@ def test_recordings_of_one_name_do_not_take_each_others_place(tmp_path):
 
 
 def test_sample_of_a_folder_does_not_depend_on_where_it_lies():
-    """Of three drives too; its names are what copies are drawn by."""
+    """Copies are drawn by these names, which are the same below any folder."""
     files = ["a/x.mp4", "a/y.mp4", "b/x.mp4", "z.mp4", "w.mp4"]
     samples = []
     for above in ("/mnt/one", "/home/name/films", "/"):

@@ -233,13 +233,15 @@ def calibrate_index(
                 f"copies of these videos cannot be told from others ({what}: {good} of {of});"
                 " nothing is stored; raise --count, or index other videos"
             )
-    return entry | {"own": True}
+    files = {recording.film: str(recording.file) for recording in recordings}
+    related = [sorted(files[film] for film in pair) for pair in entry["related"]]
+    return entry | {"related": related, "own": True}
 
 
 def sample_of(paths: Sequence[str], count: int, seed: int = 0) -> list[Recording]:
-    """So many files in two halves, named from where their folders part.
+    """`count` of the files, in two halves, each named from the folder that all of them lie in.
 
-    Its copies are drawn by its name, and so do not depend on where the folder lies.
+    Copies are drawn by these names, so they do not depend on where that folder lies.
     """
     above, chosen = os.path.commonpath(paths), sorted(paths)
     random.Random(seed).shuffle(chosen)
