@@ -323,7 +323,10 @@ class VideoIndex:
             target = comparer.frames_of(content)
             stretches = comparer.all_stretches(found[number], frames, target, least)
             paths = shown.paths(number)
-            path, *same_content_paths = paths or self.store.paths(number)[:1]
+            names = paths or self.store.paths(number)[:1]
+            if not names:  # another process has removed it meanwhile
+                continue
+            path, *same_content_paths = names
             match = Match(
                 path=path,
                 similarity=candidates[number],
