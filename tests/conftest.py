@@ -21,8 +21,8 @@ from helpers.worlds import make_pairs, make_set, write_set
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A forked child frees nothing of its parent's: a frame of PyAV that an earlier test has left waits,
-# when it is freed, for threads that the child does not have. Frozen before the fork, for Python's own
-# first steps in the child may collect already.
+# when it is freed, for threads that the child does not have. It is frozen before the fork, because
+# Python's own first steps in the child may collect already.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 # No test takes a GPU by a script's default. Those of test_gpu.py see the GPUs again.
