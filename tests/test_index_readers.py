@@ -149,6 +149,38 @@ def test_queries_while_another_process_writes(folder):
     assert writer.returncode == 0 and int(output) >= 12, errors
 
 
+@pytest.fixture
+def removed_before(folder, monkeypatch):
+    """removed_before(method, *numbers): another process removes videos as the store's is called."""
+
+    def prepare(name, *numbers):
+        method, calls = getattr(IndexStore, name), []
+
+        def late(store, *arguments):
+            if not calls:
+                calls.append(name)
+                remove_elsewhere(folder, *numbers)
+            return method(store, *arguments)
+
+        monkeypatch.setattr(IndexStore, name, late)
+
+    return prepare
+
+
+@pytest.mark.parametrize("method", ["frame_descriptors", "require_intact", "paths"])
+def test_query_leaves_out_what_another_process_removes_meanwhile(folder, removed_before, method):
+    removed_before(method, 1, 4)
+    assert sorted(answers(VideoIndex(folder), 1)) == [2, 3, 5, 6, 7, 8]
+
+
+def test_store_says_that_a_video_is_gone(folder):
+    store = IndexStore(folder)
+    remove_elsewhere(folder, 3)
+    for read in (store.require_content, store.require_paths):
+        with pytest.raises(InputError, match="has removed a video meanwhile; repeat the command"):
+            read(3)
+
+
 def _numbers_of(index, queue):
     queue.put(answers(index, 5))
 

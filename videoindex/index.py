@@ -40,11 +40,12 @@ from videoindex.pipeline import (
 from videoindex.results import AddProgress, Group, IndexUpdate, Link, Match
 from videoindex.shown import ShownFiles
 from videoindex.sources import find_files
-from videoindex.store import Content, IndexStore
+from videoindex.store import Content, IndexStore, RemovedError
 from videoindex.whole_copies import pictures_agree
 
 SHORTLIST = 500  # videos compared frame by frame
 MAX_HOLES = 0.5  # the share of holes above which an index is compacted
+TRIES = 10  # of a query, while another process removes what it finds
 
 
 class VideoIndex:
@@ -300,7 +301,15 @@ class VideoIndex:
             )
         if threshold is None:
             threshold = self.calibration.get("threshold", 0.0)
+        for tries_left in reversed(range(TRIES)):
+            try:
+                return self._matches(video, top, threshold, shortlist, skip_start, min_match)
+            except RemovedError:  # by another process; the next try does not find it
+                if not tries_left:
+                    raise
 
+    def _matches(self, video, top, threshold, shortlist, skip_start, min_match):
+        """`query` by an EncodedVideo; RemovedError if another process removes a match meanwhile."""
         candidates = dict(self.nearest.search(video.window_descriptors, max(shortlist, top)))
         shown = ShownFiles(self.store)
         rejected = shown.rejected_for(video)
@@ -323,10 +332,7 @@ class VideoIndex:
             target = comparer.frames_of(content)
             stretches = comparer.all_stretches(found[number], frames, target, least)
             paths = shown.paths(number)
-            names = paths or self.store.paths(number)[:1]
-            if not names:  # another process has removed it meanwhile
-                continue
-            path, *same_content_paths = names
+            path, *same_content_paths = paths or self.store.require_paths(number)[:1]
             match = Match(
                 path=path,
                 similarity=candidates[number],
@@ -441,7 +447,7 @@ class VideoIndex:
     def _group(self, cluster, comparer, shown, least):
         """A Cluster with its files and seconds."""
         group = Group(is_doubtful=cluster.is_doubtful)
-        centre = self.store.content(cluster.centre)
+        centre = self.store.require_content(cluster.centre)
         self.store.require_intact(centre)
         target = comparer.frames_of(centre)
         group.files[centre.id], group.seconds[centre.id] = shown.paths(centre.id), centre.seconds
@@ -449,7 +455,7 @@ class VideoIndex:
         parts = cluster.parts, group.parts, group.part_files
         for stretches, links, files in (copies, parts):
             for number, first in stretches.items():
-                content = self.store.content(number)
+                content = self.store.require_content(number)
                 self.store.require_intact(content)
                 frames = comparer.frames_of(content)
                 found = [first]  # of a copy it is nearly all

@@ -130,6 +130,10 @@ def _advice(error):
     return "is the disk full, or the index damaged?"
 
 
+class RemovedError(InputError):
+    """Another process has removed what was to be read; what is asked anew finds it gone."""
+
+
 class IndexStore:
     """The files of an index.
 
@@ -306,13 +310,13 @@ class IndexStore:
             except FileNotFoundError as error:
                 now = self.content(content.id)
                 if now is None or now.sha256 != content.sha256:
-                    raise InputError(self._removed()) from None
+                    raise self._removed() from None
                 if now.generation == content.generation:
                     raise InputError(self._cut_short(error)) from None
                 content = now
 
     def _removed(self):
-        return (
+        return RemovedError(
             f"index {str(self.folder)!r}: another process has removed a video meanwhile;"
             " repeat the command"
         )
@@ -653,9 +657,22 @@ class IndexStore:
     def require_intact(self, content: Content) -> None:
         """Raise InputError if the data of a content is not what was written."""
         if not self.is_intact(content):
-            is_stored = self._is_stored(content)
-            damage = f"index {str(self.folder)!r}: {self._damage(content)}"
-            raise InputError(damage if is_stored else self._removed())
+            if not self._is_stored(content):
+                raise self._removed()
+            raise InputError(f"index {str(self.folder)!r}: {self._damage(content)}")
+
+    def require_content(self, number: int) -> Content:
+        """The content of a number; RemovedError if the index has it no longer."""
+        content = self.content(number)
+        if content is None:
+            raise self._removed()
+        return content
+
+    def require_paths(self, number: int) -> list[str]:
+        """As `paths`, of which a content that is stored has one at least; else RemovedError."""
+        if not (paths := self.paths(number)):
+            raise self._removed()
+        return paths
 
     def _damage(self, content):
         names = "; ".join(map(repr, self.paths(content.id)))
