@@ -191,7 +191,7 @@ search-model: $(WHITE)/tca-0/model.pth
 	$(RUN) -m videoindex.calibrate copies $(RECORDINGS) --list benchmarks/recordings.csv --output runs/copies
 	$(RUN) -m videoindex.calibrate measure runs/copies --name lite0
 
-# --- the small studies of docs/results.md: results/studies/*.json ----------------------------
+# --- the small studies of docs/results.md: results/studies/*.json ---------------------------------
 
 STUDIES := results/studies
 SCORE := $(RUN) evaluation.py --annotation_dir $(DEMO)/annotations
